@@ -1,0 +1,175 @@
+"""
+The method, as pure functions of tensors: MMPO and the objectives it is compared with.
+
+MMPO treats the response z as a latent variable and maximizes the marginal likelihood of what was
+preferred, with the responses at hand as the samples (Najafi and Fyshe, EACL 2026, arXiv 2510.22881):
+
+    s_i  = log pi_theta(z_i|x) + R_i          R_i = r_i + beta log pi_ref(z_i|x)
+    loss = -log sum_i exp s_i
+
+R carries no gradient: it is the reward of a response plus the reference's opinion of it, both known
+before training. No reference model runs beside the policy.
+
+Two words that papers mix: a *reward* here is the input r_i; DPO's and SimPO's "implicit reward" is
+beta times a log-ratio, computed from the policy, and is called so below.
+
+Shapes: B pairs (rows), n responses a row, the chosen one first (n = 2 for pairs). Log-probs are summed
+over a response's tokens unless a docstring says mean; `lengths` counts those tokens.
+"""
+import torch
+from torch.nn.functional import logsigmoid
+
+# -----------------------------------------------------------------------------
+# log-probs and rewards: constants of a run
+
+
+def sum_by_response(per_token, response, n_responses):
+    """Sum of per_token (R,) over each response, (n_responses,) fp32; response (R,) says whose a token is."""
+    return per_token.new_zeros(n_responses).index_add(0, response, per_token)
+
+
+def rewards(r, ref_logps, beta):
+    """R(y, z) = r(y, z) + beta log pi_ref(z|x)  (mmpo.md, Objective).
+
+    r (n,) or (B, n): 0.9 for chosen, 0.1 for rejected in the authors' runs. ref_logps (B, n): sums, or
+    means with length_norm. Returns (B, n).
+    """
+    return r + beta * ref_logps
+
+
+def normalize(R, group=0):
+    """Min-max of R (B, n) over groups of `group` consecutive rows (0: all of them): R is in [0, 1].
+
+    R <- (R - min + 1e-6) / (max - min + 1e-6). The authors' group is a micro-batch of 2 pairs.
+    """
+    out = torch.empty_like(R)
+    for i in range(0, len(R), group or len(R) or 1):
+        g = R[i:i + (group or len(R))]
+        out[i:i + len(g)] = (g - g.min() + 1e-6) / (g.max() - g.min() + 1e-6)
+    return out
+
+
+# -----------------------------------------------------------------------------
+# MMPO
+
+
+def posterior(logps, R):
+    """q = softmax(logps + R) over the responses: how much each is responsible for y. (B, n) -> (B, n)."""
+    return (logps + R).softmax(-1)
+
+
+def mmpo_loss(logps, R, pref_weight=0.0):
+    """-logsumexp(s) - pref_weight log q_0, s = logps + R, q = softmax(s). (B, n), (B, n) -> (B,).
+
+    Gradient of the first term: -sum_i q_i grad logps_i, a likelihood weighted by the posterior. For a
+    pair log q_0 = log sigmoid(s_w - s_l), and since log q_0 = s_0 - logsumexp(s), exactly
+
+        loss = -s_w + (1 - pref_weight) log sigmoid(s_w - s_l)
+
+    pref_weight 0 is MMPO; 1 is likelihood of the chosen response alone (R and the rejected response
+    have no gradient at all); above 1 adds a contrastive term. Pass means as logps for length_norm.
+    """
+    s = logps + R
+    J = s.logsumexp(-1)
+    return -J - pref_weight * (s[:, 0] - J)
+
+
+def entropy_bonus(per_token_logps, per_token_entropy, response, lengths, length_norm):
+    """The authors' entropy ablation, H = sum_t [stopgrad(h_t) log pi(z_1..t) + h_t], mean over responses.
+
+    per_token_logps, per_token_entropy, response: (R,), a response's tokens in order, responses end to
+    end. lengths (B, n) in the same order. Returns (B,); divided by each length with length_norm.
+    """
+    counts = lengths.flatten()
+    ends = counts.cumsum(0)
+    running = per_token_logps.cumsum(0)
+    before = torch.cat((running.new_zeros(1), running))[ends - counts]    # running sum before a response
+    prefix_logps = running - before[response]
+    H = sum_by_response(per_token_entropy.detach() * prefix_logps + per_token_entropy, response, len(counts))
+    return (H / counts if length_norm else H).view(lengths.shape).mean(-1)
+
+
+# -----------------------------------------------------------------------------
+# baselines: (B,) log-probs in, (B,) losses out
+
+
+def sft_loss(chosen_logps):
+    """-log pi(z_w|x)."""
+    return -chosen_logps
+
+
+def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta):
+    """-log sigmoid(beta [(log pi_w - log ref_w) - (log pi_l - log ref_l)])  (Rafailov et al. 2023, eq. 7)."""
+    return -logsigmoid(beta * (chosen_logps - ref_chosen_logps - rejected_logps + ref_rejected_logps))
+
+
+def ipo_loss(chosen_mean, rejected_mean, ref_chosen_mean, ref_rejected_mean, beta):
+    """(log-ratio difference - 1/(2 beta))^2 on mean log-probs  (Azar et al. 2023, eq. 17)."""
+    return (chosen_mean - ref_chosen_mean - rejected_mean + ref_rejected_mean - 1 / (2 * beta)) ** 2
+
+
+def simpo_loss(chosen_mean, rejected_mean, beta, gamma_beta_ratio):
+    """-log sigmoid(beta (mean_w - mean_l) - gamma), gamma = gamma_beta_ratio beta  (Meng et al. 2024, eq. 6)."""
+    return -logsigmoid(beta * (chosen_mean - rejected_mean - gamma_beta_ratio))
+
+
+def orpo_loss(chosen_mean, rejected_mean, orpo_lambda):
+    """-mean_w - lambda log sigmoid(log odds_w - log odds_l), odds = p/(1-p), log p = mean log-prob
+    (Hong et al. 2024, eq. 6-7)."""
+    def log_odds(logp):   # log(1 - e^x) = log(-expm1(x)), accurate near 0
+        return logp - torch.log(-torch.expm1(logp))
+    return -chosen_mean - orpo_lambda * logsigmoid(log_odds(chosen_mean) - log_odds(rejected_mean))
+
+
+# -----------------------------------------------------------------------------
+# what train.py calls
+
+USES_REFERENCE = ("mmpo", "dpo", "ipo")
+
+
+def preference_loss(objective, logps, lengths, ref_logps=None, R=None, *, beta=0.05, length_norm=True,
+                    pref_weight=0.0, gamma_beta_ratio=1.6, orpo_lambda=0.1):
+    """Loss of each row, (B,), from summed log-probs (B, n), token counts (B, n) and the constants.
+
+    DPO, SimPO, IPO and ORPO compare the first response (chosen) with the last (rejected).
+    """
+    means = logps / lengths
+    ref_means = None if ref_logps is None else ref_logps / lengths
+    if objective == "mmpo":
+        return mmpo_loss(means if length_norm else logps, R, pref_weight)
+    if objective == "sft":
+        return sft_loss((means if length_norm else logps)[:, 0])
+    if objective == "dpo":
+        return dpo_loss(logps[:, 0], logps[:, -1], ref_logps[:, 0], ref_logps[:, -1], beta)
+    if objective == "ipo":
+        return ipo_loss(means[:, 0], means[:, -1], ref_means[:, 0], ref_means[:, -1], beta)
+    if objective == "simpo":
+        return simpo_loss(means[:, 0], means[:, -1], beta, gamma_beta_ratio)
+    if objective == "orpo":
+        return orpo_loss(means[:, 0], means[:, -1], orpo_lambda)
+    raise ValueError(f'unknown objective "{objective}" (mmpo, dpo, simpo, ipo, orpo, sft)')
+
+
+@torch.no_grad()
+def preference_metrics(logps, lengths, ref_logps=None, R=None, *, beta=0.05, length_norm=True):
+    """What is worth logging about B rows, a dict of floats, named as TRL names them.
+
+    rewards/*: implicit rewards, beta (log pi - log ref), or beta mean log pi without a reference.
+    weights/*: q of the chosen response, with R. accuracy/*: likelier chosen, by mean and by sum.
+    """
+    means = logps / lengths
+    implicit = beta * (logps - ref_logps) if ref_logps is not None else beta * means
+    margins = implicit[:, 0] - implicit[:, -1]
+    metrics = {
+        "rewards/accuracies": (margins > 0).float().mean(),
+        "rewards/margins": margins.mean(),
+        "logps/chosen": logps[:, 0].mean(),
+        "logps/rejected": logps[:, -1].mean(),
+        "accuracy/mean": (means[:, 0] > means[:, -1]).float().mean(),
+        "accuracy/sum": (logps[:, 0] > logps[:, -1]).float().mean(),
+    }
+    if R is not None:
+        q = posterior(means if length_norm else logps, R)[:, 0]
+        metrics["weights/chosen"] = q.mean()
+        metrics["weights/upweighted"] = (q > 0.5).float().mean()
+    return {name: value.item() for name, value in metrics.items()}

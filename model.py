@@ -1,0 +1,727 @@
+"""
+A Llama-family decoder in one file: the network, its weights on disk, text generation.
+
+Names are Hugging Face's, parameter by parameter, and the rotary embedding is the split-half one, so no
+weight is renamed or permuted on the way in or out.
+
+References
+1) Llama: Touvron et al. 2023, arXiv 2302.13971; Llama 3: Grattafiori et al. 2024, arXiv 2407.21783
+2) RMSNorm: Zhang and Sennrich 2019, arXiv 1910.07467; SwiGLU: Shazeer 2020, arXiv 2002.05202
+3) Rotary embedding: Su et al. 2021, arXiv 2104.09864; grouped queries: Ainslie et al. 2023, arXiv 2305.13245
+4) LoRA: Hu et al. 2021, arXiv 2106.09685
+5) the reference implementation: transformers/models/llama/modeling_llama.py
+"""
+import contextlib
+import json
+import math
+import os
+import shutil
+import struct
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn as nn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.utils.checkpoint import checkpoint
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# -----------------------------------------------------------------------------
+# configuration
+
+
+@dataclass
+class LlamaConfig:
+    vocab_size: int = 32000
+    n_layer: int = 12
+    n_head: int = 12
+    n_kv_head: int = 12
+    n_embd: int = 768
+    head_dim: int = 64
+    intermediate_size: int = 2048
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None    # None, or Llama 3's four numbers
+    max_position_embeddings: int = 2048
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False               # Qwen3: an RMSNorm on every query and key head
+
+
+def config_from_dict(hf, where="config.json"):
+    """config.json as a dict -> LlamaConfig. ValueError names the field that this file can't honour.
+
+    transformers 5 writes rope_parameters, older versions rope_theta and rope_scaling: both are read.
+    """
+    def refuse(what):
+        raise ValueError(f"{where}: {what}")
+
+    kind = hf.get("model_type")
+    if kind not in ("llama", "mistral", "qwen2", "qwen3"):
+        refuse(f'model_type "{kind}" is not supported (llama, mistral, qwen2, qwen3)')
+    if hf.get("hidden_act", "silu") != "silu":
+        refuse(f'hidden_act "{hf["hidden_act"]}" is not supported (silu)')
+    if hf.get("quantization_config"):
+        refuse("quantized weights are not supported; use the bf16 checkpoint")
+    if hf.get("sliding_window") and hf.get("use_sliding_window", kind == "mistral"):
+        refuse("sliding-window attention is not supported; use a checkpoint with sliding_window null")
+    missing = [k for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                           "num_attention_heads") if k not in hf]
+    if missing:
+        refuse(f"no {', '.join(missing)}; is this a decoder's config?")
+
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    rope_type = rope.get("rope_type") or rope.get("type") or "default"
+    if rope_type not in ("default", "llama3"):
+        refuse(f'rope_type "{rope_type}" is not supported (default, llama3)')
+    if rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0)) != 1.0:
+        refuse("partial_rotary_factor is not supported")
+    n_head, bias = hf["num_attention_heads"], hf.get("attention_bias", False)
+    return LlamaConfig(
+        vocab_size=hf["vocab_size"], n_layer=hf["num_hidden_layers"], n_head=n_head,
+        n_kv_head=hf.get("num_key_value_heads") or n_head, n_embd=hf["hidden_size"],
+        head_dim=hf.get("head_dim") or hf["hidden_size"] // n_head,
+        intermediate_size=hf["intermediate_size"], norm_eps=hf.get("rms_norm_eps", 1e-6),
+        rope_theta=float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0),
+        rope_scaling=rope if rope_type == "llama3" else None,
+        max_position_embeddings=hf.get("max_position_embeddings", 2048),
+        tie_word_embeddings=hf.get("tie_word_embeddings", False), mlp_bias=hf.get("mlp_bias", False),
+        qkv_bias=bias or kind == "qwen2", o_bias=bias and kind != "qwen2", qk_norm=kind == "qwen3")
+
+
+# -----------------------------------------------------------------------------
+# the network
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, in fp32 whatever the dtype of x."""
+
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x):
+        h = x.float()
+        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * h.to(x.dtype)
+
+
+def rotary(positions, config):
+    """Positions (B, T) -> cos and sin (B, 1, T, head_dim), fp32, with Llama 3's frequency scaling.
+
+    Llama 3 leaves short wavelengths alone, divides the frequency of long ones by `factor`, and blends
+    between the two where a wavelength fits 1 to 4 times into the original context.
+    """
+    exponent = torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim
+    freq = config.rope_theta ** -exponent
+    if config.rope_scaling:
+        s = config.rope_scaling
+        low, high = s["low_freq_factor"], s["high_freq_factor"]
+        turns = s["original_max_position_embeddings"] * freq / (2 * math.pi)
+        blend = ((turns - low) / (high - low)).clamp(0, 1)   # 0: scaled, 1: as it is
+        freq = blend * freq + (1 - blend) * freq / s["factor"]
+    angle = positions[:, None, :, None].float() * freq       # (B, 1, T, head_dim / 2)
+    angle = torch.cat((angle, angle), dim=-1)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """Turn each (i, i + head_dim/2) pair of x (B, heads, T, head_dim) by its position's angle."""
+    x1, x2 = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat((-x2, x1), dim=-1) * sin).to(x.dtype)
+
+
+# Attention over packed trees. A preference row is a tree, [prompt | response 1 | .. | response n]: the
+# prompt is computed once, every response continues it, no response sees another. A batch row is trees
+# laid end to end. The rule, for query q and key k in one row:
+#
+#     tree[q] == tree[k]  and  k <= q  and  (branch[k] == 0 or branch[k] == branch[q])
+#
+# with branch 0 for the prompt and i for response i. `attend` is where the way to compute it is chosen.
+
+
+def tree_layout(row):
+    """What `attend` needs for a packed row: a BlockMask where flex attention runs, else tree lengths."""
+    device = row.tokens.device
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+        return row.trees
+    tree, branch = row.tree, row.branch
+
+    def rule(b, h, q, k):
+        return (tree[q] == tree[k]) & (k <= q) & ((branch[k] == 0) | (branch[k] == branch[q]))
+
+    T = len(tree)
+    return compiled(create_block_mask)(rule, None, None, T, T, device=str(device))
+
+
+@lru_cache
+def compiled(function):
+    """One compiled version of a flex attention function, made when it is first needed."""
+    return torch.compile(function, dynamic=False)
+
+
+def attend(q, k, v, layout):
+    """Softmax attention: q (B, n_head, T, hd), k and v (B, n_kv_head, S, hd) -> (B, n_head, T, hd).
+
+    layout: a BlockMask (trees on a GPU: flex attention), a list of trees (trees elsewhere: a loop), or,
+    without trees, a boolean mask (B, 1, T, S), or None for causal.
+    """
+    if isinstance(layout, BlockMask):
+        flex = flex_attention if torch.compiler.is_compiling() else compiled(flex_attention)
+        return flex(q, k, v, block_mask=layout, enable_gqa=True)
+    if isinstance(layout, list):
+        return tree_attention(q, k, v, layout)
+    causal = layout is None and q.size(2) > 1
+    return F.scaled_dot_product_attention(q, k, v, layout, is_causal=causal, enable_gqa=True)
+
+
+@torch.compiler.disable
+def tree_attention(q, k, v, trees):
+    """The tree rule without a T x T mask: per tree, prompt + response 1 is causal, and each further
+    response looks at the prompt's keys and its own. trees: [prompt, response 1, .., response n] tokens."""
+    sizes = [n for prompt, first, *rest in trees for n in (prompt + first, *rest)]
+    segments = list(zip(*(x.split(sizes, dim=2) for x in (q, k, v))))
+    outputs = []
+    for prompt, _, *rest in trees:
+        stem_q, stem_k, stem_v = segments[len(outputs)]
+        outputs.append(F.scaled_dot_product_attention(
+            stem_q, stem_k, stem_v, is_causal=True, enable_gqa=True))
+        for n in rest:
+            q_i, k_i, v_i = segments[len(outputs)]
+            k_i = torch.cat((stem_k[:, :, :prompt], k_i), dim=2)
+            v_i = torch.cat((stem_v[:, :, :prompt], v_i), dim=2)
+            outputs.append(F.scaled_dot_product_attention(
+                q_i, k_i, v_i, causal_after(prompt, n, q.device), enable_gqa=True))
+    return torch.cat(outputs, dim=2)
+
+
+@lru_cache(maxsize=256)
+def causal_after(prompt, n, device):
+    """(n, prompt + n) mask: n tokens that see the whole prompt and each other causally."""
+    return torch.ones(n, prompt + n, dtype=torch.bool, device=device).tril(prompt)
+
+
+class Attention(nn.Module):
+
+    def __init__(self, config):
+        super().__init__()
+        self.head_dim = config.head_dim
+        q_dim, kv_dim = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
+        self.q_proj = nn.Linear(config.n_embd, q_dim, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.n_embd, kv_dim, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.n_embd, kv_dim, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(q_dim, config.n_embd, bias=config.o_bias)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+
+    def forward(self, x, rope, layout, cache=None):
+        B, T, C = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.head_dim)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)   # (B, n_kv_head, T, hd)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q.transpose(1, 2), *rope), rotate(k.transpose(1, 2), *rope)
+        if cache is not None:   # keys and values of earlier tokens, while generating
+            if cache:
+                k, v = torch.cat((cache[0], k), dim=2), torch.cat((cache[1], v), dim=2)
+            cache[:] = k, v
+        y = attend(q, k, v, layout)                                        # (B, n_head, T, hd)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.n_embd, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.n_embd, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.n_embd, bias=config.mlp_bias)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+
+    def __init__(self, config):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.n_embd, config.norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.n_embd, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x, rope, layout, cache=None):
+        x = x + self.self_attn(self.input_layernorm(x), rope, layout, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Llama(nn.Module):
+    """The decoder. `forward` scores packed trees, `logits` and `generate` work on plain sequences."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.activation_checkpointing = False
+        self.model = nn.ModuleDict(dict(
+            embed_tokens=nn.Embedding(config.vocab_size, config.n_embd),
+            layers=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+            norm=RMSNorm(config.n_embd, config.norm_eps)))
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+
+    @property
+    def head_weight(self):
+        """(V, C); a tied head is the embedding."""
+        return (self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight
+
+    def compile_blocks(self):
+        """torch.compile every block; they are alike, so one compilation serves all."""
+        for block in self.model.layers:
+            block.compile(dynamic=False)
+
+    def hidden(self, tokens, positions, layout, caches=None):
+        """tokens, positions (B, T) -> final hidden states (B, T, C)."""
+        x = self.model.embed_tokens(tokens)
+        rope = rotary(positions, self.config)
+        for i, block in enumerate(self.model.layers):
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, rope, layout, use_reentrant=False)
+            else:
+                x = block(x, rope, layout, caches[i] if caches else None)
+        return self.model.norm(x)
+
+    def forward(self, row, entropy=False):
+        """A packed row (data.Row) -> log pi of each response token, (R,) fp32.
+
+        Only the R hidden states that predict a response token meet the vocabulary. With `entropy`
+        also the entropy of each of those R next-token distributions, (R,) nats.
+        """
+        x = self.hidden(row.tokens, row.positions, tree_layout(row))
+        per_token_logps, per_token_entropy = TokenLogProbs.apply(
+            x[0, row.predict_from], self.head_weight, row.targets, entropy)
+        return (per_token_logps, per_token_entropy) if entropy else per_token_logps
+
+    def logits(self, tokens):
+        """Plain causal sequences (B, T) -> logits (B, T, V)."""
+        positions = torch.arange(tokens.size(1), device=tokens.device).expand(tokens.shape)
+        return F.linear(self.hidden(tokens, positions, None), self.head_weight)
+
+    @torch.compiler.set_stance("force_eager")   # lengths grow: nothing to compile for
+    @torch.no_grad()
+    def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop_ids=(),
+                 seed=None):
+        """Continue each prompt (a list of token ids) -> list of lists of new ids, stop id included.
+
+        temperature 0 takes the likeliest token; top_k 0 and top_p 1 keep the whole distribution.
+        Prompts of different lengths are padded on the left and masked, so neighbours don't matter.
+        """
+        device = self.head_weight.device
+        generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+        longest = max(map(len, prompts))
+        pad = torch.tensor([longest - len(p) for p in prompts], device=device)[:, None]     # (B, 1)
+        tokens = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
+        stop = torch.tensor(list(stop_ids), dtype=torch.long, device=device)
+        finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+        caches, new = [[] for _ in self.model.layers], []
+        slots = torch.arange(longest + max_new_tokens, device=device)
+        first, last = 0, longest
+        while True:
+            q, k = slots[first:last, None], slots[None, :last]
+            # a token sees itself, so that a padding row is never empty, and what lies after the padding
+            mask = (k == q) | ((k <= q) & (k >= pad[:, None]))                              # (B, T, S)
+            positions = (slots[None, first:last] - pad).clamp(min=0)
+            x = self.hidden(tokens, positions, mask[:, None], caches)[:, -1]
+            token = sample(F.linear(x, self.head_weight).float(), temperature, top_k, top_p, generator)
+            new.append(token)
+            finished |= torch.isin(token, stop)
+            if finished.all() or len(new) == max_new_tokens:
+                break
+            tokens, first, last = token[:, None], last, last + 1
+        outputs = []
+        for ids in torch.stack(new, dim=1).tolist():
+            end = next((i + 1 for i, t in enumerate(ids) if t in set(stop_ids)), len(ids))
+            outputs.append(ids[:end])
+        return outputs
+
+
+def sample(logits, temperature, top_k, top_p, generator=None):
+    """logits (B, V) -> token ids (B,)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if top_k:
+        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    if top_p < 1:   # the smallest set of likeliest tokens whose probability reaches top_p
+        ordered, order = logits.softmax(-1).sort(descending=True)
+        outside = ordered.cumsum(-1) - ordered >= top_p
+        logits = logits.masked_fill(outside.scatter(-1, order, outside), -math.inf)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+
+
+# -----------------------------------------------------------------------------
+# log-probabilities without the logits
+
+CHUNK_LOGITS = 2 ** 25   # logits held at a time: 128 MB in fp32
+
+
+def chunk_logps(x, weight, targets, entropy):
+    """x (N, C), weight (V, C) -> log softmax(x weight^T)[targets], its log-sum-exp, entropy: (N,) fp32.
+
+    Gather minus logsumexp: log_softmax is biased by 1e-5 nat a token in fp32 on CPU.
+    """
+    logits = F.linear(x, weight).float()
+    lse = logits.logsumexp(-1)
+    logps = logits.gather(-1, targets[:, None])[:, 0] - lse
+    h = lse - ((logits - lse[:, None]).exp() * logits).sum(-1) if entropy else lse
+    return logps, lse, h
+
+
+def chunk_grad(x, weight, targets, lse, h, d_logps, d_h, entropy):
+    """d loss / d logits (N, V), from the logits computed again."""
+    logps = F.linear(x, weight).float() - lse[:, None]
+    p = logps.exp()
+    grad = -d_logps[:, None] * p
+    if entropy:   # dh / dlogits = -p (log p + h)
+        grad -= d_h[:, None] * p * (logps + h[:, None])
+    return grad.scatter_add_(-1, targets[:, None], d_logps[:, None]).to(x.dtype)
+
+
+class TokenLogProbs(torch.autograd.Function):
+    """Log-probabilities of `targets` (R,) under hidden states x (R, C) and head weight (V, C).
+
+    Works through the tokens in chunks and keeps one number a token, the log-sum-exp; backward computes
+    a chunk's logits again, so the (R, V) logits never exist. Returns logps and entropies, (R,) fp32.
+    """
+
+    @staticmethod
+    @torch.compiler.disable
+    def forward(ctx, x, weight, targets, entropy):
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        out = x.new_empty(3, len(x), dtype=torch.float32)
+        w = weight.to(dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            for s in TokenLogProbs.chunks(x, weight):
+                out[:, s] = torch.stack(chunk_logps(x[s].to(dtype), w, targets[s], entropy))
+        logps, lse, h = out
+        ctx.save_for_backward(x, weight, targets, lse, h)
+        ctx.dtype, ctx.entropy = dtype, entropy
+        return logps, h
+
+    @staticmethod
+    @torch.compiler.disable
+    def backward(ctx, d_logps, d_h):
+        x, weight, targets, lse, h = ctx.saved_tensors
+        w = weight.to(ctx.dtype)
+        dx = torch.empty_like(x)
+        dw = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        for s in TokenLogProbs.chunks(x, weight):
+            xs = x[s].to(ctx.dtype)
+            d_logits = chunk_grad(xs, w, targets[s], lse[s], h[s], d_logps[s], d_h[s], ctx.entropy)
+            dx[s] = d_logits @ w
+            if dw is not None:
+                dw += d_logits.T @ xs
+        return dx, dw, None, None
+
+    @staticmethod
+    def chunks(x, weight):
+        n = max(1, CHUNK_LOGITS // weight.size(0))
+        return [slice(i, i + n) for i in range(0, len(x), n)]
+
+
+# -----------------------------------------------------------------------------
+# LoRA
+
+
+class LoRALinear(nn.Linear):
+    """A frozen linear layer plus (alpha / rank) B A x, with A (rank, in), B (out, rank) trained in fp32.
+
+    B starts at zero, so the layer starts as its base. With `enabled` off it is its base: that is the
+    reference policy, at no memory.
+    """
+
+    enabled = True
+
+    def __init__(self, base, rank, alpha, dropout):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.weight, self.bias = base.weight, base.bias
+        self.scale, self.dropout = alpha / rank, dropout
+        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=base.weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=base.weight.device))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def forward(self, x):
+        y = F.linear(x, self.weight, self.bias)
+        if not self.enabled:
+            return y
+        low = F.linear(F.dropout(x, self.dropout, self.training).to(y.dtype), self.lora_A.to(y.dtype))
+        return y + self.scale * F.linear(low, self.lora_B.to(y.dtype))
+
+    def merged_weight(self):
+        return self.weight.float() + self.scale * (self.lora_B @ self.lora_A)
+
+
+def add_lora(model, rank, alpha, dropout, targets):
+    """Freeze the model and put adapters on every linear layer whose name ends in one of `targets`."""
+    model.requires_grad_(False)
+    found = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()
+             if isinstance(child, nn.Linear) and name in targets]
+    missing = set(targets) - {name for _, name, _ in found}
+    if missing:
+        raise ValueError(f"lora_targets: no layer named {', '.join(sorted(missing))} in this model")
+    for parent, name, child in found:
+        setattr(parent, name, LoRALinear(child, rank, alpha, dropout))
+
+
+@contextlib.contextmanager
+def adapters_off(model):
+    """The model as it was before LoRA, inside the with block."""
+    layers = [m for m in model.modules() if isinstance(m, LoRALinear)]
+    for layer in layers:
+        layer.enabled = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enabled = True
+
+
+# -----------------------------------------------------------------------------
+# weights on disk
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+                   "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja")
+
+
+def checkpoint_folder(name):
+    """A folder as it is; a hub id downloaded (only the files needed) -> the folder.
+
+    Raises FileNotFoundError where there is no such folder, OSError where the hub refuses.
+    """
+    if os.path.isdir(name):
+        return name
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise FileNotFoundError(f"{name}: no such folder; give a checkpoint's folder or a hub id (owner/name)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    try:
+        return snapshot_download(name, allow_patterns=[
+            "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json",
+            *TOKENIZER_FILES])
+    except GatedRepoError:
+        problem = (f"the model is gated; accept its licence at huggingface.co/{name}, then run "
+                   "`hf auth login` or set HF_TOKEN")
+    except RepositoryNotFoundError:
+        problem = "no such folder here and no such model on the hub; check the spelling, or log in if it is private"
+    except Exception as e:
+        problem = f"no such folder here, and the hub can't be reached ({type(e).__name__}); give a local folder"
+    raise OSError(f"{name}: {problem}")
+
+
+def weights_fingerprint(folder):
+    """Changes when the weights do: name, size and time of each safetensors file."""
+    files = sorted(set(tensor_files(folder).values()))
+    return [[os.path.realpath(f), os.stat(f).st_size, os.stat(f).st_mtime_ns] for f in files]
+
+
+def read_json(path):
+    try:
+        with open(path, encoding="utf-8") as f:
+            return json.load(f)
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise ValueError(f"{path}: not valid JSON ({e}); download it again") from None
+
+
+def tensor_files(folder):
+    """Safetensors headers of a checkpoint: {tensor name: file it is in}. ValueError for a damaged one."""
+    index = os.path.join(folder, "model.safetensors.index.json")
+    if os.path.exists(index):
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError(f"{index}: no weight_map; download it again")
+        shards = sorted(set(weight_map.values()))
+        for shard in shards:
+            if os.path.basename(shard) != shard:
+                raise ValueError(f'{index}: shard "{shard}" is outside the model folder; refusing')
+    else:
+        shards = ["model.safetensors"]
+        if not os.path.exists(os.path.join(folder, shards[0])):
+            raise FileNotFoundError(f"{folder}: no model.safetensors and no model.safetensors.index.json; "
+                                    "is this a Hugging Face checkpoint with safetensors weights?")
+    where = {}
+    for shard in shards:
+        path = os.path.join(folder, shard)
+        if not os.path.exists(path):
+            raise FileNotFoundError(f"{path}: missing, but the index names it; download it again")
+        for name in safetensors_names(path):
+            if name in where:
+                raise ValueError(f"{path}: tensor {name} is also in {where[name]}; two checkpoints in one folder?")
+            where[name] = path
+    return where
+
+
+def safetensors_names(path):
+    """Tensor names in a safetensors header; duplicates, which the library lets pass, are an error."""
+    with open(path, "rb") as f:
+        head = f.read(8)
+        if head.startswith(b"version "):
+            raise ValueError(f"{path}: Git LFS pointer, not weights; run git lfs pull")
+        size = struct.unpack("<Q", head)[0] if len(head) == 8 else -1
+        if not 0 < size < 100_000_000:
+            raise ValueError(f"{path}: not a safetensors file; download it again")
+        header = f.read(size)
+    try:
+        pairs = json.loads(header, object_pairs_hook=list)
+        names = [name for name, _ in pairs if name != "__metadata__"]
+    except (ValueError, TypeError):
+        raise ValueError(f"{path}: incomplete file; download it again") from None
+    if len(set(names)) < len(names):
+        raise ValueError(f"{path}: a tensor name appears twice in the header; refusing")
+    return names
+
+
+def from_pretrained(name, device="cpu", dtype=torch.float32):
+    """A Hugging Face folder or hub id -> (Llama on `device` in `dtype`, config.json as a dict).
+
+    Strict: every tensor of the model exactly once, of the right shape, finite, and none besides.
+    Each tensor goes from the file to its place; the weights are never in memory twice.
+    Raises FileNotFoundError, OSError or ValueError that says what is wrong where.
+    """
+    folder = checkpoint_folder(name)
+    config_path = os.path.join(folder, "config.json")
+    if not os.path.exists(config_path):
+        raise FileNotFoundError(f"{folder}: no config.json; give a Hugging Face checkpoint folder")
+    hf_config = read_json(config_path)
+    with torch.device("meta"):
+        model = Llama(config_from_dict(hf_config, config_path))
+    load_weights(model, folder, device, dtype)
+    return model, hf_config
+
+
+def load_weights(model, folder, device, dtype):
+    """Fill a meta-device model from safetensors, tensor by tensor."""
+    expected = dict(model.named_parameters())
+    where = {n: path for n, path in tensor_files(folder).items() if not n.endswith("rotary_emb.inv_freq")}
+    missing, extra = sorted(expected.keys() - where.keys()), sorted(where.keys() - expected.keys())
+    if missing:
+        raise ValueError(f"{folder}: missing tensor {missing[0]} ({len(missing)} of {len(expected)}); "
+                         "wrong config.json?")
+    if model.config.tie_word_embeddings and extra == ["lm_head.weight"]:
+        extra = []   # a redundant copy of the tied head: checked below
+    if extra:
+        raise ValueError(f"{folder}: unexpected tensor {extra[0]} ({len(extra)} in all); wrong config.json?")
+    tied_head = None
+    for path in sorted(set(where.values())):
+        try:
+            with safe_open(path, framework="pt") as f:
+                for name in f.keys():
+                    if name not in where:
+                        continue
+                    tensor = f.get_tensor(name)
+                    if name not in expected:
+                        tied_head = tensor
+                        continue
+                    shape = tuple(expected[name].shape)
+                    if tuple(tensor.shape) != shape:
+                        raise ValueError(f"{path}: {name} has shape {tuple(tensor.shape)}, config.json "
+                                         f"asks for {shape}")
+                    if not tensor.isfinite().all():
+                        raise ValueError(f"{path}: {name} holds NaN or infinite values; refusing")
+                    module, leaf = name.rsplit(".", 1)
+                    setattr(model.get_submodule(module), leaf, nn.Parameter(tensor.to(device, dtype)))
+        except SafetensorError as e:
+            raise ValueError(f"{path}: incomplete file ({e}); download it again") from None
+    if tied_head is not None and not tied_head.to(device, dtype).equal(model.head_weight):
+        raise ValueError(f"{folder}: lm_head.weight differs from embed_tokens.weight, but config.json ties "
+                         "them; set tie_word_embeddings to false")
+
+
+def save_pretrained(model, folder, hf_config, tokenizer_folder=None, dtype=torch.bfloat16,
+                    max_shard_bytes=5 * 1000 ** 3, chat_template=None):
+    """Write a folder that transformers, vLLM and llama.cpp's converter open.
+
+    config.json is the start checkpoint's (`hf_config`) with the new dtype; tokenizer files, chat
+    template and generation_config.json are copied from `tokenizer_folder` as they are; `chat_template`
+    is the text to write where that folder has none, or another. LoRA adapters are merged into the
+    weights. Shards of at most `max_shard_bytes`. Each file appears whole or not at all.
+    """
+    os.makedirs(folder, exist_ok=True)
+    layers = {n + ".weight": m for n, m in model.named_modules() if isinstance(m, LoRALinear)}
+    shards, size, total = [[]], 0, 0
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            continue
+        nbytes = p.numel() * dtype.itemsize
+        if shards[-1] and size + nbytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append((name, p))
+        size, total = size + nbytes, total + nbytes
+
+    weight_map = {}
+    for i, shard in enumerate(shards):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {name: (layers[name].merged_weight() if name in layers else p)
+                   .detach().to("cpu", dtype).contiguous() for name, p in shard}
+        write_atomically(os.path.join(folder, file), lambda t: save_file(tensors, t, {"format": "pt"}))
+        weight_map |= {name: file for name in tensors}
+    for old in os.listdir(folder):   # an earlier export's weights would be opened with these
+        if old.endswith(".safetensors") and old not in weight_map.values():
+            os.remove(os.path.join(folder, old))
+    index = os.path.join(folder, "model.safetensors.index.json")
+    if len(shards) > 1:
+        write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    elif os.path.exists(index):
+        os.remove(index)
+
+    name = str(dtype).removeprefix("torch.")
+    hf_config = {k: v for k, v in hf_config.items() if k not in ("dtype", "torch_dtype")}
+    write_json(os.path.join(folder, "config.json"), hf_config | {"dtype": name, "torch_dtype": name})
+    if tokenizer_folder:
+        for file in (*TOKENIZER_FILES, "generation_config.json"):
+            source, target = os.path.join(tokenizer_folder, file), os.path.join(folder, file)
+            if os.path.exists(source) and os.path.realpath(source) != os.path.realpath(target):
+                write_atomically(target, lambda t: shutil.copyfile(source, t))
+    if not os.path.exists(os.path.join(folder, "generation_config.json")):
+        ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+        write_json(os.path.join(folder, "generation_config.json"),
+                   {k: hf_config[k] for k in ids if hf_config.get(k) is not None})
+    if chat_template is not None:
+        def write(temporary):
+            with open(temporary, "w", encoding="utf-8", newline="") as f:
+                f.write(chat_template)
+        write_atomically(os.path.join(folder, "chat_template.jinja"), write)
+
+
+def write_json(path, value):
+    def write(temporary):
+        with open(temporary, "w", encoding="utf-8") as f:
+            json.dump(value, f, indent=2, ensure_ascii=False)
+            f.write("\n")
+    write_atomically(path, write)
+
+
+def write_atomically(path, write):
+    """write(temporary path), then rename: a reader or a kill sees the old file or the new, never half."""
+    temporary = f"{path}.tmp{os.getpid()}"
+    try:
+        write(temporary)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)   # safetensors leaves 0600: unreadable by others
+        with open(temporary, "rb") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)

@@ -1,0 +1,378 @@
+"""
+Align a Llama-family language model on preference pairs with MMPO, or with a baseline.
+
+One GPU, or a CPU:
+$ python train.py config/smollm2_135m.py --beta=0.1
+Four GPUs on one machine:
+$ torchrun --nproc_per_node=4 train.py config/smollm2_135m.py
+Two machines of eight (on the second, --node_rank=1):
+$ torchrun --nnodes=2 --nproc_per_node=8 --node_rank=0 --master_addr=10.0.0.1 train.py config/llama3_8b.py
+
+`python train.py --help` lists every setting below.
+"""
+import contextlib
+import json
+import math
+import os
+import sys
+import time
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel as DDP
+from tqdm import tqdm
+
+import data
+import mmpo
+import model as llama
+from configurator import configure, one_line_errors
+
+# -----------------------------------------------------------------------------
+# defaults; a comment's first words are the choices or bounds that a value is held to
+# I/O
+out_dir = "out"                     # the aligned model, in Hugging Face layout, and metrics.jsonl
+init_from = "HuggingFaceTB/SmolLM2-135M-Instruct"   # the checkpoint to align: a folder or a hub id
+export_dtype = "bfloat16"           # bfloat16 | float16 | float32: of the exported weights
+# logging
+log_interval = 1                    # > 0, steps between log lines
+eval_interval = 50                  # > 0, steps between evaluations; also before the first and after the last
+sample_prompt = ""                  # answered before and after training; "" takes the first held-out prompt
+sample_tokens = 96                  # >= 0, tokens of that answer at most
+kl_samples = 16                     # >= 0, answers of the reference that the KL estimate is taken over
+kl_tokens = 64                      # > 0, tokens of each at most
+wandb_log = False                   # also log to Weights & Biases
+wandb_project = "nanommpo"          # its project
+# data
+dataset = "HuggingFaceH4/ultrafeedback_binarized"   # files or hub datasets, comma-separated
+train_split = "train_prefs"         # of a hub dataset
+eval_dataset = ""                   # the same for held-out pairs; "" holds eval_pairs of dataset out
+eval_split = "test_prefs"           # of a hub dataset
+eval_pairs = 256                    # > 0, held-out pairs used
+max_length = 1024                   # > 1, tokens of prompt + response at most
+max_prompt_length = 512             # > 0, tokens of the prompt at most; its end is kept
+chat_template = ""                  # "": the checkpoint's own; chatml, llama3 or a .jinja file
+bad_rows = "error"                  # error | drop: what a malformed row does (dropped rows are counted)
+# objective
+objective = "mmpo"                  # mmpo | dpo | simpo | ipo | orpo | sft
+beta = 0.05                         # >= 0, weight of the reference in R; scale of DPO, IPO, SimPO
+reward_chosen = 0.9                 # r of the chosen response
+reward_rejected = 0.1               # r of the rejected response
+length_norm = True                  # mean instead of summed log-probs (MMPO, SFT)
+reward_norm = True                  # min-max R over a group, into [0, 1]
+reward_norm_group = 0               # >= 0, pairs in a group; 0: the global batch
+pref_weight = 0.0                   # >= 0, pairwise term: 0 MMPO, 1 SFT on the chosen, above 1 contrastive
+entropy_coef = 0.0                  # >= 0, the entropy ablation
+gamma_beta_ratio = 1.6              # >= 0, SimPO's margin over beta
+orpo_lambda = 0.1                   # >= 0, ORPO's odds-ratio weight
+# model
+lora_rank = 0                       # >= 0, 0 trains all weights
+lora_alpha = 64.0                   # > 0, LoRA's scale is alpha / rank
+lora_dropout = 0.01                 # 0 to 1, on the adapters' input
+lora_targets = "q_proj,k_proj,v_proj,o_proj"   # linear layers with adapters
+# optimizer
+batch_size = 128                    # > 0, pairs per step, over all ranks
+learning_rate = 5e-4                # >= 0, at its peak
+weight_decay = 0.0                  # >= 0, on matrices
+beta1 = 0.9                         # 0 to 1, AdamW
+beta2 = 0.999                       # 0 to 1, AdamW
+grad_clip = 1.0                     # >= 0, norm of the gradient; 0 never clips
+# schedule
+epochs = 1.0                        # > 0, passes over the pairs
+max_iters = 0                       # >= 0, steps; 0: as many as epochs takes
+warmup = 0.1                        # 0 to 1, share of the steps with a rising learning rate
+min_lr = 0.0                        # >= 0, where the cosine ends
+# system
+row_tokens = 16384                  # > 0, tokens of a packed row, the unit of memory; a step has several
+activation_checkpointing = False    # compute activations again in backward: less memory, 1.3x the time
+device = "auto"                     # auto | cuda | cpu | mps
+dtype = "bfloat16"                  # bfloat16 | float32: of the computation; trained weights are fp32
+compile = True                      # torch.compile, on a GPU (on a CPU it gains 6% for 20 s of waiting)
+seed = 42                           # >= 0, of the order of pairs, dropout and samples
+# -----------------------------------------------------------------------------
+one_line_errors()
+settings, overrides = configure(globals(), sys.argv[1:], __file__)
+
+# --- setup: one process, or one of torchrun's
+ddp = int(os.environ.get("RANK", -1)) != -1
+ddp_rank, ddp_local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+ddp_world_size = int(os.environ.get("WORLD_SIZE", 1))
+master_process = ddp_rank == 0
+if device == "auto":
+    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+device = torch.device(device, ddp_local_rank if device == "cuda" else None)
+if device.type == "cuda":
+    torch.cuda.set_device(device)
+    torch.set_float32_matmul_precision("high")   # TF32 for what stays in fp32
+if ddp:
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+torch.manual_seed(seed + ddp_rank)               # dropout differs between ranks; the data order must not
+autocast = (torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext())
+
+
+def log(text):
+    if master_process:
+        tqdm.write(text)
+
+
+def first_on_each_node(function, *args):
+    """Local rank 0 downloads or tokenizes; the other ranks of its machine then find it in the cache."""
+    if ddp and ddp_local_rank != 0:
+        dist.barrier()
+    result = function(*args)
+    if ddp and ddp_local_rank == 0:
+        dist.barrier()
+    return result
+
+
+log(f"nanoMMPO: {objective} on {ddp_world_size} x {device.type}, {dtype}; set: " +
+    (", ".join(f"{k}={v!r}" for k, v in overrides.items()) or "nothing"))
+if master_process:
+    os.makedirs(out_dir, exist_ok=True)
+    llama.write_json(os.path.join(out_dir, "train_config.json"), settings)
+    metrics_file = open(os.path.join(out_dir, "metrics.jsonl"), "w", buffering=1)
+    if wandb_log:
+        import wandb
+        wandb.init(project=wandb_project, name=os.path.basename(out_dir), config=settings)
+
+
+def record(metrics):
+    if master_process:
+        metrics_file.write(json.dumps(metrics) + "\n")
+        if wandb_log:
+            wandb.log(metrics, step=metrics["iter"])
+
+
+# --- data: tokenized once, then read from the cache
+folder = first_on_each_node(llama.checkpoint_folder, init_from)
+tokenizer = data.Tokenizer(folder, chat_template)
+limits = (tokenizer, max_length, max_prompt_length, bad_rows)
+train_pairs = first_on_each_node(data.load_pairs, dataset, train_split, *limits)
+log(f"{dataset}: {train_pairs.report}")
+if eval_dataset:
+    held_out = first_on_each_node(data.load_pairs, eval_dataset, eval_split, *limits)
+    log(f"{eval_dataset}: {held_out.report}")
+    held_out = held_out.subset(np.random.default_rng(seed).permutation(len(held_out))[:eval_pairs])
+else:
+    train_pairs, held_out = data.hold_out(train_pairs, eval_pairs, seed)
+log(data.describe_example(train_pairs, tokenizer))
+longest = max(train_pairs.lengths.sum(1).max(), held_out.lengths.sum(1).max())
+if longest > row_tokens:
+    raise ValueError(f"row_tokens: {row_tokens} is less than the longest pair ({longest} tokens); raise it, or "
+                     "lower max_length")
+iters_per_epoch = math.ceil(len(train_pairs) / batch_size)
+max_iters = max_iters or math.ceil(epochs * iters_per_epoch)
+eval_tokens = 2 * row_tokens      # rows without gradients take far less memory
+train_shapes = (row_tokens // 4, row_tokens) if device.type == "cuda" else ()   # few shapes, few compilations
+eval_shapes = (eval_tokens,) if device.type == "cuda" else ()
+log(f"{len(train_pairs):,} pairs, {len(held_out):,} held out; {max_iters} steps of {batch_size} pairs, "
+    f"{iters_per_epoch} an epoch")
+
+# --- model: trained weights are fp32; under LoRA the frozen ones are kept as they are computed with
+frozen_dtype = torch.bfloat16 if lora_rank and dtype == "bfloat16" else torch.float32
+raw_model, hf_config = llama.from_pretrained(folder, device, frozen_dtype)
+if tokenizer.n_vocab > raw_model.config.vocab_size:
+    raise ValueError(f"{folder}: tokenizer.json has ids up to {tokenizer.n_vocab - 1}, config.json vocab_size "
+                     f"{raw_model.config.vocab_size}; do they belong together?")
+raw_model.activation_checkpointing = activation_checkpointing
+if lora_rank:
+    llama.add_lora(raw_model, lora_rank, lora_alpha, lora_dropout, lora_targets.split(","))
+if compile and device.type == "cuda":
+    raw_model.compile_blocks()
+trained = [p for p in raw_model.parameters() if p.requires_grad]
+log(f"{init_from}: {sum(p.numel() for p in raw_model.parameters()):,} parameters, "
+    f"{sum(p.numel() for p in trained):,} trained")
+stop_ids = tokenizer.stop_ids()
+
+
+@torch.no_grad()
+def score(pairs, indices, title=None):
+    """Summed log-probs of rows `indices`, (len(indices), n) on every rank: each scores its share."""
+    raw_model.eval()
+    logps = torch.zeros(len(indices), pairs.lengths.shape[1] - 1, device=device)
+    rows = data.pack(pairs.lengths[indices].sum(1), eval_tokens, ddp_world_size)[ddp_rank]
+    for members in tqdm(rows, title, disable=not (title and master_process and sys.stderr.isatty())):
+        row = data.collate(pairs, indices[members], eval_shapes).to(device)
+        with autocast:
+            per_token_logps = raw_model(row)
+        logps[members] = mmpo.sum_by_response(per_token_logps, row.response, row.n_responses).view(-1, logps.size(1))
+    if ddp:
+        dist.all_reduce(logps)
+    raw_model.train()
+    return logps.cpu()
+
+
+def answer(title):
+    """One greedy answer, for a person to see what training does."""
+    turns = [{"role": "user", "content": sample_prompt}]
+    prompt = tokenizer.encode_prompt(turns) if sample_prompt else held_out.ids(0)[0].tolist()
+    with autocast:
+        [ids] = raw_model.generate([prompt], sample_tokens, temperature=0, stop_ids=stop_ids)
+    log(f"{title}:\n| " + tokenizer.decode(prompt + ids).replace("\n", "\n| "))
+
+
+# --- reference log-probs, and so all rewards: constants, computed once, before the policy moves.
+# From here on there is no reference model, only a table: R = r + beta log pi_ref.
+def reference_logps(pairs, indices):
+    """score(pairs, indices) of the untrained model, from the cache if every rank finds it there."""
+    path = data.cache_path("reference", [llama.weights_fingerprint(folder), dtype, device.type,
+                                         pairs.fingerprint(), indices.tolist()])
+    found = torch.tensor(float(os.path.exists(path)), device=device)
+    if ddp:
+        dist.all_reduce(found, dist.ReduceOp.MIN)
+    if found:
+        return torch.from_numpy(np.load(path)["logps"])
+    with llama.adapters_off(raw_model):
+        logps = score(pairs, indices, "reference log-probs")
+    if ddp_local_rank == 0:
+        data.save_cache(path, logps=logps.numpy())
+    return logps
+
+
+def reward_of(pairs, lengths, ref_logps):
+    """R(y, z) of every response before normalization, (N, n)."""
+    r = torch.from_numpy(pairs.rewards) if len(pairs.rewards) else \
+        torch.linspace(reward_chosen, reward_rejected, ref_logps.size(1))
+    return mmpo.rewards(r, ref_logps / lengths if length_norm else ref_logps, beta)
+
+
+def normalized(R, group):
+    return mmpo.normalize(R, reward_norm_group or group) if reward_norm else R
+
+
+uses_reference = objective in mmpo.USES_REFERENCE
+lengths = torch.from_numpy(train_pairs.lengths[:, 1:])            # (N, n) tokens of each response
+visited = np.unique(np.concatenate([data.batch_indices(len(train_pairs), batch_size, seed, i)
+                                    for i in range(min(max_iters, iters_per_epoch))]))
+ref_logps = torch.zeros(lengths.shape)
+if uses_reference:
+    t0 = time.time()
+    ref_logps[visited] = reference_logps(train_pairs, visited)
+    log(f"reference log-probs of {len(visited):,} pairs: {time.time() - t0:.0f} s")
+R = reward_of(train_pairs, lengths, ref_logps)
+
+# held-out: the same constants, and samples of the reference that the KL estimate is taken over
+everything = np.arange(len(held_out))
+eval_lengths = torch.from_numpy(held_out.lengths[:, 1:])
+eval_ref_logps = reference_logps(held_out, everything)
+eval_R = normalized(reward_of(held_out, eval_lengths, eval_ref_logps), batch_size)
+kl_prompts = [held_out.ids(i)[0].tolist() for i in everything[:kl_samples]]
+if kl_prompts:
+    with autocast:
+        answers = raw_model.generate(kl_prompts, kl_tokens, stop_ids=stop_ids, seed=seed)
+    if ddp:
+        dist.broadcast_object_list(answers)       # the same samples on every rank
+    kl_pairs = data.Pairs.from_rows([[p, a] for p, a in zip(kl_prompts, answers)])
+    kl_ref_logps = score(kl_pairs, np.arange(len(kl_pairs)))
+
+constants = dict(beta=beta, length_norm=length_norm)
+knobs = dict(constants, pref_weight=pref_weight, gamma_beta_ratio=gamma_beta_ratio, orpo_lambda=orpo_lambda)
+
+
+def evaluate():
+    """Loss and metrics over the held-out pairs, and KL(reference || policy) in nats a token, estimated
+    on the reference's own samples."""
+    logps = score(held_out, everything)
+    metrics = mmpo.preference_metrics(logps, eval_lengths, eval_ref_logps, eval_R, **constants)
+    metrics["loss"] = mmpo.preference_loss(objective, logps, eval_lengths, eval_ref_logps, eval_R, **knobs).mean().item()
+    if kl_prompts:
+        kl = kl_ref_logps - score(kl_pairs, np.arange(len(kl_pairs)))
+        metrics["kl"] = (kl.sum() / kl_pairs.lengths[:, 1:].sum()).item()
+    return {f"eval/{name}": value for name, value in metrics.items()}
+
+
+# --- optimizer
+matrices = [p for p in trained if p.dim() >= 2]
+vectors = [p for p in trained if p.dim() < 2]
+optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=weight_decay), dict(params=vectors, weight_decay=0.0)],
+                              lr=learning_rate, betas=(beta1, beta2), fused=device.type != "mps")
+model = DDP(raw_model, device_ids=[ddp_local_rank] if device.type == "cuda" else None) if ddp else raw_model
+
+
+def get_lr(iter_num):
+    """Linear warm-up, then a cosine down to min_lr."""
+    warmup_iters = warmup * max_iters
+    if iter_num < warmup_iters:
+        return learning_rate * (iter_num + 1) / (warmup_iters + 1)
+    progress = (iter_num - warmup_iters) / max(1, max_iters - warmup_iters)
+    return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (learning_rate - min_lr)
+
+
+# --- training loop
+answer("sample before")
+first_eval, t0, training_time = None, time.time(), 0.0
+for iter_num in tqdm(range(max_iters + 1), "steps", disable=not (master_process and sys.stderr.isatty())):
+
+    if iter_num % eval_interval == 0 or iter_num == max_iters:
+        metrics = evaluate()
+        first_eval = first_eval or metrics
+        record({"iter": iter_num} | metrics)
+        log(f"eval {iter_num:5d} | " + " | ".join(f"{k.removeprefix('eval/')} {v:.4f}" for k, v in metrics.items()))
+        t0 = time.time()
+    if iter_num == max_iters:
+        break
+
+    # the pairs of this step, their rewards, and the packed rows that fall to this rank
+    batch = data.batch_indices(len(train_pairs), batch_size, seed, iter_num)
+    batch_lengths, batch_ref_logps = lengths[batch], ref_logps[batch]
+    batch_R = normalized(R[batch], len(batch))
+    rows = data.pack(train_pairs.lengths[batch].sum(1), row_tokens, ddp_world_size)[ddp_rank]
+    batch_logps = torch.zeros(batch_lengths.shape, device=device)
+    total_loss = torch.zeros((), device=device)
+
+    for micro_step, members in enumerate(rows):
+        row = data.collate(train_pairs, batch[members], train_shapes).to(device)
+        if ddp:   # gradients meet in the last micro-step only
+            model.require_backward_grad_sync = micro_step == len(rows) - 1
+        with autocast:
+            scored = model(row, entropy=entropy_coef > 0)
+        per_token_logps = scored[0] if entropy_coef > 0 else scored
+        logps = mmpo.sum_by_response(per_token_logps, row.response, row.n_responses).view(len(members), -1)
+        row_lengths, row_ref_logps, row_R = (x[members].to(device) for x in (batch_lengths, batch_ref_logps, batch_R))
+        losses = mmpo.preference_loss(objective, logps, row_lengths, row_ref_logps, row_R, **knobs)
+        if entropy_coef > 0:
+            losses = losses - entropy_coef * mmpo.entropy_bonus(*scored, row.response, row_lengths, length_norm)
+        loss = losses.sum() / len(batch)          # the mean over the step's pairs, whoever computes them
+        (loss * ddp_world_size).backward()        # DDP averages over ranks
+        total_loss += loss.detach()
+        batch_logps[members] = logps.detach()
+
+    lr = get_lr(iter_num)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    grad_norm = torch.nn.utils.clip_grad_norm_(trained, grad_clip or math.inf)
+    if not grad_norm.isfinite():
+        raise ValueError(f"step {iter_num}: the gradient is {grad_norm.item()}; weights not updated. Lower "
+                         "learning_rate, or try dtype=float32")
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+    if iter_num % log_interval == 0:
+        if ddp:
+            dist.all_reduce(batch_logps)
+            dist.all_reduce(total_loss)
+        metrics = {"loss": total_loss.item(), **mmpo.preference_metrics(
+            batch_logps.cpu(), batch_lengths, batch_ref_logps if uses_reference else None,
+            batch_R if objective == "mmpo" else None, **constants)}
+        step_time = (time.time() - t0) / log_interval
+        training_time += step_time * log_interval
+        left = training_time / (iter_num + 1) * (max_iters - iter_num - 1)
+        metrics |= {"grad_norm": grad_norm.item(), "lr": lr, "left": left,
+                    "tokens_per_second": train_pairs.lengths[batch].sum() / step_time}
+        record({"iter": iter_num} | metrics)
+        log(f"step {iter_num:5d} | loss {metrics['loss']:.4f} | accuracy {metrics['rewards/accuracies']:.2f} | " + (
+            f"q_w {metrics['weights/chosen']:.3f} | " if "weights/chosen" in metrics else "") +
+            f"norm {metrics['grad_norm']:.2f} | lr {lr:.1e} | {metrics['tokens_per_second']:,.0f} tok/s | "
+            f"{left / 60:.1f} min left")
+        t0 = time.time()
+
+# --- the aligned model, in Hugging Face layout
+answer("sample after")
+if master_process:
+    llama.save_pretrained(raw_model, out_dir, hf_config, folder, llama.DTYPES[export_dtype],
+                          chat_template=tokenizer.template_text)
+    log(f"held-out preference accuracy (mean log-probs): {first_eval['eval/accuracy/mean']:.3f} before, "
+        f"{metrics['eval/accuracy/mean']:.3f} after\naligned model and metrics.jsonl: {out_dir}")
+if ddp:
+    dist.barrier()
+    dist.destroy_process_group()
