@@ -156,20 +156,22 @@ def preference_metrics(logps, lengths, ref_logps=None, R=None, *, beta=0.05, len
 
     rewards/*: implicit rewards, beta (log pi - log ref), or beta mean log pi without a reference.
     weights/*: q of the chosen response, with R. accuracy/*: likelier chosen, by mean and by sum.
+    With one response a row (SFT data) there is nothing to compare.
     """
-    means = logps / lengths
-    implicit = beta * (logps - ref_logps) if ref_logps is not None else beta * means
-    margins = implicit[:, 0] - implicit[:, -1]
-    metrics = {
-        "rewards/accuracies": (margins > 0).float().mean(),
-        "rewards/margins": margins.mean(),
-        "logps/chosen": logps[:, 0].mean(),
-        "logps/rejected": logps[:, -1].mean(),
-        "accuracy/mean": (means[:, 0] > means[:, -1]).float().mean(),
-        "accuracy/sum": (logps[:, 0] > logps[:, -1]).float().mean(),
-    }
-    if R is not None:
-        q = posterior(means if length_norm else logps, R)[:, 0]
-        metrics["weights/chosen"] = q.mean()
-        metrics["weights/upweighted"] = (q > 0.5).float().mean()
+    metrics = {"logps/chosen": logps[:, 0].mean()}
+    if logps.size(1) > 1:
+        means = logps / lengths
+        implicit = beta * (logps - ref_logps) if ref_logps is not None else beta * means
+        margins = implicit[:, 0] - implicit[:, -1]
+        metrics |= {
+            "logps/rejected": logps[:, -1].mean(),
+            "rewards/accuracies": (margins > 0).float().mean(),
+            "rewards/margins": margins.mean(),
+            "accuracy/mean": (means[:, 0] > means[:, -1]).float().mean(),
+            "accuracy/sum": (logps[:, 0] > logps[:, -1]).float().mean(),
+        }
+        if R is not None:
+            q = posterior(means if length_norm else logps, R)[:, 0]
+            metrics["weights/chosen"] = q.mean()
+            metrics["weights/upweighted"] = (q > 0.5).float().mean()
     return {name: value.item() for name, value in metrics.items()}

@@ -298,9 +298,17 @@ def get_lr(iter_num):
     return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (learning_rate - min_lr)
 
 
+def step_line(iter_num, m):
+    parts = [f"step {iter_num:5d}", f"loss {m['loss']:.4f}"]
+    parts += [f"{short} {m[name]:.3f}" for name, short in
+              (("rewards/accuracies", "accuracy"), ("weights/chosen", "q_w")) if name in m]
+    return " | ".join(parts + [f"norm {m['grad_norm']:.2f}", f"lr {m['lr']:.1e}",
+                               f"{m['tokens_per_second']:,.0f} tok/s", f"{m['seconds_left'] / 60:.1f} min left"])
+
+
 # --- training loop
 answer("sample before")
-first_eval, t0, training_time = None, time.time(), 0.0
+first_eval, training_time, tokens_since_log, time_since_log = None, 0.0, 0, 0.0
 for iter_num in tqdm(range(max_iters + 1), "steps", disable=not (master_process and sys.stderr.isatty())):
 
     if iter_num % eval_interval == 0 or iter_num == max_iters:
@@ -308,9 +316,9 @@ for iter_num in tqdm(range(max_iters + 1), "steps", disable=not (master_process 
         first_eval = first_eval or metrics
         record({"iter": iter_num} | metrics)
         log(f"eval {iter_num:5d} | " + " | ".join(f"{k.removeprefix('eval/')} {v:.4f}" for k, v in metrics.items()))
-        t0 = time.time()
     if iter_num == max_iters:
         break
+    t0 = time.time()
 
     # the pairs of this step, their rewards, and the packed rows that fall to this rank
     batch = data.batch_indices(len(train_pairs), batch_size, seed, iter_num)
@@ -347,6 +355,7 @@ for iter_num in tqdm(range(max_iters + 1), "steps", disable=not (master_process 
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
+    tokens_since_log += train_pairs.lengths[batch].sum().item()
     if iter_num % log_interval == 0:
         if ddp:
             dist.all_reduce(batch_logps)
@@ -354,25 +363,23 @@ for iter_num in tqdm(range(max_iters + 1), "steps", disable=not (master_process 
         metrics = {"loss": total_loss.item(), **mmpo.preference_metrics(
             batch_logps.cpu(), batch_lengths, batch_ref_logps if uses_reference else None,
             batch_R if objective == "mmpo" else None, **constants)}
-        step_time = (time.time() - t0) / log_interval
-        training_time += step_time * log_interval
-        left = training_time / (iter_num + 1) * (max_iters - iter_num - 1)
-        metrics |= {"grad_norm": grad_norm.item(), "lr": lr, "left": left,
-                    "tokens_per_second": train_pairs.lengths[batch].sum() / step_time}
+    training_time, time_since_log = training_time + time.time() - t0, time_since_log + time.time() - t0
+    if iter_num % log_interval == 0:
+        metrics |= {"grad_norm": grad_norm.item(), "lr": lr, "tokens_per_second": tokens_since_log / time_since_log,
+                    "seconds_left": training_time / (iter_num + 1) * (max_iters - iter_num - 1)}
+        tokens_since_log, time_since_log = 0, 0.0
         record({"iter": iter_num} | metrics)
-        log(f"step {iter_num:5d} | loss {metrics['loss']:.4f} | accuracy {metrics['rewards/accuracies']:.2f} | " + (
-            f"q_w {metrics['weights/chosen']:.3f} | " if "weights/chosen" in metrics else "") +
-            f"norm {metrics['grad_norm']:.2f} | lr {lr:.1e} | {metrics['tokens_per_second']:,.0f} tok/s | "
-            f"{left / 60:.1f} min left")
-        t0 = time.time()
+        log(step_line(iter_num, metrics))
 
 # --- the aligned model, in Hugging Face layout
 answer("sample after")
 if master_process:
     llama.save_pretrained(raw_model, out_dir, hf_config, folder, llama.DTYPES[export_dtype],
                           chat_template=tokenizer.template_text)
-    log(f"held-out preference accuracy (mean log-probs): {first_eval['eval/accuracy/mean']:.3f} before, "
-        f"{metrics['eval/accuracy/mean']:.3f} after\naligned model and metrics.jsonl: {out_dir}")
+    if "eval/accuracy/mean" in metrics:
+        log(f"held-out preference accuracy: {first_eval['eval/accuracy/mean']:.3f} before, "
+            f"{metrics['eval/accuracy/mean']:.3f} after (mean log-probs)")
+    log(f"aligned model and metrics.jsonl: {out_dir}")
 if ddp:
     dist.barrier()
     dist.destroy_process_group()
