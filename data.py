@@ -479,7 +479,7 @@ def load_pairs(sources, split, tokenizer, max_length, max_prompt_length, bad_row
     the prompt. bad_rows "drop" counts malformed rows as dropped instead of ending the run.
     Raises ValueError or OSError that names the source and line.
     """
-    sources = [s.strip() for s in sources.split(",") if s.strip()]
+    sources = [os.path.expanduser(s.strip()) for s in sources.split(",") if s.strip()]
     path = cache_path("pairs", [FORMAT, tokenizer.fingerprint, max_length, max_prompt_length, bad_rows,
                                 [source_fingerprint(s, split) for s in sources]])
     if os.path.exists(path):

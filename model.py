@@ -508,8 +508,8 @@ def checkpoint_folder(name):
 
     Raises FileNotFoundError where there is no such folder, OSError where the hub refuses.
     """
-    if os.path.isdir(name):
-        return name
+    if os.path.isdir(os.path.expanduser(name)):
+        return os.path.expanduser(name)
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise FileNotFoundError(f"{name}: no such folder; give a checkpoint's folder or a hub id (owner/name)")
     from huggingface_hub import snapshot_download

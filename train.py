@@ -6,11 +6,10 @@ $ python train.py config/smollm2_135m.py --beta=0.1
 Four GPUs on one machine:
 $ torchrun --nproc_per_node=4 train.py config/smollm2_135m.py
 Two machines of eight (on the second, --node_rank=1):
-$ torchrun --nnodes=2 --nproc_per_node=8 --node_rank=0 --master_addr=10.0.0.1 train.py config/llama3_8b.py
+$ torchrun --nnodes=2 --node_rank=0 --nproc_per_node=8 --master_addr=10.0.0.1 train.py config/x.py
 
 `python train.py --help` lists every setting below.
 """
-import contextlib
 import json
 import math
 import os
@@ -29,66 +28,66 @@ import model as llama
 from configurator import configure, one_line_errors
 
 # -----------------------------------------------------------------------------
-# defaults; a comment's first words are the choices or bounds that a value is held to
+# defaults: SmolLM2-135M on one GPU; the first words of a comment are the bounds of the value
 # I/O
-out_dir = "out"                     # the aligned model, in Hugging Face layout, and metrics.jsonl
-init_from = "HuggingFaceTB/SmolLM2-135M-Instruct"   # the checkpoint to align: a folder or a hub id
-export_dtype = "bfloat16"           # bfloat16 | float16 | float32: of the exported weights
+out_dir = "out"                   # the aligned model, in Hugging Face layout, and metrics.jsonl
+init_from = "HuggingFaceTB/SmolLM2-135M-Instruct"   # the model to align: a folder or a hub id
+export_dtype = "bfloat16"         # bfloat16 | float16 | float32: of the exported weights
 # logging
-log_interval = 1                    # > 0, steps between log lines
-eval_interval = 50                  # > 0, steps between evaluations; also before the first and after the last
-sample_prompt = ""                  # answered before and after training; "" takes the first held-out prompt
-sample_tokens = 96                  # >= 0, tokens of that answer at most
-kl_samples = 16                     # >= 0, answers of the reference that the KL estimate is taken over
-kl_tokens = 64                      # > 0, tokens of each at most
-wandb_log = False                   # also log to Weights & Biases
-wandb_project = "nanommpo"          # its project
+log_interval = 1                  # > 0, steps between log lines
+eval_interval = 50                # > 0, steps between evaluations; always before and after too
+sample_prompt = ""                # answered before and after; "": the first held-out prompt
+sample_tokens = 96                # > 0, tokens of that answer at most
+kl_samples = 16                   # >= 0, answers of the reference that KL is estimated on
+kl_tokens = 64                    # > 0, tokens of each at most
+wandb_log = False                 # log to Weights & Biases too
+wandb_project = "nanommpo"        # its project
 # data
-dataset = "HuggingFaceH4/ultrafeedback_binarized"   # files or hub datasets, comma-separated
-train_split = "train_prefs"         # of a hub dataset
-eval_dataset = ""                   # the same for held-out pairs; "" holds eval_pairs of dataset out
-eval_split = "test_prefs"           # of a hub dataset
-eval_pairs = 256                    # > 0, held-out pairs used
-max_length = 1024                   # > 1, tokens of prompt + response at most
-max_prompt_length = 512             # > 0, tokens of the prompt at most; its end is kept
-chat_template = ""                  # "": the checkpoint's own; chatml, llama3 or a .jinja file
-bad_rows = "error"                  # error | drop: what a malformed row does (dropped rows are counted)
+dataset = "HuggingFaceH4/ultrafeedback_binarized,HuggingFaceH4/orca_dpo_pairs"   # files, hub ids
+train_split = "train_prefs"       # of a hub dataset
+eval_dataset = ""                 # the same for held-out pairs; "": eval_pairs of dataset
+eval_split = "test_prefs"         # of a hub dataset
+eval_pairs = 256                  # > 0, held-out pairs used
+max_length = 2312                 # > 1, tokens of prompt + response at most
+max_prompt_length = 1800          # > 0, tokens of the prompt at most; its end is kept
+chat_template = ""                # "": the model's own; chatml, llama3 or a .jinja file
+bad_rows = "error"                # error | drop: what a malformed row does; drops are counted
 # objective
-objective = "mmpo"                  # mmpo | dpo | simpo | ipo | orpo | sft
-beta = 0.05                         # >= 0, weight of the reference in R; scale of DPO, IPO, SimPO
-reward_chosen = 0.9                 # r of the chosen response
-reward_rejected = 0.1               # r of the rejected response
-length_norm = True                  # mean instead of summed log-probs (MMPO, SFT)
-reward_norm = True                  # min-max R over a group, into [0, 1]
-reward_norm_group = 0               # >= 0, pairs in a group; 0: the global batch
-pref_weight = 0.0                   # >= 0, pairwise term: 0 MMPO, 1 SFT on the chosen, above 1 contrastive
-entropy_coef = 0.0                  # >= 0, the entropy ablation
-gamma_beta_ratio = 1.6              # >= 0, SimPO's margin over beta
-orpo_lambda = 0.1                   # >= 0, ORPO's odds-ratio weight
+objective = "mmpo"                # mmpo | dpo | simpo | ipo | orpo | sft
+beta = 0.05                       # >= 0, weight of the reference in R; scale of DPO, IPO, SimPO
+reward_chosen = 0.9               # r of the chosen response
+reward_rejected = 0.1             # r of the rejected response
+length_norm = True                # mean instead of summed log-probs (MMPO, SFT)
+reward_norm = True                # min-max R over a group, into [0, 1]
+reward_norm_group = 0             # >= 0, pairs in such a group; 0: the global batch
+pref_weight = 0.0                 # >= 0, pairwise term: 0 MMPO, 1 likelihood of the chosen only
+entropy_coef = 0.0                # >= 0, the entropy ablation
+gamma_beta_ratio = 1.6            # >= 0, SimPO's margin over beta
+orpo_lambda = 0.1                 # >= 0, weight of ORPO's odds ratio
 # model
-lora_rank = 0                       # >= 0, 0 trains all weights
-lora_alpha = 64.0                   # > 0, LoRA's scale is alpha / rank
-lora_dropout = 0.01                 # 0 to 1, on the adapters' input
+lora_rank = 0                     # >= 0, 0 trains all weights
+lora_alpha = 64.0                 # > 0, LoRA's scale is alpha / rank
+lora_dropout = 0.01               # 0 to 1, on the adapters' input
 lora_targets = "q_proj,k_proj,v_proj,o_proj"   # linear layers with adapters
 # optimizer
-batch_size = 128                    # > 0, pairs per step, over all ranks
-learning_rate = 5e-4                # >= 0, at its peak
-weight_decay = 0.0                  # >= 0, on matrices
-beta1 = 0.9                         # 0 to 1, AdamW
-beta2 = 0.999                       # 0 to 1, AdamW
-grad_clip = 1.0                     # >= 0, norm of the gradient; 0 never clips
+batch_size = 128                  # > 0, pairs per step, over all ranks
+learning_rate = 5e-4              # >= 0, at its peak
+weight_decay = 0.0                # >= 0, on matrices
+beta1 = 0.9                       # 0 to 1, AdamW
+beta2 = 0.999                     # 0 to 1, AdamW
+grad_clip = 1.0                   # >= 0, norm of the gradient at most; 0: never clip
 # schedule
-epochs = 1.0                        # > 0, passes over the pairs
-max_iters = 0                       # >= 0, steps; 0: as many as epochs takes
-warmup = 0.1                        # 0 to 1, share of the steps with a rising learning rate
-min_lr = 0.0                        # >= 0, where the cosine ends
+epochs = 5.0                      # > 0, passes over the pairs
+max_iters = 0                     # >= 0, steps; 0: as many as epochs takes
+warmup = 0.1                      # 0 to 1, share of the steps with a rising learning rate
+min_lr = 0.0                      # >= 0, where the cosine ends
 # system
-row_tokens = 16384                  # > 0, tokens of a packed row, the unit of memory; a step has several
-activation_checkpointing = False    # compute activations again in backward: less memory, 1.3x the time
-device = "auto"                     # auto | cuda | cpu | mps
-dtype = "bfloat16"                  # bfloat16 | float32: of the computation; trained weights are fp32
-compile = True                      # torch.compile, on a GPU (on a CPU it gains 6% for 20 s of waiting)
-seed = 42                           # >= 0, of the order of pairs, dropout and samples
+row_tokens = 16384                # > 0, tokens of a packed row: the unit of memory
+activation_checkpointing = False  # compute activations again in backward: less memory, more time
+device = "auto"                   # auto | cuda | cpu | mps
+dtype = "bfloat16"                # bfloat16 | float32: of the computation; weights are fp32
+compile = True                    # torch.compile on a GPU; on a CPU it is not worth the wait
+seed = 42                         # >= 0, of the order of pairs, dropout and samples
 # -----------------------------------------------------------------------------
 one_line_errors()
 settings, overrides = configure(globals(), sys.argv[1:], __file__)
@@ -98,16 +97,18 @@ ddp = int(os.environ.get("RANK", -1)) != -1
 ddp_rank, ddp_local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
 ddp_world_size = int(os.environ.get("WORLD_SIZE", 1))
 master_process = ddp_rank == 0
+progress_bar = master_process and sys.stderr.isatty()
 if device == "auto":
-    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = ("cuda" if torch.cuda.is_available() else
+              "mps" if torch.backends.mps.is_available() else "cpu")
 device = torch.device(device, ddp_local_rank if device == "cuda" else None)
 if device.type == "cuda":
     torch.cuda.set_device(device)
     torch.set_float32_matmul_precision("high")   # TF32 for what stays in fp32
 if ddp:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-torch.manual_seed(seed + ddp_rank)               # dropout differs between ranks; the data order must not
-autocast = (torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext())
+torch.manual_seed(seed + ddp_rank)   # dropout differs between ranks, the order of pairs does not
+autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
 
 def log(text):
@@ -116,7 +117,7 @@ def log(text):
 
 
 def first_on_each_node(function, *args):
-    """Local rank 0 downloads or tokenizes; the other ranks of its machine then find it in the cache."""
+    """Local rank 0 downloads or tokenizes; the other ranks then find the result in the cache."""
     if ddp and ddp_local_rank != 0:
         dist.barrier()
     result = function(*args)
@@ -158,21 +159,22 @@ else:
 log(data.describe_example(train_pairs, tokenizer))
 longest = max(train_pairs.lengths.sum(1).max(), held_out.lengths.sum(1).max())
 if longest > row_tokens:
-    raise ValueError(f"row_tokens: {row_tokens} is less than the longest pair ({longest} tokens); raise it, or "
-                     "lower max_length")
+    raise ValueError(f"row_tokens: {row_tokens} is less than the longest pair ({longest} tokens); "
+                     "raise it, or lower max_length")
 iters_per_epoch = math.ceil(len(train_pairs) / batch_size)
 max_iters = max_iters or math.ceil(epochs * iters_per_epoch)
-eval_tokens = 2 * row_tokens      # rows without gradients take far less memory
-train_shapes = (row_tokens // 4, row_tokens) if device.type == "cuda" else ()   # few shapes, few compilations
-eval_shapes = (eval_tokens,) if device.type == "cuda" else ()
-log(f"{len(train_pairs):,} pairs, {len(held_out):,} held out; {max_iters} steps of {batch_size} pairs, "
-    f"{iters_per_epoch} an epoch")
+eval_tokens = 2 * row_tokens           # rows without gradients take far less memory
+padded = device.type == "cuda"         # few shapes, few compilations; a CPU takes any length
+train_shapes = (row_tokens // 4, row_tokens) if padded else ()
+eval_shapes = (eval_tokens,) if padded else ()
+log(f"{len(train_pairs):,} pairs, {len(held_out):,} held out; {max_iters} steps of {batch_size} "
+    f"pairs, {iters_per_epoch} an epoch")
 
 # --- model: trained weights are fp32; under LoRA the frozen ones are kept as they are computed with
 frozen_dtype = torch.bfloat16 if lora_rank and dtype == "bfloat16" else torch.float32
 raw_model, hf_config = llama.from_pretrained(folder, device, frozen_dtype)
 if tokenizer.n_vocab > raw_model.config.vocab_size:
-    raise ValueError(f"{folder}: tokenizer.json has ids up to {tokenizer.n_vocab - 1}, config.json vocab_size "
+    raise ValueError(f"{folder}: tokenizer.json has {tokenizer.n_vocab} ids, config.json "
                      f"{raw_model.config.vocab_size}; do they belong together?")
 raw_model.activation_checkpointing = activation_checkpointing
 if lora_rank:
@@ -187,15 +189,16 @@ stop_ids = tokenizer.stop_ids()
 
 @torch.no_grad()
 def score(pairs, indices, title=None):
-    """Summed log-probs of rows `indices`, (len(indices), n) on every rank: each scores its share."""
+    """Summed log-probs of rows `indices`, (len(indices), n), on every rank; each does a share."""
     raw_model.eval()
     logps = torch.zeros(len(indices), pairs.lengths.shape[1] - 1, device=device)
     rows = data.pack(pairs.lengths[indices].sum(1), eval_tokens, ddp_world_size)[ddp_rank]
-    for members in tqdm(rows, title, disable=not (title and master_process and sys.stderr.isatty())):
+    for members in tqdm(rows, title, disable=not (title and progress_bar)):
         row = data.collate(pairs, indices[members], eval_shapes).to(device)
         with autocast:
             per_token_logps = raw_model(row)
-        logps[members] = mmpo.sum_by_response(per_token_logps, row.response, row.n_responses).view(-1, logps.size(1))
+        sums = mmpo.sum_by_response(per_token_logps, row.response, row.n_responses)
+        logps[members] = sums.view(len(members), -1)
     if ddp:
         dist.all_reduce(logps)
     raw_model.train()
@@ -266,15 +269,16 @@ if kl_prompts:
     kl_ref_logps = score(kl_pairs, np.arange(len(kl_pairs)))
 
 constants = dict(beta=beta, length_norm=length_norm)
-knobs = dict(constants, pref_weight=pref_weight, gamma_beta_ratio=gamma_beta_ratio, orpo_lambda=orpo_lambda)
+knobs = dict(constants, pref_weight=pref_weight, gamma_beta_ratio=gamma_beta_ratio,
+             orpo_lambda=orpo_lambda)
 
 
 def evaluate():
-    """Loss and metrics over the held-out pairs, and KL(reference || policy) in nats a token, estimated
-    on the reference's own samples."""
-    logps = score(held_out, everything)
-    metrics = mmpo.preference_metrics(logps, eval_lengths, eval_ref_logps, eval_R, **constants)
-    metrics["loss"] = mmpo.preference_loss(objective, logps, eval_lengths, eval_ref_logps, eval_R, **knobs).mean().item()
+    """Loss and metrics over the held-out pairs, and KL(reference || policy) in nats a token,
+    estimated on the reference's own samples."""
+    rows = score(held_out, everything), eval_lengths, eval_ref_logps, eval_R
+    metrics = {"loss": mmpo.preference_loss(objective, *rows, **knobs).mean().item(),
+               **mmpo.preference_metrics(*rows, **constants)}
     if kl_prompts:
         kl = kl_ref_logps - score(kl_pairs, np.arange(len(kl_pairs)))
         metrics["kl"] = (kl.sum() / kl_pairs.lengths[:, 1:].sum()).item()
@@ -284,9 +288,10 @@ def evaluate():
 # --- optimizer
 matrices = [p for p in trained if p.dim() >= 2]
 vectors = [p for p in trained if p.dim() < 2]
-optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=weight_decay), dict(params=vectors, weight_decay=0.0)],
+optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=weight_decay),
+                               dict(params=vectors, weight_decay=0.0)],
                               lr=learning_rate, betas=(beta1, beta2), fused=device.type != "mps")
-model = DDP(raw_model, device_ids=[ddp_local_rank] if device.type == "cuda" else None) if ddp else raw_model
+model = DDP(raw_model, gradient_as_bucket_view=True) if ddp else raw_model
 
 
 def get_lr(iter_num):
@@ -302,20 +307,22 @@ def step_line(iter_num, m):
     parts = [f"step {iter_num:5d}", f"loss {m['loss']:.4f}"]
     parts += [f"{short} {m[name]:.3f}" for name, short in
               (("rewards/accuracies", "accuracy"), ("weights/chosen", "q_w")) if name in m]
-    return " | ".join(parts + [f"norm {m['grad_norm']:.2f}", f"lr {m['lr']:.1e}",
-                               f"{m['tokens_per_second']:,.0f} tok/s", f"{m['seconds_left'] / 60:.1f} min left"])
+    parts += [f"norm {m['grad_norm']:.2f}", f"lr {m['lr']:.1e}",
+              f"{m['tokens_per_second']:,.0f} tok/s", f"{m['seconds_left'] / 60:.1f} min left"]
+    return " | ".join(parts)
 
 
 # --- training loop
 answer("sample before")
 first_eval, training_time, tokens_since_log, time_since_log = None, 0.0, 0, 0.0
-for iter_num in tqdm(range(max_iters + 1), "steps", disable=not (master_process and sys.stderr.isatty())):
+for iter_num in tqdm(range(max_iters + 1), "steps", disable=not progress_bar):
 
     if iter_num % eval_interval == 0 or iter_num == max_iters:
         metrics = evaluate()
         first_eval = first_eval or metrics
         record({"iter": iter_num} | metrics)
-        log(f"eval {iter_num:5d} | " + " | ".join(f"{k.removeprefix('eval/')} {v:.4f}" for k, v in metrics.items()))
+        log(f"eval {iter_num:5d} | " +
+            " | ".join(f"{k.removeprefix('eval/')} {v:.4f}" for k, v in metrics.items()))
     if iter_num == max_iters:
         break
     t0 = time.time()
@@ -335,12 +342,15 @@ for iter_num in tqdm(range(max_iters + 1), "steps", disable=not (master_process 
         with autocast:
             scored = model(row, entropy=entropy_coef > 0)
         per_token_logps = scored[0] if entropy_coef > 0 else scored
-        logps = mmpo.sum_by_response(per_token_logps, row.response, row.n_responses).view(len(members), -1)
-        row_lengths, row_ref_logps, row_R = (x[members].to(device) for x in (batch_lengths, batch_ref_logps, batch_R))
+        logps = mmpo.sum_by_response(per_token_logps, row.response, row.n_responses)
+        logps = logps.view(len(members), -1)
+        row_lengths, row_ref_logps, row_R = (
+            x[members].to(device) for x in (batch_lengths, batch_ref_logps, batch_R))
         losses = mmpo.preference_loss(objective, logps, row_lengths, row_ref_logps, row_R, **knobs)
         if entropy_coef > 0:
-            losses = losses - entropy_coef * mmpo.entropy_bonus(*scored, row.response, row_lengths, length_norm)
-        loss = losses.sum() / len(batch)          # the mean over the step's pairs, whoever computes them
+            losses = losses - entropy_coef * mmpo.entropy_bonus(
+                *scored, row.response, row_lengths, length_norm)
+        loss = losses.sum() / len(batch)          # the step's mean, whichever rank computes a pair
         (loss * ddp_world_size).backward()        # DDP averages over ranks
         total_loss += loss.detach()
         batch_logps[members] = logps.detach()
@@ -350,8 +360,8 @@ for iter_num in tqdm(range(max_iters + 1), "steps", disable=not (master_process 
         group["lr"] = lr
     grad_norm = torch.nn.utils.clip_grad_norm_(trained, grad_clip or math.inf)
     if not grad_norm.isfinite():
-        raise ValueError(f"step {iter_num}: the gradient is {grad_norm.item()}; weights not updated. Lower "
-                         "learning_rate, or try dtype=float32")
+        raise ValueError(f"step {iter_num}: the gradient is {grad_norm.item()}; weights not "
+                         "updated; lower learning_rate, or try --dtype=float32")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
@@ -363,9 +373,11 @@ for iter_num in tqdm(range(max_iters + 1), "steps", disable=not (master_process 
         metrics = {"loss": total_loss.item(), **mmpo.preference_metrics(
             batch_logps.cpu(), batch_lengths, batch_ref_logps if uses_reference else None,
             batch_R if objective == "mmpo" else None, **constants)}
-    training_time, time_since_log = training_time + time.time() - t0, time_since_log + time.time() - t0
+    training_time += time.time() - t0
+    time_since_log += time.time() - t0
     if iter_num % log_interval == 0:
-        metrics |= {"grad_norm": grad_norm.item(), "lr": lr, "tokens_per_second": tokens_since_log / time_since_log,
+        metrics |= {"grad_norm": grad_norm.item(), "lr": lr,
+                    "tokens_per_second": tokens_since_log / time_since_log,
                     "seconds_left": training_time / (iter_num + 1) * (max_iters - iter_num - 1)}
         tokens_since_log, time_since_log = 0, 0.0
         record({"iter": iter_num} | metrics)

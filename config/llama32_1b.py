@@ -1,0 +1,11 @@
+# MMPO on Llama-3.2-1B with LoRA, as the authors ran it, one GPU of 40 GB or more; not yet timed.
+# python train.py config/llama32_1b.py
+out_dir = "out/llama32_1b"
+init_from = "meta-llama/Llama-3.2-1B-Instruct"   # theirs is an SFT checkpoint of their own; gated
+lora_rank = 64
+lora_alpha = 64
+lora_dropout = 0.01
+lora_targets = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
+batch_size = 48         # 73.6k pairs / 48 = 1,533 steps an epoch
+epochs = 5
+learning_rate = 5e-4

@@ -1,0 +1,13 @@
+# MMPO on Llama-3-8B with LoRA, as the authors ran it, one GPU of 80 GB; not yet timed.
+# python train.py config/llama3_8b.py
+out_dir = "out/llama3_8b"
+init_from = "princeton-nlp/Llama-3-Base-8B-SFT"
+lora_rank = 64
+lora_alpha = 64
+lora_dropout = 0.01
+lora_targets = "q_proj,k_proj,v_proj,o_proj"
+batch_size = 48         # 73.6k pairs / 48 = 1,533 steps an epoch
+epochs = 5
+learning_rate = 1e-4
+row_tokens = 8192       # a step is about 6 rows
+activation_checkpointing = True

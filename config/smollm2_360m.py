@@ -1,0 +1,7 @@
+# MMPO on SmolLM2-360M, all weights, one GPU of 80 GB; about 2,900 steps; not yet timed.
+# python train.py config/smollm2_360m.py
+out_dir = "out/smollm2_360m"
+init_from = "HuggingFaceTB/SmolLM2-360M-Instruct"
+batch_size = 128        # 73.6k pairs / 128 = 575 steps an epoch
+epochs = 5
+learning_rate = 5e-4
