@@ -1,13 +1,14 @@
 """
 A Llama-family decoder in one file: the network, its weights on disk, text generation.
 
-Names are Hugging Face's, parameter by parameter, and the rotary embedding is the split-half one, so no
-weight is renamed or permuted on the way in or out.
+Names are Hugging Face's, parameter by parameter, and the rotary embedding is the split-half one, so
+no weight is renamed or permuted on the way in or out.
 
 References
 1) Llama: Touvron et al. 2023, arXiv 2302.13971; Llama 3: Grattafiori et al. 2024, arXiv 2407.21783
 2) RMSNorm: Zhang and Sennrich 2019, arXiv 1910.07467; SwiGLU: Shazeer 2020, arXiv 2002.05202
-3) Rotary embedding: Su et al. 2021, arXiv 2104.09864; grouped queries: Ainslie et al. 2023, arXiv 2305.13245
+3) Rotary embedding: Su et al. 2021, arXiv 2104.09864
+   Grouped-query attention: Ainslie et al. 2023, arXiv 2305.13245
 4) LoRA: Hu et al. 2021, arXiv 2106.09685
 5) the reference implementation: transformers/models/llama/modeling_llama.py
 """
@@ -57,7 +58,7 @@ class LlamaConfig:
 def config_from_dict(hf, where="config.json"):
     """config.json as a dict -> LlamaConfig. ValueError names the field that this file can't honour.
 
-    transformers 5 writes rope_parameters, older versions rope_theta and rope_scaling: both are read.
+    transformers 5 writes rope_parameters, older versions rope_theta and rope_scaling: both work.
     """
     def refuse(what):
         raise ValueError(f"{where}: {what}")
@@ -70,10 +71,10 @@ def config_from_dict(hf, where="config.json"):
     if hf.get("quantization_config"):
         refuse("quantized weights are not supported; use the bf16 checkpoint")
     if hf.get("sliding_window") and hf.get("use_sliding_window", kind == "mistral"):
-        refuse("sliding-window attention is not supported; use a checkpoint with sliding_window null")
-    missing = [k for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                           "num_attention_heads") if k not in hf]
-    if missing:
+        refuse("sliding-window attention is not supported; use a model with sliding_window null")
+    needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+              "num_attention_heads")
+    if missing := [k for k in needed if k not in hf]:
         refuse(f"no {', '.join(missing)}; is this a decoder's config?")
 
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
@@ -84,15 +85,16 @@ def config_from_dict(hf, where="config.json"):
         refuse("partial_rotary_factor is not supported")
     n_head, bias = hf["num_attention_heads"], hf.get("attention_bias", False)
     return LlamaConfig(
-        vocab_size=hf["vocab_size"], n_layer=hf["num_hidden_layers"], n_head=n_head,
-        n_kv_head=hf.get("num_key_value_heads") or n_head, n_embd=hf["hidden_size"],
+        vocab_size=hf["vocab_size"], n_layer=hf["num_hidden_layers"], n_embd=hf["hidden_size"],
+        n_head=n_head, n_kv_head=hf.get("num_key_value_heads") or n_head,
         head_dim=hf.get("head_dim") or hf["hidden_size"] // n_head,
         intermediate_size=hf["intermediate_size"], norm_eps=hf.get("rms_norm_eps", 1e-6),
         rope_theta=float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0),
         rope_scaling=rope if rope_type == "llama3" else None,
         max_position_embeddings=hf.get("max_position_embeddings", 2048),
-        tie_word_embeddings=hf.get("tie_word_embeddings", False), mlp_bias=hf.get("mlp_bias", False),
-        qkv_bias=bias or kind == "qwen2", o_bias=bias and kind != "qwen2", qk_norm=kind == "qwen3")
+        tie_word_embeddings=hf.get("tie_word_embeddings", False),
+        mlp_bias=hf.get("mlp_bias", False), qkv_bias=bias or kind == "qwen2",
+        o_bias=bias and kind != "qwen2", qk_norm=kind == "qwen3")
 
 
 # -----------------------------------------------------------------------------
@@ -116,10 +118,10 @@ class RMSNorm(nn.Module):
 def rotary(positions, config):
     """Positions (B, T) -> cos and sin (B, 1, T, head_dim), fp32, with Llama 3's frequency scaling.
 
-    Llama 3 leaves short wavelengths alone, divides the frequency of long ones by `factor`, and blends
-    between the two where a wavelength fits 1 to 4 times into the original context.
+    Llama 3 leaves short wavelengths alone, divides the frequency of long ones by `factor`, and
+    blends the two where a wavelength fits 1 to 4 times into the original context.
     """
-    exponent = torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim
+    exponent = torch.arange(0, config.head_dim, 2, device=positions.device) / config.head_dim
     freq = config.rope_theta ** -exponent
     if config.rope_scaling:
         s = config.rope_scaling
@@ -138,17 +140,17 @@ def rotate(x, cos, sin):
     return (x * cos + torch.cat((-x2, x1), dim=-1) * sin).to(x.dtype)
 
 
-# Attention over packed trees. A preference row is a tree, [prompt | response 1 | .. | response n]: the
-# prompt is computed once, every response continues it, no response sees another. A batch row is trees
-# laid end to end. The rule, for query q and key k in one row:
+# Attention over packed trees. A preference row is a tree, [prompt | response 1 | .. | response n]:
+# the prompt is computed once, every response continues it, no response sees another. A batch row is
+# trees laid end to end. The rule, for query q and key k in one row:
 #
 #     tree[q] == tree[k]  and  k <= q  and  (branch[k] == 0 or branch[k] == branch[q])
 #
-# with branch 0 for the prompt and i for response i. `attend` is where the way to compute it is chosen.
+# with branch 0 for the prompt and i for response i. The way to compute it is chosen in tree_layout.
 
 
 def tree_layout(row):
-    """What `attend` needs for a packed row: a BlockMask where flex attention runs, else tree lengths."""
+    """What `attend` needs for a packed row: a BlockMask for flex attention, else the trees."""
     device = row.tokens.device
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
         return row.trees
@@ -162,15 +164,15 @@ def tree_layout(row):
 
 
 @lru_cache
-def compiled(function):
-    """One compiled version of a flex attention function, made when it is first needed."""
-    return torch.compile(function, dynamic=False)
+def compiled(function, dynamic=False):
+    """The compiled version of a function that only pays when it is compiled; made on first use."""
+    return torch.compile(function, dynamic=dynamic)
 
 
 def attend(q, k, v, layout):
     """Softmax attention: q (B, n_head, T, hd), k and v (B, n_kv_head, S, hd) -> (B, n_head, T, hd).
 
-    layout: a BlockMask (trees on a GPU: flex attention), a list of trees (trees elsewhere: a loop), or,
+    layout: a BlockMask (trees on a GPU: flex attention), a list of trees (elsewhere: a loop), or,
     without trees, a boolean mask (B, 1, T, S), or None for causal.
     """
     if isinstance(layout, BlockMask):
@@ -184,8 +186,8 @@ def attend(q, k, v, layout):
 
 @torch.compiler.disable
 def tree_attention(q, k, v, trees):
-    """The tree rule without a T x T mask: per tree, prompt + response 1 is causal, and each further
-    response looks at the prompt's keys and its own. trees: [prompt, response 1, .., response n] tokens."""
+    """The tree rule without a T x T mask: in a tree prompt + response 1 is causal, and each further
+    response sees the prompt's keys and its own. trees: [prompt, response 1, .., n] tokens each."""
     sizes = [n for prompt, first, *rest in trees for n in (prompt + first, *rest)]
     segments = list(zip(*(x.split(sizes, dim=2) for x in (q, k, v))))
     outputs = []
@@ -265,7 +267,7 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """The decoder. `forward` scores packed trees, `logits` and `generate` work on plain sequences."""
+    """The decoder. `forward` scores packed trees; `logits` and `generate` take plain sequences."""
 
     def __init__(self, config):
         super().__init__()
@@ -317,8 +319,8 @@ class Llama(nn.Module):
 
     @torch.compiler.set_stance("force_eager")   # lengths grow: nothing to compile for
     @torch.no_grad()
-    def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop_ids=(),
-                 seed=None):
+    def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0,
+                 stop_ids=(), seed=None):
         """Continue each prompt (a list of token ids) -> list of lists of new ids, stop id included.
 
         temperature 0 takes the likeliest token; top_k 0 and top_p 1 keep the whole distribution.
@@ -327,8 +329,9 @@ class Llama(nn.Module):
         device = self.head_weight.device
         generator = None if seed is None else torch.Generator(device).manual_seed(seed)
         longest = max(map(len, prompts))
-        pad = torch.tensor([longest - len(p) for p in prompts], device=device)[:, None]     # (B, 1)
-        tokens = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
+        pad = torch.tensor([longest - len(p) for p in prompts], device=device)[:, None]
+        tokens = [[0] * (longest - len(p)) + list(p) for p in prompts]
+        tokens = torch.tensor(tokens, device=device)                                # (B, T)
         stop = torch.tensor(list(stop_ids), dtype=torch.long, device=device)
         finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
         caches, new = [[] for _ in self.model.layers], []
@@ -336,11 +339,12 @@ class Llama(nn.Module):
         first, last = 0, longest
         while True:
             q, k = slots[first:last, None], slots[None, :last]
-            # a token sees itself, so that a padding row is never empty, and what lies after the padding
-            mask = (k == q) | ((k <= q) & (k >= pad[:, None]))                              # (B, T, S)
+            # a token sees what lies between the padding and itself; padding sees itself
+            mask = (k == q) | ((k <= q) & (k >= pad[:, None]))                      # (B, T, S)
             positions = (slots[None, first:last] - pad).clamp(min=0)
             x = self.hidden(tokens, positions, mask[:, None], caches)[:, -1]
-            token = sample(F.linear(x, self.head_weight).float(), temperature, top_k, top_p, generator)
+            logits = F.linear(x, self.head_weight).float()
+            token = sample(logits, temperature, top_k, top_p, generator)            # (B,)
             new.append(token)
             finished |= torch.isin(token, stop)
             if finished.all() or len(new) == max_new_tokens:
@@ -371,11 +375,11 @@ def sample(logits, temperature, top_k, top_p, generator=None):
 # -----------------------------------------------------------------------------
 # log-probabilities without the logits
 
-CHUNK_LOGITS = 2 ** 25   # logits held at a time: 128 MB in fp32
+CHUNK_LOGITS = {"cpu": 2 ** 25, "cuda": 2 ** 28}   # held at a time; 2 ** 25 are 128 MB in fp32
 
 
 def chunk_logps(x, weight, targets, entropy):
-    """x (N, C), weight (V, C) -> log softmax(x weight^T)[targets], its log-sum-exp, entropy: (N,) fp32.
+    """x (N, C), weight (V, C) -> log softmax(x weight^T)[targets], log-sum-exp, entropy: (N,) fp32.
 
     Gather minus logsumexp: log_softmax is biased by 1e-5 nat a token in fp32 on CPU.
     """
@@ -396,29 +400,35 @@ def chunk_grad(x, weight, targets, lse, h, d_logps, d_h, entropy):
     return grad.scatter_add_(-1, targets[:, None], d_logps[:, None]).to(x.dtype)
 
 
+def fused(function, x):
+    """On a GPU memory traffic bounds these: compiled, the logits are read twice, not ten times."""
+    return compiled(function, dynamic=True) if x.is_cuda else function
+
+
 class TokenLogProbs(torch.autograd.Function):
     """Log-probabilities of `targets` (R,) under hidden states x (R, C) and head weight (V, C).
 
-    Works through the tokens in chunks and keeps one number a token, the log-sum-exp; backward computes
-    a chunk's logits again, so the (R, V) logits never exist. Returns logps and entropies, (R,) fp32.
+    Works through the tokens in chunks and keeps one number a token, the log-sum-exp; backward
+    computes a chunk's logits again, so the (R, V) logits never exist. Returns logps and entropies,
+    (R,) fp32.
     """
 
     @staticmethod
-    @torch.compiler.disable
     def forward(ctx, x, weight, targets, entropy):
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        device = x.device.type
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
         out = x.new_empty(3, len(x), dtype=torch.float32)
         w = weight.to(dtype)
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(device, enabled=False):
             for s in TokenLogProbs.chunks(x, weight):
-                out[:, s] = torch.stack(chunk_logps(x[s].to(dtype), w, targets[s], entropy))
+                out[:, s] = torch.stack(fused(chunk_logps, x)(x[s].to(dtype), w, targets[s], entropy))
         logps, lse, h = out
         ctx.save_for_backward(x, weight, targets, lse, h)
         ctx.dtype, ctx.entropy = dtype, entropy
         return logps, h
 
     @staticmethod
-    @torch.compiler.disable
     def backward(ctx, d_logps, d_h):
         x, weight, targets, lse, h = ctx.saved_tensors
         w = weight.to(ctx.dtype)
@@ -426,7 +436,8 @@ class TokenLogProbs(torch.autograd.Function):
         dw = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         for s in TokenLogProbs.chunks(x, weight):
             xs = x[s].to(ctx.dtype)
-            d_logits = chunk_grad(xs, w, targets[s], lse[s], h[s], d_logps[s], d_h[s], ctx.entropy)
+            d_logits = fused(chunk_grad, x)(
+                xs, w, targets[s], lse[s], h[s], d_logps[s], d_h[s], ctx.entropy)
             dx[s] = d_logits @ w
             if dw is not None:
                 dw += d_logits.T @ xs
@@ -434,7 +445,7 @@ class TokenLogProbs(torch.autograd.Function):
 
     @staticmethod
     def chunks(x, weight):
-        n = max(1, CHUNK_LOGITS // weight.size(0))
+        n = max(1, CHUNK_LOGITS.get(x.device.type, 2 ** 25) // weight.size(0))
         return [slice(i, i + n) for i in range(0, len(x), n)]
 
 
@@ -443,10 +454,10 @@ class TokenLogProbs(torch.autograd.Function):
 
 
 class LoRALinear(nn.Linear):
-    """A frozen linear layer plus (alpha / rank) B A x, with A (rank, in), B (out, rank) trained in fp32.
+    """A frozen linear layer plus (alpha / rank) B A x; A (rank, in), B (out, rank) train in fp32.
 
-    B starts at zero, so the layer starts as its base. With `enabled` off it is its base: that is the
-    reference policy, at no memory.
+    B starts at zero, so the layer starts as its base. With `enabled` off it is its base: the
+    reference policy, for no memory.
     """
 
     enabled = True
@@ -464,7 +475,8 @@ class LoRALinear(nn.Linear):
         y = F.linear(x, self.weight, self.bias)
         if not self.enabled:
             return y
-        low = F.linear(F.dropout(x, self.dropout, self.training).to(y.dtype), self.lora_A.to(y.dtype))
+        x = F.dropout(x, self.dropout, self.training).to(y.dtype)
+        low = F.linear(x, self.lora_A.to(y.dtype))
         return y + self.scale * F.linear(low, self.lora_B.to(y.dtype))
 
     def merged_weight(self):
@@ -472,9 +484,10 @@ class LoRALinear(nn.Linear):
 
 
 def add_lora(model, rank, alpha, dropout, targets):
-    """Freeze the model and put adapters on every linear layer whose name ends in one of `targets`."""
+    """Freeze the model and put adapters on every linear layer named in `targets`."""
     model.requires_grad_(False)
-    found = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()
+    found = [(parent, name, child) for parent in model.modules()
+             for name, child in parent.named_children()
              if isinstance(child, nn.Linear) and name in targets]
     missing = set(targets) - {name for _, name, _ in found}
     if missing:
@@ -499,8 +512,9 @@ def adapters_off(model):
 # -----------------------------------------------------------------------------
 # weights on disk
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-                   "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+                   "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model",
+                   "chat_template.jinja")
 
 
 def checkpoint_folder(name):
@@ -511,20 +525,22 @@ def checkpoint_folder(name):
     if os.path.isdir(os.path.expanduser(name)):
         return os.path.expanduser(name)
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise FileNotFoundError(f"{name}: no such folder; give a checkpoint's folder or a hub id (owner/name)")
+        raise FileNotFoundError(f"{name}: no such folder; give a model's folder or a hub id")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
     try:
         return snapshot_download(name, allow_patterns=[
-            "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json",
-            *TOKENIZER_FILES])
+            "config.json", "generation_config.json", "model*.safetensors",
+            "model.safetensors.index.json", *TOKENIZER_FILES])
     except GatedRepoError:
         problem = (f"the model is gated; accept its licence at huggingface.co/{name}, then run "
                    "`hf auth login` or set HF_TOKEN")
     except RepositoryNotFoundError:
-        problem = "no such folder here and no such model on the hub; check the spelling, or log in if it is private"
+        problem = ("no such folder here, and no such model on the hub; check the spelling, or log "
+                   "in if it is private")
     except Exception as e:
-        problem = f"no such folder here, and the hub can't be reached ({type(e).__name__}); give a local folder"
+        problem = (f"no such folder here, and the hub can't be reached ({type(e).__name__}); give "
+                   "a local folder")
     raise OSError(f"{name}: {problem}")
 
 
@@ -543,7 +559,7 @@ def read_json(path):
 
 
 def tensor_files(folder):
-    """Safetensors headers of a checkpoint: {tensor name: file it is in}. ValueError for a damaged one."""
+    """{tensor name: safetensors file it is in} of a checkpoint. ValueError for a damaged one."""
     index = os.path.join(folder, "model.safetensors.index.json")
     if os.path.exists(index):
         weight_map = read_json(index).get("weight_map")
@@ -556,8 +572,8 @@ def tensor_files(folder):
     else:
         shards = ["model.safetensors"]
         if not os.path.exists(os.path.join(folder, shards[0])):
-            raise FileNotFoundError(f"{folder}: no model.safetensors and no model.safetensors.index.json; "
-                                    "is this a Hugging Face checkpoint with safetensors weights?")
+            raise FileNotFoundError(f"{folder}: no model.safetensors and no index of shards; is "
+                                    "this a Hugging Face checkpoint with safetensors weights?")
     where = {}
     for shard in shards:
         path = os.path.join(folder, shard)
@@ -565,13 +581,14 @@ def tensor_files(folder):
             raise FileNotFoundError(f"{path}: missing, but the index names it; download it again")
         for name in safetensors_names(path):
             if name in where:
-                raise ValueError(f"{path}: tensor {name} is also in {where[name]}; two checkpoints in one folder?")
+                raise ValueError(f"{path}: tensor {name} is also in {where[name]}; two checkpoints "
+                                 "in one folder?")
             where[name] = path
     return where
 
 
 def safetensors_names(path):
-    """Tensor names in a safetensors header; duplicates, which the library lets pass, are an error."""
+    """Tensor names in a safetensors header; a name twice, which the library allows, is an error."""
     with open(path, "rb") as f:
         head = f.read(8)
         if head.startswith(b"version "):
@@ -611,15 +628,17 @@ def from_pretrained(name, device="cpu", dtype=torch.float32):
 def load_weights(model, folder, device, dtype):
     """Fill a meta-device model from safetensors, tensor by tensor."""
     expected = dict(model.named_parameters())
-    where = {n: path for n, path in tensor_files(folder).items() if not n.endswith("rotary_emb.inv_freq")}
+    where = {name: path for name, path in tensor_files(folder).items()
+             if not name.endswith("rotary_emb.inv_freq")}   # old Llamas saved it; it is computed
     missing, extra = sorted(expected.keys() - where.keys()), sorted(where.keys() - expected.keys())
     if missing:
-        raise ValueError(f"{folder}: missing tensor {missing[0]} ({len(missing)} of {len(expected)}); "
-                         "wrong config.json?")
+        raise ValueError(f"{folder}: missing tensor {missing[0]} ({len(missing)} of "
+                         f"{len(expected)}); wrong config.json?")
     if model.config.tie_word_embeddings and extra == ["lm_head.weight"]:
         extra = []   # a redundant copy of the tied head: checked below
     if extra:
-        raise ValueError(f"{folder}: unexpected tensor {extra[0]} ({len(extra)} in all); wrong config.json?")
+        raise ValueError(f"{folder}: unexpected tensor {extra[0]} ({len(extra)} in all); "
+                         "wrong config.json?")
     tied_head = None
     for path in sorted(set(where.values())):
         try:
@@ -633,27 +652,28 @@ def load_weights(model, folder, device, dtype):
                         continue
                     shape = tuple(expected[name].shape)
                     if tuple(tensor.shape) != shape:
-                        raise ValueError(f"{path}: {name} has shape {tuple(tensor.shape)}, config.json "
-                                         f"asks for {shape}")
+                        raise ValueError(f"{path}: {name} has shape {tuple(tensor.shape)}, "
+                                         f"config.json asks for {shape}")
                     if not tensor.isfinite().all():
                         raise ValueError(f"{path}: {name} holds NaN or infinite values; refusing")
                     module, leaf = name.rsplit(".", 1)
-                    setattr(model.get_submodule(module), leaf, nn.Parameter(tensor.to(device, dtype)))
+                    parameter = nn.Parameter(tensor.to(device, dtype))
+                    setattr(model.get_submodule(module), leaf, parameter)
         except SafetensorError as e:
             raise ValueError(f"{path}: incomplete file ({e}); download it again") from None
     if tied_head is not None and not tied_head.to(device, dtype).equal(model.head_weight):
-        raise ValueError(f"{folder}: lm_head.weight differs from embed_tokens.weight, but config.json ties "
-                         "them; set tie_word_embeddings to false")
+        raise ValueError(f"{folder}: lm_head.weight differs from embed_tokens.weight, but "
+                         "config.json ties them; set tie_word_embeddings to false")
 
 
 def save_pretrained(model, folder, hf_config, tokenizer_folder=None, dtype=torch.bfloat16,
                     max_shard_bytes=5 * 1000 ** 3, chat_template=None):
     """Write a folder that transformers, vLLM and llama.cpp's converter open.
 
-    config.json is the start checkpoint's (`hf_config`) with the new dtype; tokenizer files, chat
-    template and generation_config.json are copied from `tokenizer_folder` as they are; `chat_template`
-    is the text to write where that folder has none, or another. LoRA adapters are merged into the
-    weights. Shards of at most `max_shard_bytes`. Each file appears whole or not at all.
+    config.json is the start checkpoint's (`hf_config`) with the new dtype; tokenizer files and
+    generation_config.json are copied from `tokenizer_folder` as they are; `chat_template` is the
+    text trained with. LoRA adapters are merged into the weights. Shards of at most
+    `max_shard_bytes`. Each file appears whole or not at all.
     """
     os.makedirs(folder, exist_ok=True)
     layers = {n + ".weight": m for n, m in model.named_modules() if isinstance(m, LoRALinear)}
@@ -670,10 +690,14 @@ def save_pretrained(model, folder, hf_config, tokenizer_folder=None, dtype=torch
 
     weight_map = {}
     for i, shard in enumerate(shards):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {name: (layers[name].merged_weight() if name in layers else p)
-                   .detach().to("cpu", dtype).contiguous() for name, p in shard}
-        write_atomically(os.path.join(folder, file), lambda t: save_file(tensors, t, {"format": "pt"}))
+        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        file = file if len(shards) > 1 else "model.safetensors"
+        tensors = {}
+        for name, p in shard:
+            p = layers[name].merged_weight() if name in layers else p
+            tensors[name] = p.detach().to("cpu", dtype).contiguous()
+        write_atomically(os.path.join(folder, file),
+                         lambda t: save_file(tensors, t, {"format": "pt"}))
         weight_map |= {name: file for name in tensors}
     for old in os.listdir(folder):   # an earlier export's weights would be opened with these
         if old.endswith(".safetensors") and old not in weight_map.values():
@@ -686,7 +710,8 @@ def save_pretrained(model, folder, hf_config, tokenizer_folder=None, dtype=torch
 
     name = str(dtype).removeprefix("torch.")
     hf_config = {k: v for k, v in hf_config.items() if k not in ("dtype", "torch_dtype")}
-    write_json(os.path.join(folder, "config.json"), hf_config | {"dtype": name, "torch_dtype": name})
+    write_json(os.path.join(folder, "config.json"),
+               hf_config | {"dtype": name, "torch_dtype": name})
     if tokenizer_folder:
         for file in (*TOKENIZER_FILES, "generation_config.json"):
             source, target = os.path.join(tokenizer_folder, file), os.path.join(folder, file)
@@ -712,7 +737,7 @@ def write_json(path, value):
 
 
 def write_atomically(path, write):
-    """write(temporary path), then rename: a reader or a kill sees the old file or the new, never half."""
+    """write(temporary path), then rename: at any moment the old file is there, or the new one."""
     temporary = f"{path}.tmp{os.getpid()}"
     try:
         write(temporary)

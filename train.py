@@ -387,7 +387,7 @@ for iter_num in tqdm(range(max_iters + 1), "steps", disable=not progress_bar):
 answer("sample after")
 if master_process:
     llama.save_pretrained(raw_model, out_dir, hf_config, folder, llama.DTYPES[export_dtype],
-                          chat_template=tokenizer.template_text)
+                          chat_template=tokenizer.template_text if chat_template else None)
     if "eval/accuracy/mean" in metrics:
         log(f"held-out preference accuracy: {first_eval['eval/accuracy/mean']:.3f} before, "
             f"{metrics['eval/accuracy/mean']:.3f} after (mean log-probs)")

@@ -5,7 +5,7 @@ init_from = "assets/demo"
 dataset = "assets/demo/train.jsonl"
 eval_dataset = "assets/demo/eval.jsonl"
 sample_tokens = 48
-eval_interval = 20
+eval_interval = 14
 kl_samples = 32
 kl_tokens = 32
 
