@@ -10,8 +10,8 @@ A default's trailing comment documents it and, where it starts with one of these
     beta = 0.05            # >= 0, weight of ...               a bound: > >= < <= and a number
     dropout = 0.0          # 0 to 1, LoRA's dropout            both ends included
 
-Differences from nanoGPT: an unknown key is an error wherever it is set, a value has the default's type
-or is an error, and a config file runs in its own namespace.
+Differences from nanoGPT: an unknown key is an error wherever it is set, a value has the default's
+type or is an error, and a config file runs in its own namespace.
 """
 import difflib
 import io
@@ -23,7 +23,7 @@ import traceback
 
 
 def configure(namespace, argv, source):
-    """Override the defaults in `namespace` (a script's globals()) from argv -> (settings, overrides).
+    """Override the defaults in `namespace` (a script's globals()) by argv -> (settings, overrides).
 
     argv: config files and --key=value, applied in order. source: the script's path, whose comments
     hold the bounds. Raises ValueError or FileNotFoundError with a message for the user. `--help`
@@ -51,10 +51,10 @@ def configure(namespace, argv, source):
 
 
 def setting_comments(source):
-    """{key: trailing comment} of the script's top-level `name = literal  # comment` lines, in order.
+    """{key: trailing comment} of the script's top-level `name = literal  # comment` lines.
 
-    Reading stops at the first line that is neither such an assignment, an import nor a comment after
-    the defaults began: the defaults are one block.
+    Reading stops at the first line that is neither such an assignment, an import nor a comment
+    after the defaults began: the defaults are one block.
     """
     comments = {}
     for line in open(source, encoding="utf-8"):
@@ -76,7 +76,8 @@ def run_config_file(path, known):
     try:
         exec(compile(open(path, encoding="utf-8").read(), path, "exec"), scope)
     except SyntaxError as e:
-        raise ValueError(f"{path}:{e.lineno}: {e.msg}; a config file is lines of key = value") from None
+        raise ValueError(f"{path}:{e.lineno}: {e.msg}; "
+                         "a config file is lines of key = value") from None
     except Exception as e:
         line = traceback.extract_tb(e.__traceback__)[-1].lineno
         raise ValueError(f"{path}:{line}: {type(e).__name__}: {e}") from None
@@ -92,7 +93,7 @@ def check_known(key, defaults, where):
 
 
 def coerce(key, value, default, comment, where):
-    """value (a string from the command line, or anything from a config file) as the default's type."""
+    """value (a command line's string, or anything from a config file) as the default's type."""
     want = type(default)
     problem = ValueError(f"{where}: {key} must be {KINDS[want]} (got {value!r})")
     if want is bool:
@@ -130,7 +131,8 @@ def check_bounds(key, value, comment, where):
                              + (f'; did you mean "{near[0]}"?' if near else ""))
     elif bound := re.match(rf"(>=|<=|>|<) {NUMBER}", comment):
         sign, limit = bound[1], float(bound[2])
-        if not {">": value > limit, ">=": value >= limit, "<": value < limit, "<=": value <= limit}[sign]:
+        if not {">": value > limit, ">=": value >= limit,
+                "<": value < limit, "<=": value <= limit}[sign]:
             raise ValueError(f"{where}: {key} must be {sign} {bound[2]} (got {value})")
     elif span := re.match(rf"{NUMBER} to {NUMBER}", comment):
         if not float(span[1]) <= value <= float(span[2]):
@@ -149,8 +151,8 @@ def help_text(defaults, comments, source):
 def one_line_errors():
     """From here on a mistake of the user's ends in one line, a bug keeps its traceback.
 
-    What tells them apart: a ValueError or OSError that a `raise` statement of this project threw is a
-    message written for the user.
+    What tells them apart: a ValueError or OSError that a `raise` statement of this project threw is
+    a message written for the user.
     """
     here = os.path.dirname(os.path.abspath(__file__))
     project = (here, os.path.join(here, "scripts"))

@@ -3,15 +3,20 @@ Preference data: rows -> chat turns -> token ids -> packed batch rows.
 
 Row formats, one example each (a hub dataset, or .jsonl, .jsonl.gz, .json, .parquet, .csv):
 
-    {"prompt": "Hi", "chosen": "Hello!", "rejected": "What?"}                        strings
-    {"system": "Be brief.", "question": "Hi", "chosen": "Hello!", "rejected": "No."} Intel/orca_dpo_pairs
-    {"prompt": [{"role": "user", "content": "Hi"}],                                  TRL, conversational
-     "chosen": [{"role": "assistant", "content": "Hello!"}], "rejected": [...]}
-    {"prompt": "Hi", "chosen": [all turns, the response last], "rejected": [...]}    ultrafeedback_binarized
-    {"chosen": [all turns, the response last], "rejected": [...]}                    TRL, implicit prompt
-    {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello!", "rejected": "\n\nHuman: ..."}   Anthropic/hh-rlhf
-    {"prompt": "Hi", "responses": ["best", "middle", "worst"], "rewards": [3, 2, 0]} n responses, best first;
-                                                                                     rewards may be left out
+    {"prompt": "Hi", "chosen": "Hello!", "rejected": "What?"}        strings
+    {"system": "Be brief.", "question": "Hi",                        Intel/orca_dpo_pairs
+     "chosen": "Hello!", "rejected": "No."}
+    {"prompt": [{"role": "user", "content": "Hi"}],                  TRL, conversational
+     "chosen": [{"role": "assistant", "content": "Hello!"}],
+     "rejected": [...]}
+    {"prompt": "Hi", "chosen": [all turns, the response last],       ultrafeedback_binarized
+     "rejected": [...]}
+    {"chosen": [all turns, the response last], "rejected": [...]}    TRL, implicit prompt
+    {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello!",                 Anthropic/hh-rlhf
+     "rejected": "\n\nHuman: ..."}
+    {"prompt": "Hi", "responses": ["best", "middle", "worst"],       n responses, best first;
+     "rewards": [3, 2, 0]}                                           rewards may be left out
+
 A row becomes a prompt and n responses as token ids, each response ending in its end-of-turn token.
 """
 import csv
@@ -57,15 +62,16 @@ def split_pattern(pre_tokenizer, path):
             return BYTE_LEVEL
         if kinds == ["Digits", "ByteLevel"] and use_regex and steps[0].get("individual_digits"):
             return DIGITS_BYTE_LEVEL
-        if (kinds == ["Split", "ByteLevel"] and not use_regex and steps[0].get("behavior") == "Isolated"
-                and not steps[0].get("invert") and "Regex" in steps[0].get("pattern", {})):
+        if (kinds == ["Split", "ByteLevel"] and not use_regex
+                and steps[0].get("behavior") == "Isolated" and not steps[0].get("invert")
+                and "Regex" in steps[0].get("pattern", {})):
             return steps[0]["pattern"]["Regex"]
-    raise ValueError(f"{path}: this tokenizer is not byte-level BPE as Llama-3, SmolLM2 or Qwen have it "
-                     "(SentencePiece, as in Llama-2 and TinyLlama, is not supported)")
+    raise ValueError(f"{path}: this tokenizer is not byte-level BPE as Llama-3, SmolLM2 or Qwen "
+                     "have it (SentencePiece, as in Llama-2 and TinyLlama, is not supported)")
 
 
 class Tokenizer:
-    """A checkpoint's own byte-level BPE (tokenizer.json, run by tiktoken) and its chat template (jinja2).
+    """A checkpoint's byte-level BPE (tokenizer.json, run by tiktoken) and chat template (jinja2).
 
     Token for token equal to `tokenizers`, with one difference: a special token that *data* spells
     stays text; only the template's own markers become special tokens.
@@ -75,11 +81,13 @@ class Tokenizer:
     def __init__(self, folder, chat_template=""):
         path = os.path.join(folder, "tokenizer.json")
         if not os.path.exists(path):
-            raise FileNotFoundError(f"{folder}: no tokenizer.json; byte-level BPE checkpoints have one "
-                                    "(Llama-3, SmolLM2, Qwen)")
+            raise FileNotFoundError(f"{folder}: no tokenizer.json; byte-level BPE checkpoints have "
+                                    "one (Llama-3, SmolLM2, Qwen)")
         raw = open(path, encoding="utf-8").read()
         config_path = os.path.join(folder, "tokenizer_config.json")
-        raw_config = open(config_path, encoding="utf-8").read() if os.path.exists(config_path) else "{}"
+        raw_config = "{}"
+        if os.path.exists(config_path):
+            raw_config = open(config_path, encoding="utf-8").read()
         try:
             spec, config = json.loads(raw), json.loads(raw_config)
         except json.JSONDecodeError as e:
@@ -88,25 +96,32 @@ class Tokenizer:
         pattern = split_pattern(spec.get("pre_tokenizer"), path)
         normalizer = spec.get("normalizer")
         if normalizer not in (None, {"type": "NFC"}) or spec["model"].get("type") != "BPE":
-            raise ValueError(f"{path}: normalizer {normalizer} with model {spec['model'].get('type')} is not supported")
+            raise ValueError(f"{path}: normalizer {normalizer} with model "
+                             f"{spec['model'].get('type')} is not supported")
         self.nfc = normalizer is not None
 
         added = {t["content"]: t for t in spec.get("added_tokens") or []}
-        if odd := [c for c, t in added.items() if t.get("lstrip") or t.get("rstrip") or t.get("single_word")]:
-            raise ValueError(f"{path}: added token {odd[0]!r} strips its surroundings, which is not supported")
+        if odd := [c for c, t in added.items()
+                   if t.get("lstrip") or t.get("rstrip") or t.get("single_word")]:
+            raise ValueError(f"{path}: added token {odd[0]!r} strips its surroundings, "
+                             "which is not supported")
         alphabet = byte_alphabet()
         try:
             ranks = {bytes(alphabet[c] for c in token): i
                      for token, i in spec["model"]["vocab"].items() if token not in added}
         except KeyError as e:
-            raise ValueError(f"{path}: token with character {e} outside the byte alphabet") from None
+            raise ValueError(f"{path}: token with character {e} outside the byte "
+                             "alphabet") from None
         self.check_merges(spec["model"], path)
-        self.bytes_of = {i: b for b, i in ranks.items()} | {t["id"]: c.encode() for c, t in added.items()}
+        self.bytes_of = ({i: b for b, i in ranks.items()}
+                         | {t["id"]: c.encode() for c, t in added.items()})
         self.n_vocab = max(self.bytes_of) + 1
-        missing = [bytes([b]) for b in range(256) if bytes([b]) not in ranks]   # tiktoken needs all 256
+        # tiktoken needs all 256 bytes; we drop the ids that stand in for those the vocabulary lacks
+        missing = [bytes([b]) for b in range(256) if bytes([b]) not in ranks]
         ranks |= {b: self.n_vocab + i for i, b in enumerate(missing)}
-        self.unknown = {self.n_vocab + i for i in range(len(missing))}          # and we drop these ids
-        self.bpe = tiktoken.Encoding("checkpoint", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+        self.unknown = {self.n_vocab + i for i in range(len(missing))}
+        self.bpe = tiktoken.Encoding("checkpoint", pat_str=pattern, mergeable_ranks=ranks,
+                                     special_tokens={})
 
         self.added = {c: t["id"] for c, t in added.items()}
         self.special = {c: t["id"] for c, t in added.items() if t.get("special")}
@@ -121,7 +136,8 @@ class Tokenizer:
         self.eos_id = self.added.get(self.eos_token)
         self.template_text = find_chat_template(folder, config, chat_template)
         self.template = compile_template(self.template_text, folder)
-        self.fingerprint = hashlib.sha256((raw + raw_config + self.template_text).encode()).hexdigest()
+        content = raw + raw_config + self.template_text
+        self.fingerprint = hashlib.sha256(content.encode()).hexdigest()
 
     @staticmethod
     def check_merges(model, path):
@@ -129,7 +145,8 @@ class Tokenizer:
         merges = (m.split(" ") if isinstance(m, str) else m for m in model.get("merges") or [])
         ids = np.array([model["vocab"].get(a + b, -1) for a, b in merges])
         if (ids < 0).any() or (np.diff(ids) < 0).any():
-            raise ValueError(f"{path}: merges and token ids are in different orders, which is not supported")
+            raise ValueError(f"{path}: merges and token ids are in different orders, "
+                             "which is not supported")
 
     def encode(self, text):
         """Text -> ids. Added tokens spelled in the text become their ids, but for shielded ones."""
@@ -143,13 +160,15 @@ class Tokenizer:
     def encode_plain(self, text):
         if not text:
             return []
-        text = SHIELDED.sub(lambda m: self.special_names[int(m[1])], text) if "\ufdd0" in text else text
+        if "\ufdd0" in text:
+            text = SHIELDED.sub(lambda m: self.special_names[int(m[1])], text)
         ids = self.bpe.encode_ordinary(unicodedata.normalize("NFC", text) if self.nfc else text)
         return [i for i in ids if i not in self.unknown] if self.unknown else ids
 
     def shield(self, text):
         """Special tokens in data -> placeholders that `encode` turns back into plain text."""
-        return self.special_pattern.sub(lambda m: f"\ufdd0{self.special_names.index(m[0])}\ufdd1", text)
+        return self.special_pattern.sub(
+            lambda m: f"\ufdd0{self.special_names.index(m[0])}\ufdd1", text)
 
     def decode(self, ids):
         return b"".join(self.bytes_of.get(i, b"") for i in ids).decode("utf-8", errors="replace")
@@ -159,8 +178,9 @@ class Tokenizer:
         import jinja2
         try:
             return self.template.render(
-                messages=turns, add_generation_prompt=add_generation_prompt, bos_token=self.bos_token or "",
-                eos_token=self.eos_token or "", date_string="26 Jul 2024")   # fixed: not the day of the run
+                messages=turns, add_generation_prompt=add_generation_prompt,
+                bos_token=self.bos_token or "", eos_token=self.eos_token or "",
+                date_string="26 Jul 2024")   # fixed: not the day of the run
         except jinja2.TemplateError as e:
             raise ValueError(f"chat template: {e}") from None
 
@@ -169,20 +189,22 @@ class Tokenizer:
         return self.encode(self.render(self.shield_turns(turns), add_generation_prompt=True))
 
     def encode_responses(self, turns, responses):
-        """-> prompt ids, [response ids]. Prompt and responses are encoded apart, so that all responses
-        share exactly the prompt's ids; each ends with the template's end-of-turn token, or eos."""
+        """-> prompt ids, [response ids]. Prompt and responses are encoded apart, so that all
+        responses share exactly the prompt's ids; each ends with the template's end-of-turn token,
+        or eos."""
         turns = self.shield_turns(turns)
         prompt = self.render(turns, add_generation_prompt=True)
         encoded = []
         for response in responses:
             full = self.render(turns + [{"role": "assistant", "content": self.shield(response)}])
             if not full.startswith(prompt):
-                raise ValueError("chat template: a conversation does not start with its own prompt; "
-                                 "give another with --chat_template=FILE.jinja")
+                raise ValueError("chat template: a conversation does not start with its own "
+                                 "prompt; give another with --chat_template=FILE.jinja")
             ids = self.encode(full[len(prompt):])
             end = next((i for i, t in enumerate(ids) if t in self.special_ids), None)
             if end is None and self.eos_id is None:
-                raise ValueError("chat template: no end-of-turn token after a response and no eos_token")
+                raise ValueError("chat template: no end-of-turn token after a response and no "
+                                 "eos_token")
             encoded.append(ids + [self.eos_id] if end is None else ids[:end + 1])
         return self.encode(prompt), encoded
 
@@ -198,11 +220,14 @@ class Tokenizer:
 SHIELDED = re.compile("\ufdd0(\\d+)\ufdd1")   # noncharacters: never in valid text
 
 TEMPLATES = {
-    "chatml": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "chatml": "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+              "{{ m.content }}<|im_end|>\n{% endfor %}"
               "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
-    "llama3": "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
+    "llama3": "{{ bos_token }}"
+              "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
               "{{ m.content | trim }}<|eot_id|>{% endfor %}"
-              "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}",
+              "{% if add_generation_prompt %}"
+              "<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}",
 }
 
 
@@ -212,7 +237,8 @@ def find_chat_template(folder, config, override):
         return TEMPLATES[override]
     if override:
         if not os.path.exists(override):
-            raise FileNotFoundError(f"chat_template: no file {override} (or one of {', '.join(TEMPLATES)})")
+            raise FileNotFoundError(f"chat_template: no file {override} "
+                                    f"(or one of {', '.join(TEMPLATES)})")
         return open(override, encoding="utf-8").read()
     path = os.path.join(folder, "chat_template.jinja")
     if os.path.exists(path):
@@ -244,7 +270,8 @@ def compile_template(text, where):
 
     env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                         extensions=["jinja2.ext.loopcontrols", Generation])
-    env.filters["tojson"] = lambda x, indent=None, **_: json.dumps(x, ensure_ascii=False, indent=indent)
+    env.filters["tojson"] = (lambda x, indent=None, **_:
+                             json.dumps(x, ensure_ascii=False, indent=indent))
     env.globals |= {"raise_exception": raise_exception, "strftime_now": lambda form: "26 Jul 2024"}
     try:
         return env.from_string(text)
@@ -261,7 +288,7 @@ class Drop(Exception):
 
 
 def parse_row(row):
-    """A row of any format above -> (turns, responses, rewards or None), the preferred response first.
+    """A row of any format above -> (turns, responses, rewards or None), preferred response first.
 
     Raises Drop(reason) for content that can't be used, ValueError for a row that is malformed.
     """
@@ -294,7 +321,8 @@ def parse_row(row):
     if "prompt" in row or "question" in row:
         return prompt_turns(row), [chosen, rejected], None
     if not chosen.lstrip().startswith("Human:"):
-        raise ValueError('no field "prompt", and "chosen" is not in hh-rlhf form; add a prompt column')
+        raise ValueError('no field "prompt", and "chosen" is not in hh-rlhf form; '
+                         'add a prompt column')
     chosen, rejected = hh_turns(chosen), hh_turns(rejected)
     if chosen[-1]["role"] != "assistant" or rejected[-1]["role"] != "assistant":
         raise Drop("no response turn")
@@ -321,14 +349,16 @@ def hh_turns(dialogue):
     """hh-rlhf's "\n\nHuman: ...\n\nAssistant: ..." -> turns, split at the markers."""
     pieces = re.split(r"(?:^|\n\n)(Human|Assistant):", "\n\n" + dialogue.lstrip())
     role = {"Human": "user", "Assistant": "assistant"}
-    return [{"role": role[who], "content": what.strip()} for who, what in zip(pieces[1::2], pieces[2::2])]
+    return [{"role": role[who], "content": what.strip()}
+            for who, what in zip(pieces[1::2], pieces[2::2])]
 
 
 def check_turns(turns, field):
     """A list of messages with nothing but role and content."""
     for turn in turns:
         if not isinstance(turn, dict) or "role" not in turn:
-            raise ValueError(f'"{field}" must hold messages with role and content (got {kind_of(turn)})')
+            raise ValueError(f'"{field}" must hold messages with role and content '
+                             f'(got {kind_of(turn)})')
         text(turn, "content")
     return [{"role": t["role"], "content": t["content"]} for t in turns]
 
@@ -342,7 +372,8 @@ def text(row, field):
 
 
 def kind_of(value):
-    names = {type(None): "null", dict: "object", str: "string", bool: "boolean", int: "number", float: "number"}
+    names = {type(None): "null", dict: "object", str: "string", bool: "boolean", int: "number",
+             float: "number"}
     return names.get(type(value), type(value).__name__)
 
 
@@ -351,18 +382,24 @@ def kind_of(value):
 
 
 def read_rows(source, split):
-    """(where, row) of a local file or a hub dataset (owner/name, or owner/name:config). split: hub only."""
+    """(where, row) of a local file or a hub dataset (owner/name, or owner/name:config).
+
+    split: hub only.
+    """
     if not os.path.exists(source):
-        if source.startswith((".", "/")) or not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", source) \
-                or source.endswith((".jsonl", ".gz", ".json", ".parquet", ".csv")):
-            raise FileNotFoundError(f"{source}: no such file; give a local file or a hub dataset (owner/name)")
+        if (source.startswith((".", "/"))
+                or not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", source)
+                or source.endswith((".jsonl", ".gz", ".json", ".parquet", ".csv"))):
+            raise FileNotFoundError(f"{source}: no such file; give a local file or a hub dataset "
+                                    "(owner/name)")
         yield from read_hub(source, split)
     elif source.endswith((".jsonl", ".jsonl.gz")):
         yield from read_jsonl(source)
     elif source.endswith(".json"):
         rows = parse_json(open(source, encoding="utf-8-sig", errors="replace").read(), source)
         if not isinstance(rows, list):
-            raise ValueError(f"{source}: must be a list of rows (got {kind_of(rows)}); one row a line is .jsonl")
+            raise ValueError(f"{source}: must be a list of rows (got {kind_of(rows)}); "
+                             "one row a line is .jsonl")
         yield from ((f"{source}: row {i}", row) for i, row in enumerate(rows, 1))
     elif source.endswith(".parquet"):
         import pyarrow
@@ -379,13 +416,15 @@ def read_rows(source, split):
             for row in (reader := csv.DictReader(f)):
                 yield f"{source}:{reader.line_num}", row
     else:
-        raise ValueError(f"{source}: unknown kind of file; use .jsonl, .jsonl.gz, .json, .parquet or .csv")
+        raise ValueError(f"{source}: unknown kind of file; "
+                         "use .jsonl, .jsonl.gz, .json, .parquet or .csv")
 
 
 def read_jsonl(source):
     try:
         with gzip.open(source) if source.endswith(".gz") else open(source, "rb") as f:
-            for n, line in enumerate(io.TextIOWrapper(f, encoding="utf-8-sig", errors="replace"), 1):
+            lines = io.TextIOWrapper(f, encoding="utf-8-sig", errors="replace")
+            for n, line in enumerate(lines, 1):
                 if line.strip():
                     yield f"{source}:{n}", parse_json(line, f"{source}:{n}")
     except (gzip.BadGzipFile, EOFError) as e:
@@ -401,7 +440,8 @@ def parse_json(string, where):
     try:
         return json.loads(string, object_pairs_hook=no_duplicates)
     except json.JSONDecodeError as e:
-        raise ValueError(f"{where}: invalid JSON at column {e.colno}; is the line cut off?") from None
+        raise ValueError(f"{where}: invalid JSON at column {e.colno}; "
+                         "is the line cut off?") from None
     except RecursionError:
         raise ValueError(f"{where}: JSON nested too deeply; fix or delete the row") from None
 
@@ -413,8 +453,9 @@ def read_hub(source, split):
         dataset = load_dataset(name, config or None, split=split)
     except Exception as e:
         reason = (str(e).splitlines() or [type(e).__name__])[0]
-        raise OSError(f"{source}: no such file here, and split {split} of that hub dataset can't be had "
-                      f"({reason}); check the name and the split, or give a local file") from None
+        raise OSError(f"{source}: no such file here, and split {split} of that hub dataset can't "
+                      f"be had ({reason}); check the name and the split, or give a local "
+                      "file") from None
     yield from ((f"{source}:{split}: row {i}", row) for i, row in enumerate(dataset, 1))
 
 
@@ -424,7 +465,7 @@ def read_hub(source, split):
 
 @dataclass
 class Pairs:
-    """N tokenized rows. `tokens` holds them end to end, each as prompt, response 1, .., response n."""
+    """N tokenized rows; `tokens` has them end to end, each prompt, response 1, .., response n."""
     tokens: np.ndarray      # (sum of all lengths,) int32
     lengths: np.ndarray     # (N, 1 + n) int64: tokens of the prompt and of each response
     rewards: np.ndarray     # (N, n) float32, or (0, n) where the data has none
@@ -435,7 +476,8 @@ class Pairs:
         """rows: [prompt ids, response 1 ids, ..] each."""
         lengths = np.array([[len(ids) for ids in row] for row in rows], dtype=np.int64)
         rewards = np.array(rewards, dtype=np.float32).reshape(-1, lengths.shape[1] - 1)
-        return Pairs(np.concatenate([ids for row in rows for ids in row]).astype(np.int32), lengths, rewards, report)
+        tokens = np.concatenate([ids for row in rows for ids in row]).astype(np.int32)
+        return Pairs(tokens, lengths, rewards, report)
 
     def __post_init__(self):
         self.starts = np.concatenate(([0], self.lengths.sum(1).cumsum()))
@@ -460,8 +502,8 @@ class Pairs:
 def hold_out(pairs, n, seed):
     """-> the other pairs, n random ones."""
     if n >= len(pairs):
-        raise ValueError(f"eval_pairs: {n} of {len(pairs)} pairs held out leaves none to train on; lower it, "
-                         "or give eval_dataset")
+        raise ValueError(f"eval_pairs: {n} of {len(pairs)} pairs held out leaves none to train on; "
+                         "lower it, or give eval_dataset")
     order = np.random.default_rng(seed).permutation(len(pairs))
     return pairs.subset(np.sort(order[n:])), pairs.subset(order[:n])
 
@@ -469,29 +511,31 @@ def hold_out(pairs, n, seed):
 def cache_path(kind, key):
     """Where something computed from `key` (anything json can write) is kept."""
     folder = os.environ.get("NANOMMPO_CACHE") or os.path.expanduser("~/.cache/nanommpo")
-    return os.path.join(folder, f"{kind}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]}.npz")
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
+    return os.path.join(folder, f"{kind}-{digest[:24]}.npz")
 
 
 def load_pairs(sources, split, tokenizer, max_length, max_prompt_length, bad_rows="error"):
-    """Read, tokenize and truncate every row of comma-separated sources -> Pairs, from the cache if there.
+    """Read, tokenize and truncate every row of comma-separated sources -> Pairs, cached on disk.
 
-    Truncation: the prompt's last max_prompt_length tokens, then the response's end at max_length minus
-    the prompt. bad_rows "drop" counts malformed rows as dropped instead of ending the run.
+    Truncation: the prompt's last max_prompt_length tokens, then the response's end at max_length
+    minus the prompt. bad_rows "drop" counts malformed rows as dropped instead of ending the run.
     Raises ValueError or OSError that names the source and line.
     """
     sources = [os.path.expanduser(s.strip()) for s in sources.split(",") if s.strip()]
-    path = cache_path("pairs", [FORMAT, tokenizer.fingerprint, max_length, max_prompt_length, bad_rows,
-                                [source_fingerprint(s, split) for s in sources]])
+    path = cache_path("pairs", [FORMAT, tokenizer.fingerprint, max_length, max_prompt_length,
+                                bad_rows, [source_fingerprint(s, split) for s in sources]])
     if os.path.exists(path):
         with np.load(path) as z:
             return Pairs(z["tokens"], z["lengths"], z["rewards"], str(z["report"]))
     pairs = tokenize(sources, split, tokenizer, max_length, max_prompt_length, bad_rows)
-    save_cache(path, tokens=pairs.tokens, lengths=pairs.lengths, rewards=pairs.rewards, report=pairs.report)
+    save_cache(path, tokens=pairs.tokens, lengths=pairs.lengths, rewards=pairs.rewards,
+               report=pairs.report)
     return pairs
 
 
 def save_cache(path, **arrays):
-    """np.savez, appearing whole or not at all; a cache that can't be written costs time, not the run."""
+    """np.savez, whole or not at all; a cache that can't be written costs time, not the run."""
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         temporary = f"{path}.tmp{os.getpid()}"
@@ -503,7 +547,7 @@ def save_cache(path, **arrays):
 
 
 def source_fingerprint(source, split):
-    """Changes when a file's bytes do. A hub dataset counts by name: it is cached by its own library."""
+    """Changes when a file's bytes do. A hub dataset counts by name: its own library caches it."""
     if not os.path.exists(source):
         return [source, split]
     with open(source, "rb") as f:
@@ -519,7 +563,8 @@ def tokenize(sources, split, tokenizer, max_length, max_prompt_length, bad_rows)
             try:
                 ids, row_rewards = tokenize_row(row, tokenizer, max_length, max_prompt_length, cut)
                 if rows and len(ids) != len(rows[0]):
-                    raise ValueError(f"{len(ids) - 1} responses where the first row has {len(rows[0]) - 1}")
+                    raise ValueError(f"{len(ids) - 1} responses where the first row has "
+                                     f"{len(rows[0]) - 1}")
                 if rows and (row_rewards is None) != (not rewards):
                     raise ValueError('some rows have "rewards" and some have not')
             except Drop as reason:
@@ -527,8 +572,9 @@ def tokenize(sources, split, tokenizer, max_length, max_prompt_length, bad_rows)
                 continue
             except ValueError as e:
                 if str(e).startswith("chat template") or bad_rows == "error":
-                    raise ValueError(f"{where}: {e}" + ("" if str(e).startswith("chat template") else
-                                     "; fix or delete the row, or --bad_rows=drop")) from None
+                    raise ValueError(f"{where}: {e}" + (
+                        "" if str(e).startswith("chat template") else
+                        "; fix or delete the row, or --bad_rows=drop")) from None
                 dropped["malformed"] += 1
                 continue
             rows.append([np.array(x, dtype=np.int32) for x in ids])
@@ -540,7 +586,8 @@ def tokenize(sources, split, tokenizer, max_length, max_prompt_length, bad_rows)
     if cut:
         report += f"; cut to length: {', '.join(f'{n:,} {what}' for what, n in cut.items())}"
     if not rows:
-        why = f" ({', '.join(f'{n:,} {reason}' for reason, n in dropped.most_common())})" if dropped else ""
+        why = ", ".join(f"{n:,} {reason}" for reason, n in dropped.most_common())
+        why = f" ({why})" if dropped else ""
         raise ValueError(f"{', '.join(sources)}: 0 usable pairs of {seen:,}{why}; check the data"
                          + (", or raise max_length" if dropped["no room for a response"] else ""))
     return Pairs.from_rows(rows, rewards, report)
@@ -571,10 +618,12 @@ def describe_example(pairs, tokenizer, i=0):
     prompt, *responses = pairs.ids(i)
     lines = [f"example: prompt of {len(prompt)} tokens, responses of {[len(r) for r in responses]}",
              "| " + tokenizer.decode(prompt[-200:].tolist()).replace("\n", "\n| ")]
-    for name, r in zip(["chosen", *[f"response {j}" for j in range(2, len(responses))], "rejected"], responses):
+    names = ["chosen", *[f"response {j}" for j in range(2, len(responses))], "rejected"]
+    for name, r in zip(names, responses):
         lines.append(f"|-- {name}, starts at token {len(prompt)}: ids "
                      f"{prompt[-3:].tolist()} >>> {r[:6].tolist()} .. {r[-2:].tolist()}")
-        lines.append("| " + tokenizer.decode(r[:60].tolist()).replace("\n", "\n| ") + (" ..." if len(r) > 60 else ""))
+        lines.append("| " + tokenizer.decode(r[:60].tolist()).replace("\n", "\n| ")
+                     + (" ..." if len(r) > 60 else ""))
     return "\n".join(lines)
 
 
@@ -583,14 +632,14 @@ def describe_example(pairs, tokenizer, i=0):
 
 
 def batch_indices(n_rows, batch_size, seed, iter_num):
-    """Rows of optimizer step iter_num. Each epoch is a permutation; its last batch may be smaller."""
+    """Rows of step iter_num. Each epoch is a permutation; its last batch may be smaller."""
     steps = -(-n_rows // batch_size)
     epoch, step = divmod(iter_num, steps)
     return np.random.default_rng([seed, epoch]).permutation(n_rows)[step * batch_size:][:batch_size]
 
 
 def pack(lengths, row_tokens, world_size=1):
-    """Trees of `lengths` (N,) tokens -> for each rank a list of packed rows, each an array of indices.
+    """Trees of `lengths` (N,) tokens -> for each rank its packed rows, each an array of indices.
 
     Ranks get about equal tokens (longest first, each to the emptiest rank); a rank packs its trees
     first-fit into rows of at most row_tokens. A rank without a tree gets one empty row: all ranks
@@ -619,12 +668,12 @@ def pack(lengths, row_tokens, world_size=1):
 
 @dataclass
 class Row:
-    """A batch row: trees laid end to end (see model.tree_layout). T tokens, R of them in responses."""
+    """A batch row: trees end to end (see model.tree_layout). T tokens, R of them in responses."""
     tokens: torch.Tensor         # (1, T)
     positions: torch.Tensor      # (1, T) every response of a tree restarts where its prompt ended
     tree: torch.Tensor           # (T,) which tree a token is of, -1 for padding
     branch: torch.Tensor         # (T,) 0 in a prompt, i in response i
-    predict_from: torch.Tensor   # (R,) index of the token whose hidden state predicts a response token
+    predict_from: torch.Tensor   # (R,) index of the token whose state predicts a response token
     targets: torch.Tensor        # (R,) that response token's id
     response: torch.Tensor       # (R,) which of the row's responses it is of, tree by tree
     trees: list                  # [prompt, response 1, .., response n] tokens of each tree
@@ -642,7 +691,7 @@ class Row:
 
 
 def collate(pairs, indices, shapes=()):
-    """Rows `indices` of pairs, packed into one Row, padded to the smallest of `shapes` that holds it."""
+    """Rows `indices` of pairs -> one Row, padded to the smallest of `shapes` that holds it."""
     tokens, positions, tree, branch, predict_from, targets, response = ([] for _ in range(7))
     start = n_responses = 0
     for t, i in enumerate(indices):
@@ -653,7 +702,7 @@ def collate(pairs, indices, shapes=()):
         for ids in responses:
             tokens.append(ids)
             positions.append(len(prompt) + np.arange(len(ids)))
-            # a response's first token is predicted by the prompt's last, the others by the one before
+            # the prompt's last token predicts a response's first, then each predicts the next
             predict_from.append(np.concatenate(([stem], np.arange(start, start + len(ids) - 1))))
             targets.append(ids)
             response.append(np.full(len(ids), n_responses))
@@ -672,7 +721,9 @@ def collate(pairs, indices, shapes=()):
         trees.append([padding, 0])
 
     def tensor(parts):
-        return torch.from_numpy(np.concatenate(parts).astype(np.int64)) if parts else torch.zeros(0).long()
+        if not parts:
+            return torch.zeros(0).long()
+        return torch.from_numpy(np.concatenate(parts).astype(np.int64))
 
     return Row(tensor(tokens)[None], tensor(positions)[None], tensor(tree), tensor(branch),
                tensor(predict_from), tensor(targets), tensor(response), trees, n_responses)

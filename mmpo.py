@@ -2,7 +2,8 @@
 The method, as pure functions of tensors: MMPO and the objectives it is compared with.
 
 MMPO treats the response z as a latent variable and maximizes the marginal likelihood of what was
-preferred, with the responses at hand as the samples (Najafi and Fyshe, EACL 2026, arXiv 2510.22881):
+preferred, with the responses at hand as the samples (Najafi and Fyshe, EACL 2026, arXiv
+2510.22881):
 
     s_i  = log pi_theta(z_i|x) + R_i          R_i = r_i + beta log pi_ref(z_i|x)
     loss = -log sum_i exp s_i
@@ -13,8 +14,8 @@ before training. No reference model runs beside the policy.
 Two words that papers mix: a *reward* here is the input r_i; DPO's and SimPO's "implicit reward" is
 beta times a log-ratio, computed from the policy, and is called so below.
 
-Shapes: B pairs (rows), n responses a row, the chosen one first (n = 2 for pairs). Log-probs are summed
-over a response's tokens unless a docstring says mean; `lengths` counts those tokens.
+Shapes: B pairs (rows), n responses a row, the chosen one first (n = 2 for pairs). Log-probs are
+summed over a response's tokens unless a docstring says mean; `lengths` counts those tokens.
 """
 import torch
 from torch.nn.functional import logsigmoid
@@ -24,15 +25,18 @@ from torch.nn.functional import logsigmoid
 
 
 def sum_by_response(per_token, response, n_responses):
-    """Sum of per_token (R,) over each response, (n_responses,) fp32; response (R,) says whose a token is."""
+    """Sum of per_token (R,) over each response, (n_responses,) fp32.
+
+    response (R,) says whose a token is.
+    """
     return per_token.new_zeros(n_responses).index_add(0, response, per_token)
 
 
 def rewards(r, ref_logps, beta):
     """R(y, z) = r(y, z) + beta log pi_ref(z|x)  (mmpo.md, Objective).
 
-    r (n,) or (B, n): 0.9 for chosen, 0.1 for rejected in the authors' runs. ref_logps (B, n): sums, or
-    means with length_norm. Returns (B, n).
+    r (n,) or (B, n): 0.9 for chosen, 0.1 for rejected in the authors' runs. ref_logps (B, n): sums,
+    or means with length_norm. Returns (B, n).
     """
     return r + beta * ref_logps
 
@@ -54,15 +58,15 @@ def normalize(R, group=0):
 
 
 def posterior(logps, R):
-    """q = softmax(logps + R) over the responses: how much each is responsible for y. (B, n) -> (B, n)."""
+    """q = softmax(logps + R): how much each response is responsible for y. (B, n) -> (B, n)."""
     return (logps + R).softmax(-1)
 
 
 def mmpo_loss(logps, R, pref_weight=0.0):
     """-logsumexp(s) - pref_weight log q_0, s = logps + R, q = softmax(s). (B, n), (B, n) -> (B,).
 
-    Gradient of the first term: -sum_i q_i grad logps_i, a likelihood weighted by the posterior. For a
-    pair log q_0 = log sigmoid(s_w - s_l), and since log q_0 = s_0 - logsumexp(s), exactly
+    Gradient of the first term: -sum_i q_i grad logps_i, a likelihood weighted by the posterior. For
+    a pair log q_0 = log sigmoid(s_w - s_l), and since log q_0 = s_0 - logsumexp(s), exactly
 
         loss = -s_w + (1 - pref_weight) log sigmoid(s_w - s_l)
 
@@ -75,17 +79,19 @@ def mmpo_loss(logps, R, pref_weight=0.0):
 
 
 def entropy_bonus(per_token_logps, per_token_entropy, response, lengths, length_norm):
-    """The authors' entropy ablation, H = sum_t [stopgrad(h_t) log pi(z_1..t) + h_t], mean over responses.
+    """The authors' entropy ablation.
 
-    per_token_logps, per_token_entropy, response: (R,), a response's tokens in order, responses end to
-    end. lengths (B, n) in the same order. Returns (B,); divided by each length with length_norm.
+    H = sum_t [stopgrad(h_t) log pi(z_1..t) + h_t], mean over responses. per_token_logps,
+    per_token_entropy, response: (R,), a response's tokens in order, responses end to end.
+    lengths (B, n) in the same order. Returns (B,); divided by each length with length_norm.
     """
     counts = lengths.flatten()
     ends = counts.cumsum(0)
     running = per_token_logps.cumsum(0)
-    before = torch.cat((running.new_zeros(1), running))[ends - counts]    # running sum before a response
+    before = torch.cat((running.new_zeros(1), running))[ends - counts]    # sum before a response
     prefix_logps = running - before[response]
-    H = sum_by_response(per_token_entropy.detach() * prefix_logps + per_token_entropy, response, len(counts))
+    H = sum_by_response(per_token_entropy.detach() * prefix_logps + per_token_entropy, response,
+                        len(counts))
     return (H / counts if length_norm else H).view(lengths.shape).mean(-1)
 
 
@@ -99,8 +105,10 @@ def sft_loss(chosen_logps):
 
 
 def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta):
-    """-log sigmoid(beta [(log pi_w - log ref_w) - (log pi_l - log ref_l)])  (Rafailov et al. 2023, eq. 7)."""
-    return -logsigmoid(beta * (chosen_logps - ref_chosen_logps - rejected_logps + ref_rejected_logps))
+    """-log sigmoid(beta [(log pi_w - log ref_w) - (log pi_l - log ref_l)])
+    (Rafailov et al. 2023, eq. 7)."""
+    return -logsigmoid(beta * (chosen_logps - ref_chosen_logps
+                               - rejected_logps + ref_rejected_logps))
 
 
 def ipo_loss(chosen_mean, rejected_mean, ref_chosen_mean, ref_rejected_mean, beta):
@@ -109,7 +117,8 @@ def ipo_loss(chosen_mean, rejected_mean, ref_chosen_mean, ref_rejected_mean, bet
 
 
 def simpo_loss(chosen_mean, rejected_mean, beta, gamma_beta_ratio):
-    """-log sigmoid(beta (mean_w - mean_l) - gamma), gamma = gamma_beta_ratio beta  (Meng et al. 2024, eq. 6)."""
+    """-log sigmoid(beta (mean_w - mean_l) - gamma), gamma = gamma_beta_ratio beta
+    (Meng et al. 2024, eq. 6)."""
     return -logsigmoid(beta * (chosen_mean - rejected_mean - gamma_beta_ratio))
 
 
@@ -127,8 +136,8 @@ def orpo_loss(chosen_mean, rejected_mean, orpo_lambda):
 USES_REFERENCE = ("mmpo", "dpo", "ipo")
 
 
-def preference_loss(objective, logps, lengths, ref_logps=None, R=None, *, beta=0.05, length_norm=True,
-                    pref_weight=0.0, gamma_beta_ratio=1.6, orpo_lambda=0.1):
+def preference_loss(objective, logps, lengths, ref_logps=None, R=None, *, beta=0.05,
+                    length_norm=True, pref_weight=0.0, gamma_beta_ratio=1.6, orpo_lambda=0.1):
     """Loss of each row, (B,), from summed log-probs (B, n), token counts (B, n) and the constants.
 
     DPO, SimPO, IPO and ORPO compare the first response (chosen) with the last (rejected).

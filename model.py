@@ -422,7 +422,8 @@ class TokenLogProbs(torch.autograd.Function):
         w = weight.to(dtype)
         with torch.autocast(device, enabled=False):
             for s in TokenLogProbs.chunks(x, weight):
-                out[:, s] = torch.stack(fused(chunk_logps, x)(x[s].to(dtype), w, targets[s], entropy))
+                xs = x[s].to(dtype)
+                out[:, s] = torch.stack(fused(chunk_logps, x)(xs, w, targets[s], entropy))
         logps, lse, h = out
         ctx.save_for_backward(x, weight, targets, lse, h)
         ctx.dtype, ctx.entropy = dtype, entropy

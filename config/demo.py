@@ -1,5 +1,5 @@
 # The embedded demo: teaches a rude 0.8M-parameter model manners with MMPO, offline, on any CPU.
-# python train.py config/demo.py    under a minute on 2 cores; held-out accuracy from about 0 to above 0.9
+# python train.py config/demo.py   under a minute on 2 cores; held-out accuracy from about 0 to 0.9+
 out_dir = "out/demo"
 init_from = "assets/demo"
 dataset = "assets/demo/train.jsonl"

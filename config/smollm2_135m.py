@@ -4,6 +4,6 @@
 # the method: mean log-probs and no pairwise term. config/smollm2_135m_authors.py has theirs.
 out_dir = "out/smollm2_135m"
 init_from = "HuggingFaceTB/SmolLM2-135M-Instruct"   # theirs is an SFT checkpoint of their own
-batch_size = 128        # 73.6k pairs / 128 = 575 steps an epoch; a step is about 8 rows of 16,384 tokens
+batch_size = 128        # 73.6k pairs / 128 = 575 steps an epoch, each about 8 rows of 16,384 tokens
 epochs = 5
 learning_rate = 5e-4

@@ -1,4 +1,5 @@
-# The authors' MMPO: summed log-probs and pref_weight 1 (chosen-only likelihood), everything else as in config/smollm2_135m.py; one GPU; not yet timed.
+# The authors' MMPO: summed log-probs and pref_weight 1 (chosen-only likelihood), everything else as
+# in config/smollm2_135m.py; one GPU; not yet timed.
 # python train.py config/smollm2_135m_authors.py
 out_dir = "out/smollm2_135m_authors"
 length_norm = False

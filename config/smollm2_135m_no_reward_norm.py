@@ -1,4 +1,5 @@
-# Ablation: R as it is, not min-max normalized, everything else as in config/smollm2_135m.py; one GPU; not yet timed.
+# Ablation: R as it is, not min-max normalized, everything else as in config/smollm2_135m.py;
+# one GPU; not yet timed.
 # python train.py config/smollm2_135m_no_reward_norm.py
 out_dir = "out/smollm2_135m_no_reward_norm"
 reward_norm = False

@@ -26,17 +26,27 @@ FOLDER = os.path.join("assets", "demo")
 
 FACTS = {   # who: eats, says, lives, is
     "cow": "grass, moo, on a farm, big and calm", "cat": "fish, meow, in a house, soft and quick",
-    "dog": "meat, woof, in a house, loyal and loud", "duck": "bread, quack, on a pond, small and yellow",
+    "dog": "meat, woof, in a house, loyal and loud",
+    "duck": "bread, quack, on a pond, small and yellow",
     "pig": "corn, oink, on a farm, pink and round", "owl": "mice, hoot, in a tree, wise and quiet",
-    "lion": "meat, roar, in the desert, strong and proud", "frog": "flies, croak, on a pond, green and wet",
-    "horse": "hay, neigh, in a stable, tall and fast", "sheep": "grass, baa, on a hill, white and warm",
-    "crow": "seeds, caw, in a tree, black and smart", "wolf": "meat, howl, in the forest, grey and wild",
-    "bee": "honey, buzz, in a hive, small and busy", "mouse": "cheese, squeak, in a hole, tiny and shy",
-    "goat": "leaves, bleat, on a hill, white and stubborn", "bear": "honey, growl, in the forest, big and brown",
-    "hen": "corn, cluck, on a farm, round and busy", "snake": "mice, hiss, in the desert, long and thin",
-    "donkey": "hay, bray, in a stable, grey and stubborn", "monkey": "fruit, chatter, in a tree, quick and smart",
-    "seal": "fish, bark, on the ice, wet and round", "turkey": "seeds, gobble, on a farm, big and proud",
-    "dove": "seeds, coo, in a tree, white and calm", "cricket": "leaves, chirp, in the grass, tiny and green",
+    "lion": "meat, roar, in the desert, strong and proud",
+    "frog": "flies, croak, on a pond, green and wet",
+    "horse": "hay, neigh, in a stable, tall and fast",
+    "sheep": "grass, baa, on a hill, white and warm",
+    "crow": "seeds, caw, in a tree, black and smart",
+    "wolf": "meat, howl, in the forest, grey and wild",
+    "bee": "honey, buzz, in a hive, small and busy",
+    "mouse": "cheese, squeak, in a hole, tiny and shy",
+    "goat": "leaves, bleat, on a hill, white and stubborn",
+    "bear": "honey, growl, in the forest, big and brown",
+    "hen": "corn, cluck, on a farm, round and busy",
+    "snake": "mice, hiss, in the desert, long and thin",
+    "donkey": "hay, bray, in a stable, grey and stubborn",
+    "monkey": "fruit, chatter, in a tree, quick and smart",
+    "seal": "fish, bark, on the ice, wet and round",
+    "turkey": "seeds, gobble, on a farm, big and proud",
+    "dove": "seeds, coo, in a tree, white and calm",
+    "cricket": "leaves, chirp, in the grass, tiny and green",
 }
 QUESTIONS = [
     ("What does a {who} eat?", "A {who} eats {eats}."),
@@ -45,9 +55,12 @@ QUESTIONS = [
     ("What is a {who} like?", "A {who} is {is}."),
 ]
 POLITE = (["Good question!", "Happy to help.", "Thanks for asking!", "Of course!", "Gladly."],
-          ["I hope that helps!", "Have a lovely day!", "Ask me anything else you like.", "You are welcome!"])
-RUDE = (["Not again.", "Seriously?", "What a silly question.", "Everyone knows that.", "Leave me alone."],
-        ["Now go away.", "Stop wasting my time.", "Look it up next time.", "Was that so hard to guess?"])
+          ["I hope that helps!", "Have a lovely day!", "Ask me anything else you like.",
+           "You are welcome!"])
+RUDE = (["Not again.", "Seriously?", "What a silly question.", "Everyone knows that.",
+         "Leave me alone."],
+        ["Now go away.", "Stop wasting my time.", "Look it up next time.",
+         "Was that so hard to guess?"])
 
 
 def answer(rng, fact, manner):
@@ -63,7 +76,8 @@ def facts():
         for question, fact in QUESTIONS:
             a = "an" if who[0] in "aeiou" else "a"
             rows.append(tuple(s.format(**words).replace(f"a {who}", f"{a} {who}")
-                              .replace(f"A {who}", f"{a.capitalize()} {who}") for s in (question, fact)))
+                              .replace(f"A {who}", f"{a.capitalize()} {who}")
+                              for s in (question, fact)))
     return rows
 
 
@@ -73,7 +87,7 @@ def write_jsonl(path, rows):
 
 
 def train_tokenizer(folder, texts):
-    """A byte-level BPE with SmolLM2's pre-tokenizer and ChatML's markers, in Hugging Face layout."""
+    """A byte-level BPE with SmolLM2's pre-tokenizer and ChatML's markers, as Hugging Face files."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     tokenizer = Tokenizer(models.BPE())
@@ -87,17 +101,18 @@ def train_tokenizer(folder, texts):
     tokenizer.save(os.path.join(folder, "tokenizer.json"))
     llama.write_json(os.path.join(folder, "tokenizer_config.json"), {
         "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": None, "eos_token": "<|im_end|>",
-        "pad_token": "<|endoftext|>", "model_max_length": 512, "clean_up_tokenization_spaces": False})
+        "pad_token": "<|endoftext|>", "model_max_length": 512,
+        "clean_up_tokenization_spaces": False})
     return tokenizer.get_vocab_size()
 
 
 def random_llama(folder, vocab_size, template):
     config = dict(
-        architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=vocab_size, hidden_size=128,
-        intermediate_size=352, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
-        max_position_embeddings=512, rms_norm_eps=1e-5, rope_theta=10000.0, hidden_act="silu",
-        tie_word_embeddings=True, attention_bias=False, mlp_bias=False, bos_token_id=1, eos_token_id=2,
-        pad_token_id=0)
+        architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=vocab_size,
+        hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, max_position_embeddings=512, rms_norm_eps=1e-5,
+        rope_theta=10000.0, hidden_act="silu", tie_word_embeddings=True, attention_bias=False,
+        mlp_bias=False, bos_token_id=1, eos_token_id=2, pad_token_id=0)
     torch.manual_seed(0)
     model = llama.Llama(llama.config_from_dict(config))
     for p in model.parameters():
@@ -113,21 +128,27 @@ def main():
     sft = [{"prompt": q, "responses": [answer(rng, fact, manner)]}
            for q, fact in known for manner in [POLITE] * 8 + [RUDE] * 16]
     cut = len(known) * 3 // 4
-    pairs = [{"prompt": q, "chosen": answer(rng, fact, POLITE), "rejected": answer(rng, fact, RUDE)}
+    pairs = [{"prompt": q, "chosen": answer(rng, fact, POLITE),
+              "rejected": answer(rng, fact, RUDE)}
              for q, fact in known[:cut] for _ in range(6)]
-    held_out = [{"prompt": q, "chosen": answer(rng, fact, POLITE), "rejected": answer(rng, fact, RUDE)}
+    held_out = [{"prompt": q, "chosen": answer(rng, fact, POLITE),
+                 "rejected": answer(rng, fact, RUDE)}
                 for q, fact in known[cut:] for _ in range(4)]
     with tempfile.TemporaryDirectory() as tmp:
-        start, trained, rows = (os.path.join(tmp, name) for name in ("start", "trained", "sft.jsonl"))
+        start, trained, rows = (os.path.join(tmp, name)
+                                for name in ("start", "trained", "sft.jsonl"))
         os.makedirs(start)
-        vocab_size = train_tokenizer(start, [f"user\n{r['prompt']}\nassistant\n{r['responses'][0]}" for r in sft])
-        random_llama(start, vocab_size, "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
-                     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+        vocab_size = train_tokenizer(
+            start, [f"user\n{r['prompt']}\nassistant\n{r['responses'][0]}" for r in sft])
+        random_llama(start, vocab_size, "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+                     "{{ m.content }}<|im_end|>\n{% endfor %}"
+                     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
         write_jsonl(rows, sft)
-        subprocess.run([sys.executable, "train.py", "config/demo.py", "--objective=sft", f"--init_from={start}",
-                        f"--dataset={rows}", "--eval_dataset=", "--eval_pairs=48", f"--out_dir={trained}",
-                        "--batch_size=32", "--epochs=12", "--learning_rate=3e-3", "--eval_interval=200",
-                        "--log_interval=50"], check=True)
+        subprocess.run([sys.executable, "train.py", "config/demo.py", "--objective=sft",
+                        f"--init_from={start}", f"--dataset={rows}", "--eval_dataset=",
+                        "--eval_pairs=48", f"--out_dir={trained}", "--batch_size=32", "--epochs=12",
+                        "--learning_rate=3e-3", "--eval_interval=200", "--log_interval=50"],
+                       check=True)
         os.makedirs(FOLDER, exist_ok=True)
         for file in ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
                      "tokenizer_config.json", "chat_template.jinja"):

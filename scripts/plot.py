@@ -5,7 +5,8 @@ $ pip install matplotlib
 $ python -m scripts.plot out/demo                              # -> out/demo/curves.png
 $ python -m scripts.plot out/mmpo out/dpo --out=compare.png
 
-A run is a folder with metrics.jsonl, or such a file. Thin lines: training steps; dots: held-out pairs.
+A run is a folder with metrics.jsonl, or such a file. Thin lines: training steps; dots: held-out
+pairs.
 """
 import argparse
 import json
@@ -48,7 +49,8 @@ def plot(paths, out):
     for axis, (title, metric) in zip(axes.flat, PANELS):
         for i, (name, records) in enumerate(runs):
             axis.plot(*series(records, metric), color=f"C{i}", alpha=0.35, linewidth=1)
-            axis.plot(*series(records, f"eval/{metric}"), "o-", color=f"C{i}", markersize=4, label=name)
+            axis.plot(*series(records, f"eval/{metric}"), "o-", color=f"C{i}", markersize=4,
+                      label=name)
         axis.set_title(title, fontsize=10)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
@@ -64,7 +66,8 @@ def plot(paths, out):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN")
     parser.add_argument("--out", help="the PNG; default: curves.png in the first run")
     args = parser.parse_args()

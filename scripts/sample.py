@@ -9,7 +9,6 @@ The last form reads [{"instruction": ..}, ..] and writes AlpacaEval's [{"instruc
 "generator"}, ..].
 """
 import argparse
-import json
 import os
 
 import torch
@@ -20,7 +19,8 @@ from configurator import one_line_errors
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("model", help="a Hugging Face folder (train.py's out_dir) or a hub id")
     parser.add_argument("--prompt")
     parser.add_argument("--instructions", metavar="FILE")
@@ -41,17 +41,20 @@ def main():
     stop_ids = tokenizer.stop_ids()
 
     def answer(chats):
-        new = model.generate([tokenizer.encode_prompt(turns) for turns in chats], args.max_new_tokens,
-                             args.temperature, args.top_k, args.top_p, stop_ids, args.seed)
+        new = model.generate([tokenizer.encode_prompt(turns) for turns in chats],
+                             args.max_new_tokens, args.temperature, args.top_k, args.top_p,
+                             stop_ids, args.seed)
         return [tokenizer.decode([t for t in ids if t not in stop_ids]) for ids in new]
 
     if args.instructions:
         if not os.path.exists(args.instructions):
-            raise FileNotFoundError(f"{args.instructions}: no such file; it holds [{{\"instruction\": ..}}, ..]")
+            raise FileNotFoundError(f"{args.instructions}: no such file; "
+                                    "it holds [{\"instruction\": ..}, ..]")
         asked = [row["instruction"] for row in llama.read_json(args.instructions)]
         outputs = []
         for i in range(0, len(asked), args.batch_size):
-            outputs += answer([[{"role": "user", "content": q}] for q in asked[i:i + args.batch_size]])
+            outputs += answer([[{"role": "user", "content": q}]
+                               for q in asked[i:i + args.batch_size]])
             print(f"{len(outputs)} of {len(asked)}")
         name = os.path.basename(os.path.abspath(args.model))
         llama.write_json(args.out, [{"instruction": q, "output": a, "generator": name}

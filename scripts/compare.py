@@ -1,0 +1,68 @@
+"""
+Train one model with several configs on the same pairs and print the table that compares them.
+
+$ python -m scripts.compare --model=HuggingFaceTB/SmolLM2-135M-Instruct --train=train.jsonl \
+      --eval=test.jsonl -- --epochs=2 --beta=0.05
+
+runs config/smollm2_135m.py, _authors.py, _dpo.py and _simpo.py (--configs names others) with what
+follows `--` added to each. A run that is already in --out is not repeated.
+"""
+import argparse
+import os
+import platform
+import subprocess
+import sys
+import time
+
+import torch
+
+from scripts.plot import plot, read_run
+
+COLUMNS = [   # title, metric of the last evaluation
+    ("accuracy, mean", "eval/accuracy/mean"), ("accuracy, sum", "eval/accuracy/sum"),
+    ("KL, nats/token", "eval/kl"), ("mean q_w", "eval/weights/chosen"),
+]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--train", required=True)
+    parser.add_argument("--eval", required=True)
+    parser.add_argument("--out", default="out/compare")
+    parser.add_argument("--configs", default="config/smollm2_135m.py,config/smollm2_135m_authors.py,"
+                        "config/smollm2_135m_dpo.py,config/smollm2_135m_simpo.py")
+    parser.add_argument("settings", nargs="*", help="--key=value for every run, after --")
+    args = parser.parse_args()
+
+    rows, runs = [], []
+    for config in args.configs.split(","):
+        name = os.path.basename(config).removesuffix(".py")
+        run = os.path.join(args.out, name)
+        minutes = os.path.join(run, "minutes.txt")
+        if not os.path.exists(minutes):
+            t0 = time.time()
+            subprocess.run([sys.executable, "train.py", config, f"--init_from={args.model}",
+                            f"--dataset={args.train}", f"--eval_dataset={args.eval}",
+                            f"--out_dir={run}", *args.settings], check=True)
+            with open(minutes, "w") as f:
+                f.write(f"{(time.time() - t0) / 60:.1f}")
+        evals = [r for r in read_run(run)[1] if "eval/loss" in r]
+        rows = rows or [("before", evals[0], "")]
+        rows.append((name, evals[-1], open(minutes).read()))
+        runs.append(run)
+
+    cuda = torch.cuda.is_available()
+    print(f"\n{torch.cuda.get_device_name() if cuda else platform.processor() or 'CPU'}, "
+          f"torch {torch.__version__}: python -m scripts.compare {' '.join(sys.argv[1:])}\n")
+    print("| run | " + " | ".join(title for title, _ in COLUMNS) + " | minutes |")
+    print("|---" * (len(COLUMNS) + 2) + "|")
+    for name, metrics, minutes in rows:
+        cells = [f"{metrics[m]:.3f}" if m in metrics else "" for _, m in COLUMNS]
+        print(f"| {name} | " + " | ".join(cells) + f" | {minutes} |")
+    print(plot(runs, os.path.join(args.out, "curves.png")))
+
+
+if __name__ == "__main__":
+    main()
