@@ -638,12 +638,13 @@ def batch_indices(n_rows, batch_size, seed, iter_num):
     return np.random.default_rng([seed, epoch]).permutation(n_rows)[step * batch_size:][:batch_size]
 
 
-def pack(lengths, row_tokens, world_size=1):
+def pack(lengths, row_tokens, world_size=1, equal_rows=False):
     """Trees of `lengths` (N,) tokens -> for each rank its packed rows, each an array of indices.
 
     Ranks get about equal tokens (longest first, each to the emptiest rank); a rank packs its trees
     first-fit into rows of at most row_tokens. A rank without a tree gets one empty row: all ranks
-    must take part in a step. Ranks may get different numbers of rows.
+    must take part in a step. Ranks may get different numbers of rows, unless equal_rows (FSDP) asks
+    for empty ones where there are fewer.
     """
     ranks = [[] for _ in range(world_size)]
     load = [0] * world_size
@@ -662,8 +663,10 @@ def pack(lengths, row_tokens, world_size=1):
                 fits = -1
             rows[fits].append(i)
             room[fits] -= lengths[i]
-        packed.append([np.array(r) for r in rows] or [np.array([], dtype=np.int64)])
-    return packed
+        packed.append(rows)
+    most = max(map(len, packed)) if equal_rows else 1
+    return [[np.array(row, dtype=np.int64) for row in rows + [[]] * (most - len(rows))]
+            for rows in packed]
 
 
 @dataclass

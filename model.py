@@ -25,6 +25,8 @@ import torch
 import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
@@ -434,7 +436,7 @@ class TokenLogProbs(torch.autograd.Function):
         x, weight, targets, lse, h = ctx.saved_tensors
         w = weight.to(ctx.dtype)
         dx = torch.empty_like(x)
-        dw = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        dw = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for s in TokenLogProbs.chunks(x, weight):
             xs = x[s].to(ctx.dtype)
             d_logits = fused(chunk_grad, x)(
@@ -442,7 +444,7 @@ class TokenLogProbs(torch.autograd.Function):
             dx[s] = d_logits @ w
             if dw is not None:
                 dw += d_logits.T @ xs
-        return dx, dw, None, None
+        return dx, None if dw is None else dw.to(weight.dtype), None, None
 
     @staticmethod
     def chunks(x, weight):
@@ -469,8 +471,12 @@ class LoRALinear(nn.Linear):
         self.weight, self.bias = base.weight, base.bias
         self.scale, self.dropout = alpha / rank, dropout
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=base.weight.device))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=base.weight.device))
+        self.lora_B = nn.Parameter(torch.empty(base.out_features, rank, device=base.weight.device))
+        self.init_adapter()
+
+    def init_adapter(self):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B)
 
     def forward(self, x):
         y = F.linear(x, self.weight, self.bias)
@@ -481,7 +487,7 @@ class LoRALinear(nn.Linear):
         return y + self.scale * F.linear(low, self.lora_B.to(y.dtype))
 
     def merged_weight(self):
-        return self.weight.float() + self.scale * (self.lora_B @ self.lora_A)
+        return whole(self.weight).float() + self.scale * (whole(self.lora_B) @ whole(self.lora_A))
 
 
 def add_lora(model, rank, alpha, dropout, targets):
@@ -500,14 +506,42 @@ def add_lora(model, rank, alpha, dropout, targets):
 @contextlib.contextmanager
 def adapters_off(model):
     """The model as it was before LoRA, inside the with block."""
-    layers = [m for m in model.modules() if isinstance(m, LoRALinear)]
-    for layer in layers:
+    for layer in lora_layers(model).values():
         layer.enabled = False
     try:
         yield
     finally:
-        for layer in layers:
+        for layer in lora_layers(model).values():
             layer.enabled = True
+
+
+def lora_layers(model):
+    return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+
+
+# -----------------------------------------------------------------------------
+# sharding
+
+
+def shard(model, param_dtype=None):
+    """FSDP2: every rank keeps its part of each weight, gradient and optimizer state; a block is
+    gathered (in param_dtype) when it is its turn. Call it on all ranks, before loading.
+    """
+    from torch.distributed import fsdp
+    options = {"mp_policy": fsdp.MixedPrecisionPolicy(param_dtype=param_dtype,
+                                                      reduce_dtype=torch.float32),
+               "mesh": init_device_mesh("cuda" if torch.cuda.is_available() else "cpu",
+                                        (torch.distributed.get_world_size(),))}
+    for block in model.model.layers:
+        fsdp.fully_shard(block, **options)
+    fsdp.fully_shard(model, **options)
+    for method in ("logits", "generate"):
+        fsdp.register_fsdp_forward_method(model, method)
+
+
+def whole(tensor):
+    """A tensor, put together on every rank if it is sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 # -----------------------------------------------------------------------------
@@ -608,12 +642,14 @@ def safetensors_names(path):
     return names
 
 
-def from_pretrained(name, device="cpu", dtype=torch.float32):
+def from_pretrained(name, device="cpu", dtype=torch.float32, prepare=None):
     """A Hugging Face folder or hub id -> (Llama on `device` in `dtype`, config.json as a dict).
 
     Strict: every tensor of the model exactly once, of the right shape, finite, and none besides.
     Each tensor goes from the file to its place; the weights are never in memory twice.
-    Raises FileNotFoundError, OSError or ValueError that says what is wrong where.
+    `prepare(model)` may add adapters or shard the model while it has shapes but no memory;
+    device "meta" leaves it there. Raises FileNotFoundError, OSError or ValueError that says what
+    is wrong where.
     """
     folder = checkpoint_folder(name)
     config_path = os.path.join(folder, "config.json")
@@ -621,14 +657,21 @@ def from_pretrained(name, device="cpu", dtype=torch.float32):
         raise FileNotFoundError(f"{folder}: no config.json; give a Hugging Face checkpoint folder")
     hf_config = read_json(config_path)
     with torch.device("meta"):
-        model = Llama(config_from_dict(hf_config, config_path))
-    load_weights(model, folder, device, dtype)
+        model = Llama(config_from_dict(hf_config, config_path)).to(dtype)
+    if prepare:
+        prepare(model)
+    if torch.device(device).type != "meta":
+        model.to_empty(device=device)
+        load_weights(model, folder)
+        for layer in lora_layers(model).values():
+            layer.init_adapter()
     return model, hf_config
 
 
-def load_weights(model, folder, device, dtype):
-    """Fill a meta-device model from safetensors, tensor by tensor."""
-    expected = dict(model.named_parameters())
+@torch.no_grad()
+def load_weights(model, folder):
+    """Fill the parameters from safetensors, tensor by tensor; a sharded one takes its part."""
+    expected = {n: p for n, p in model.named_parameters() if "lora_" not in n}
     where = {name: path for name, path in tensor_files(folder).items()
              if not name.endswith("rotary_emb.inv_freq")}   # old Llamas saved it; it is computed
     missing, extra = sorted(expected.keys() - where.keys()), sorted(where.keys() - expected.keys())
@@ -657,27 +700,32 @@ def load_weights(model, folder, device, dtype):
                                          f"config.json asks for {shape}")
                     if not tensor.isfinite().all():
                         raise ValueError(f"{path}: {name} holds NaN or infinite values; refusing")
-                    module, leaf = name.rsplit(".", 1)
-                    parameter = nn.Parameter(tensor.to(device, dtype))
-                    setattr(model.get_submodule(module), leaf, parameter)
+                    p = expected[name]
+                    if isinstance(p, DTensor):
+                        tensor = distribute_tensor(tensor.to(p.device), p.device_mesh, p.placements,
+                                                   src_data_rank=None)
+                    p.copy_(tensor)
         except SafetensorError as e:
             raise ValueError(f"{path}: incomplete file ({e}); download it again") from None
-    if tied_head is not None and not tied_head.to(device, dtype).equal(model.head_weight):
+    head = whole(model.head_weight)
+    if tied_head is not None and not tied_head.to(head.device, head.dtype).equal(head):
         raise ValueError(f"{folder}: lm_head.weight differs from embed_tokens.weight, but "
                          "config.json ties them; set tie_word_embeddings to false")
 
 
+@torch.no_grad()
 def save_pretrained(model, folder, hf_config, tokenizer_folder=None, dtype=torch.bfloat16,
-                    max_shard_bytes=5 * 1000 ** 3, chat_template=None):
+                    max_shard_bytes=5 * 1000 ** 3, chat_template=None, write=True):
     """Write a folder that transformers, vLLM and llama.cpp's converter open.
 
     config.json is the start checkpoint's (`hf_config`) with the new dtype; tokenizer files and
     generation_config.json are copied from `tokenizer_folder` as they are; `chat_template` is the
     text trained with. LoRA adapters are merged into the weights. Shards of at most
     `max_shard_bytes`. Each file appears whole or not at all.
+    A model sharded over ranks: call it on all, with `write` on one; a tensor is gathered at a time.
     """
     os.makedirs(folder, exist_ok=True)
-    layers = {n + ".weight": m for n, m in model.named_modules() if isinstance(m, LoRALinear)}
+    layers = {name + ".weight": layer for name, layer in lora_layers(model).items()}
     shards, size, total = [[]], 0, 0
     for name, p in model.named_parameters():
         if "lora_" in name:
@@ -690,16 +738,20 @@ def save_pretrained(model, folder, hf_config, tokenizer_folder=None, dtype=torch
         size, total = size + nbytes, total + nbytes
 
     weight_map = {}
-    for i, shard in enumerate(shards):
+    for i, part in enumerate(shards):
         file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         file = file if len(shards) > 1 else "model.safetensors"
         tensors = {}
-        for name, p in shard:
-            p = layers[name].merged_weight() if name in layers else p
-            tensors[name] = p.detach().to("cpu", dtype).contiguous()
-        write_atomically(os.path.join(folder, file),
-                         lambda t: save_file(tensors, t, {"format": "pt"}))
-        weight_map |= {name: file for name in tensors}
+        for name, p in part:
+            p = layers[name].merged_weight() if name in layers else whole(p)
+            if write:
+                tensors[name] = p.to("cpu", dtype).contiguous()
+        if write:
+            write_atomically(os.path.join(folder, file),
+                             lambda t: save_file(tensors, t, {"format": "pt"}))
+        weight_map |= {name: file for name, _ in part}
+    if not write:
+        return
     for old in os.listdir(folder):   # an earlier export's weights would be opened with these
         if old.endswith(".safetensors") and old not in weight_map.values():
             os.remove(os.path.join(folder, old))

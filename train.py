@@ -81,6 +81,8 @@ epochs = 5.0                      # > 0, passes over the pairs
 max_iters = 0                     # >= 0, steps; 0: as many as epochs takes
 warmup = 0.1                      # 0 to 1, share of the steps with a rising learning rate
 min_lr = 0.0                      # >= 0, where the cosine ends
+# distributed
+parallel = "ddp"                  # ddp | fsdp: every rank has the model, or its share (FSDP2)
 # system
 row_tokens = 16384                # > 0, tokens of a packed row: the unit of memory
 activation_checkpointing = False  # compute activations again in backward: less memory, more time
@@ -96,6 +98,7 @@ settings, overrides = configure(globals(), sys.argv[1:], __file__)
 ddp = int(os.environ.get("RANK", -1)) != -1
 ddp_rank, ddp_local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
 ddp_world_size = int(os.environ.get("WORLD_SIZE", 1))
+fsdp = ddp and parallel == "fsdp"
 master_process = ddp_rank == 0
 progress_bar = master_process and sys.stderr.isatty()
 if device == "auto":
@@ -171,14 +174,20 @@ log(f"{len(train_pairs):,} pairs, {len(held_out):,} held out; {max_iters} steps 
     f"pairs, {iters_per_epoch} an epoch")
 
 # --- model: trained weights are fp32; under LoRA the frozen ones are kept as they are computed with
+def prepare(model):
+    """Adapters and shards, while the model has shapes but no memory."""
+    if lora_rank:
+        llama.add_lora(model, lora_rank, lora_alpha, lora_dropout, lora_targets.split(","))
+    if fsdp:
+        llama.shard(model, torch.bfloat16 if dtype == "bfloat16" else None)
+
+
 frozen_dtype = torch.bfloat16 if lora_rank and dtype == "bfloat16" else torch.float32
-raw_model, hf_config = llama.from_pretrained(folder, device, frozen_dtype)
+raw_model, hf_config = llama.from_pretrained(folder, device, frozen_dtype, prepare)
 if tokenizer.n_vocab > raw_model.config.vocab_size:
     raise ValueError(f"{folder}: tokenizer.json has {tokenizer.n_vocab} ids, config.json "
                      f"{raw_model.config.vocab_size}; do they belong together?")
 raw_model.activation_checkpointing = activation_checkpointing
-if lora_rank:
-    llama.add_lora(raw_model, lora_rank, lora_alpha, lora_dropout, lora_targets.split(","))
 if compile and device.type == "cuda":
     raw_model.compile_blocks()
 trained = [p for p in raw_model.parameters() if p.requires_grad]
@@ -192,7 +201,7 @@ def score(pairs, indices, title=None):
     """Summed log-probs of rows `indices`, (len(indices), n), on every rank; each does a share."""
     raw_model.eval()
     logps = torch.zeros(len(indices), pairs.lengths.shape[1] - 1, device=device)
-    rows = data.pack(pairs.lengths[indices].sum(1), eval_tokens, ddp_world_size)[ddp_rank]
+    rows = data.pack(pairs.lengths[indices].sum(1), eval_tokens, ddp_world_size, fsdp)[ddp_rank]
     for members in tqdm(rows, title, disable=not (title and progress_bar)):
         row = data.collate(pairs, indices[members], eval_shapes).to(device)
         with autocast:
@@ -291,7 +300,7 @@ vectors = [p for p in trained if p.dim() < 2]
 optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=weight_decay),
                                dict(params=vectors, weight_decay=0.0)],
                               lr=learning_rate, betas=(beta1, beta2), fused=device.type != "mps")
-model = DDP(raw_model, gradient_as_bucket_view=True) if ddp else raw_model
+model = DDP(raw_model, gradient_as_bucket_view=True) if ddp and not fsdp else raw_model
 
 
 def get_lr(iter_num):
@@ -331,13 +340,13 @@ for iter_num in tqdm(range(max_iters + 1), "steps", disable=not progress_bar):
     batch = data.batch_indices(len(train_pairs), batch_size, seed, iter_num)
     batch_lengths, batch_ref_logps = lengths[batch], ref_logps[batch]
     batch_R = normalized(R[batch], len(batch))
-    rows = data.pack(train_pairs.lengths[batch].sum(1), row_tokens, ddp_world_size)[ddp_rank]
+    rows = data.pack(train_pairs.lengths[batch].sum(1), row_tokens, ddp_world_size, fsdp)[ddp_rank]
     batch_logps = torch.zeros(batch_lengths.shape, device=device)
     total_loss = torch.zeros((), device=device)
 
     for micro_step, members in enumerate(rows):
         row = data.collate(train_pairs, batch[members], train_shapes).to(device)
-        if ddp:   # gradients meet in the last micro-step only
+        if ddp and not fsdp:   # gradients meet in the last micro-step only
             model.require_backward_grad_sync = micro_step == len(rows) - 1
         with autocast:
             scored = model(row, entropy=entropy_coef > 0)
@@ -351,14 +360,14 @@ for iter_num in tqdm(range(max_iters + 1), "steps", disable=not progress_bar):
             losses = losses - entropy_coef * mmpo.entropy_bonus(
                 *scored, row.response, row_lengths, length_norm)
         loss = losses.sum() / len(batch)          # the step's mean, whichever rank computes a pair
-        (loss * ddp_world_size).backward()        # DDP averages over ranks
+        (loss * ddp_world_size).backward()        # DDP and FSDP average over ranks
         total_loss += loss.detach()
         batch_logps[members] = logps.detach()
 
     lr = get_lr(iter_num)
     for group in optimizer.param_groups:
         group["lr"] = lr
-    grad_norm = torch.nn.utils.clip_grad_norm_(trained, grad_clip or math.inf)
+    grad_norm = llama.whole(torch.nn.utils.clip_grad_norm_(trained, grad_clip or math.inf))
     if not grad_norm.isfinite():
         raise ValueError(f"step {iter_num}: the gradient is {grad_norm.item()}; weights not "
                          "updated; lower learning_rate, or try --dtype=float32")
@@ -385,9 +394,10 @@ for iter_num in tqdm(range(max_iters + 1), "steps", disable=not progress_bar):
 
 # --- the aligned model, in Hugging Face layout
 answer("sample after")
+llama.save_pretrained(raw_model, out_dir, hf_config, folder, llama.DTYPES[export_dtype],
+                      chat_template=tokenizer.template_text if chat_template else None,
+                      write=master_process)
 if master_process:
-    llama.save_pretrained(raw_model, out_dir, hf_config, folder, llama.DTYPES[export_dtype],
-                          chat_template=tokenizer.template_text if chat_template else None)
     if "eval/accuracy/mean" in metrics:
         log(f"held-out preference accuracy: {first_eval['eval/accuracy/mean']:.3f} before, "
             f"{metrics['eval/accuracy/mean']:.3f} after (mean log-probs)")
