@@ -544,6 +544,33 @@ def whole(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def memory_parts(model, row_tokens, dtype):
+    """Bytes that one rank needs at its peak, by part: an estimate, for a meta-device model too.
+
+    Activations as torch.compile keeps them for backward: per token and layer the residual stream
+    twice, what the norms made of it, queries, keys, values, the attention's output, gate and up.
+    """
+    c, item = model.config, dtype.itemsize
+    numel = {True: 0, False: 0}   # by requires_grad, on this rank
+    for p in model.parameters():
+        numel[p.requires_grad] += (p.to_local() if isinstance(p, DTensor) else p).numel()
+    sharded = isinstance(model.head_weight, DTensor)
+    block = sum(p.numel() for p in model.model.layers[0].parameters())
+    # autocast casts trained weights once a row; FSDP gathers a block, the next one, and the head
+    casts = (2 * block + 2 * model.head_weight.numel() if sharded else numel[True]) * item
+    stream = item if sharded or not model.model.norm.weight.requires_grad else 4
+    attention = 2 * (c.n_head + c.n_kv_head) * c.head_dim
+    layer = 2 * stream * c.n_embd + (2 * c.n_embd + attention + 2 * c.intermediate_size) * item
+    kept = c.n_layer * (stream * c.n_embd if model.activation_checkpointing else layer) + \
+        (layer if model.activation_checkpointing else 0)
+    frozen_item = item if numel[True] < numel[False] else 4
+    head_grad = 4 * model.head_weight.numel() if model.head_weight.requires_grad else 0
+    return {"weights": 4 * numel[True] + frozen_item * numel[False], "cast weights": casts,
+            "gradients": 4 * numel[True], "optimizer": 8 * numel[True],
+            "activations": kept * row_tokens,
+            "logits, in chunks": CHUNK_LOGITS["cuda"] * (4 + 2 * item) + head_grad}
+
+
 # -----------------------------------------------------------------------------
 # weights on disk
 
@@ -765,15 +792,40 @@ def save_pretrained(model, folder, hf_config, tokenizer_folder=None, dtype=torch
     hf_config = {k: v for k, v in hf_config.items() if k not in ("dtype", "torch_dtype")}
     write_json(os.path.join(folder, "config.json"),
                hf_config | {"dtype": name, "torch_dtype": name})
-    if tokenizer_folder:
-        for file in (*TOKENIZER_FILES, "generation_config.json"):
-            source, target = os.path.join(tokenizer_folder, file), os.path.join(folder, file)
-            if os.path.exists(source) and os.path.realpath(source) != os.path.realpath(target):
-                write_atomically(target, lambda t: shutil.copyfile(source, t))
+    copy_tokenizer(tokenizer_folder, folder, chat_template)
     if not os.path.exists(os.path.join(folder, "generation_config.json")):
         ids = ("bos_token_id", "eos_token_id", "pad_token_id")
         write_json(os.path.join(folder, "generation_config.json"),
                    {k: hf_config[k] for k in ids if hf_config.get(k) is not None})
+
+
+@torch.no_grad()
+def save_adapter(model, folder, base, rank, alpha, dropout, targets, tokenizer_folder=None,
+                 chat_template=None, write=True):
+    """Write the LoRA adapters alone: a folder that peft.PeftModel.from_pretrained opens on `base`.
+
+    Sharded models as in save_pretrained.
+    """
+    os.makedirs(folder, exist_ok=True)
+    tensors = {f"base_model.model.{name}.weight": whole(p).cpu().contiguous()
+               for name, p in model.named_parameters() if "lora_" in name}
+    if not write:
+        return
+    write_atomically(os.path.join(folder, "adapter_model.safetensors"),
+                     lambda t: save_file(tensors, t, {"format": "pt"}))
+    write_json(os.path.join(folder, "adapter_config.json"), {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": rank,
+        "lora_alpha": alpha, "lora_dropout": dropout, "target_modules": targets, "bias": "none",
+        "fan_in_fan_out": False, "inference_mode": True})
+    copy_tokenizer(tokenizer_folder, folder, chat_template)
+
+
+def copy_tokenizer(source_folder, folder, chat_template=None):
+    """Tokenizer files, generation config and chat template as they are, or another template."""
+    for file in (*TOKENIZER_FILES, "generation_config.json") if source_folder else ():
+        source, target = os.path.join(source_folder, file), os.path.join(folder, file)
+        if os.path.exists(source) and os.path.realpath(source) != os.path.realpath(target):
+            write_atomically(target, lambda t: shutil.copyfile(source, t))
     if chat_template is not None:
         def write(temporary):
             with open(temporary, "w", encoding="utf-8", newline="") as f:

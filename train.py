@@ -33,6 +33,8 @@ from configurator import configure, one_line_errors
 out_dir = "out"                   # the aligned model, in Hugging Face layout, and metrics.jsonl
 init_from = "HuggingFaceTB/SmolLM2-135M-Instruct"   # the model to align: a folder or a hub id
 export_dtype = "bfloat16"         # bfloat16 | float16 | float32: of the exported weights
+export_adapter = False            # with LoRA: write the adapters alone (peft), not merged weights
+dry_run = False                   # print what a run takes, memory by part, and stop
 # logging
 log_interval = 1                  # > 0, steps between log lines
 eval_interval = 50                # > 0, steps between evaluations; always before and after too
@@ -72,6 +74,7 @@ lora_targets = "q_proj,k_proj,v_proj,o_proj"   # linear layers with adapters
 # optimizer
 batch_size = 128                  # > 0, pairs per step, over all ranks
 learning_rate = 5e-4              # >= 0, at its peak
+optimizer_state = "fp32"          # fp32 | 8bit: the latter with bitsandbytes, on a GPU
 weight_decay = 0.0                # >= 0, on matrices
 beta1 = 0.9                       # 0 to 1, AdamW
 beta2 = 0.999                     # 0 to 1, AdamW
@@ -183,7 +186,8 @@ def prepare(model):
 
 
 frozen_dtype = torch.bfloat16 if lora_rank and dtype == "bfloat16" else torch.float32
-raw_model, hf_config = llama.from_pretrained(folder, device, frozen_dtype, prepare)
+raw_model, hf_config = llama.from_pretrained(folder, "meta" if dry_run else device, frozen_dtype,
+                                             prepare)
 if tokenizer.n_vocab > raw_model.config.vocab_size:
     raise ValueError(f"{folder}: tokenizer.json has {tokenizer.n_vocab} ids, config.json "
                      f"{raw_model.config.vocab_size}; do they belong together?")
@@ -194,6 +198,15 @@ trained = [p for p in raw_model.parameters() if p.requires_grad]
 log(f"{init_from}: {sum(p.numel() for p in raw_model.parameters()):,} parameters, "
     f"{sum(p.numel() for p in trained):,} trained")
 stop_ids = tokenizer.stop_ids()
+if dry_run:
+    step_tokens = train_pairs.lengths.sum() / len(train_pairs) * batch_size
+    parts = llama.memory_parts(raw_model, row_tokens, llama.DTYPES[dtype])
+    parts["in all"] = sum(parts.values())
+    log(f"a step: {step_tokens:,.0f} tokens, about {step_tokens / row_tokens / ddp_world_size:.1f} "
+        f"rows of {row_tokens:,} tokens on each of {ddp_world_size} ranks; {max_iters:,} steps\n"
+        "memory of a rank, GiB (estimate):\n" + "\n".join(
+            f"{size / 2 ** 30:9.2f} {part}" for part, size in parts.items()))
+    sys.exit()
 
 
 @torch.no_grad()
@@ -297,9 +310,13 @@ def evaluate():
 # --- optimizer
 matrices = [p for p in trained if p.dim() >= 2]
 vectors = [p for p in trained if p.dim() < 2]
-optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=weight_decay),
-                               dict(params=vectors, weight_decay=0.0)],
-                              lr=learning_rate, betas=(beta1, beta2), fused=device.type != "mps")
+groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=vectors, weight_decay=0.0)]
+if optimizer_state == "8bit":
+    from bitsandbytes.optim import AdamW8bit
+    optimizer = AdamW8bit(groups, lr=learning_rate, betas=(beta1, beta2))
+else:
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2),
+                                  fused=device.type != "mps")
 model = DDP(raw_model, gradient_as_bucket_view=True) if ddp and not fsdp else raw_model
 
 
@@ -394,9 +411,13 @@ for iter_num in tqdm(range(max_iters + 1), "steps", disable=not progress_bar):
 
 # --- the aligned model, in Hugging Face layout
 answer("sample after")
-llama.save_pretrained(raw_model, out_dir, hf_config, folder, llama.DTYPES[export_dtype],
-                      chat_template=tokenizer.template_text if chat_template else None,
-                      write=master_process)
+extras = dict(tokenizer_folder=folder, write=master_process,
+              chat_template=tokenizer.template_text if chat_template else None)
+if lora_rank and export_adapter:
+    llama.save_adapter(raw_model, out_dir, init_from, lora_rank, lora_alpha, lora_dropout,
+                       lora_targets.split(","), **extras)
+else:
+    llama.save_pretrained(raw_model, out_dir, hf_config, dtype=llama.DTYPES[export_dtype], **extras)
 if master_process:
     if "eval/accuracy/mean" in metrics:
         log(f"held-out preference accuracy: {first_eval['eval/accuracy/mean']:.3f} before, "
