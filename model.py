@@ -144,11 +144,15 @@ def rotate(x, cos, sin):
 
 # Attention over packed trees. A preference row is a tree, [prompt | response 1 | .. | response n]:
 # the prompt is computed once, every response continues it, no response sees another. A batch row is
-# trees laid end to end. The rule, for query q and key k in one row:
-#
-#     tree[q] == tree[k]  and  k <= q  and  (branch[k] == 0 or branch[k] == branch[q])
-#
-# with branch 0 for the prompt and i for response i. The way to compute it is chosen in tree_layout.
+# trees laid end to end. A query sees a key of its own tree, not after itself, that is in the prompt
+# (branch 0) or in its own response. The way to compute that is chosen in tree_layout.
+
+
+def tree_rule(tree, branch):
+    """tree, branch (T,) -> the rule as a function of batch, head, query and key indices."""
+    def rule(b, h, q, k):
+        return (tree[q] == tree[k]) & (k <= q) & ((branch[k] == 0) | (branch[k] == branch[q]))
+    return rule
 
 
 def tree_layout(row):
@@ -156,13 +160,9 @@ def tree_layout(row):
     device = row.tokens.device
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
         return row.trees
-    tree, branch = row.tree, row.branch
-
-    def rule(b, h, q, k):
-        return (tree[q] == tree[k]) & (k <= q) & ((branch[k] == 0) | (branch[k] == branch[q]))
-
-    T = len(tree)
-    return compiled(create_block_mask)(rule, None, None, T, T, device=str(device))
+    T = len(row.tree)
+    return compiled(create_block_mask)(tree_rule(row.tree, row.branch), None, None, T, T,
+                                       device=str(device))
 
 
 @lru_cache

@@ -4,6 +4,7 @@ Draw the curves of one or several runs into a PNG.
 $ pip install matplotlib
 $ python -m scripts.plot out/demo                              # -> out/demo/curves.png
 $ python -m scripts.plot out/mmpo out/dpo --out=compare.png
+$ python -m scripts.plot --attention --out=assets/attention.png   # README's picture of a packed row
 
 A run is a folder with metrics.jsonl, or such a file. Thin lines: training steps; dots: held-out
 pairs.
@@ -65,12 +66,52 @@ def plot(paths, out):
     return out
 
 
+def plot_attention(out):
+    """Which keys a query sees in a packed row of two pairs: data.collate under the tree rule."""
+    import matplotlib
+    import numpy as np
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    import data
+    import model as llama
+    sizes = [(5, 4, 3), (3, 3, 5)]   # prompt, chosen, rejected
+    pairs = data.Pairs.from_rows([[np.zeros(n) for n in row] for row in sizes])
+    row = data.collate(pairs, [0, 1])
+    tree, branch = row.tree.numpy(), row.branch.numpy()
+    q, k = np.meshgrid(np.arange(len(tree)), np.arange(len(tree)), indexing="ij")
+    seen = llama.tree_rule(tree, branch)(None, None, q, k)
+    figure, axis = plt.subplots(figsize=(5.2, 4.6), layout="constrained")
+    axis.imshow(np.where(seen, 1 + branch[k], 0), cmap=matplotlib.colors.ListedColormap(
+        ["white", "#9aa5b1", "#3b7dd8", "#e07a5f"]))
+    edges = np.flatnonzero(np.diff(tree * 10 + branch)) + 0.5
+    names = [f"{part} {t + 1}" for t in range(2) for part in ("prompt", "chosen", "rejected")]
+    middles = [(a + b) / 2 for a, b in zip([-0.5, *edges], [*edges, len(tree) - 0.5])]
+    axis.set_xticks(middles, names, rotation=30, ha="right", fontsize=8)
+    axis.set_yticks(middles, names, fontsize=8)
+    axis.tick_params(length=0)
+    for edge in edges:
+        axis.axhline(edge, color="black", linewidth=0.5)
+        axis.axvline(edge, color="black", linewidth=0.5)
+    axis.set_xlabel("key")
+    axis.set_ylabel("query")
+    axis.set_title("what a token of a packed row sees", fontsize=10)
+    figure.savefig(out, dpi=130)
+    return out
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("runs", nargs="+", metavar="RUN")
+    parser.add_argument("runs", nargs="*", metavar="RUN")
+    parser.add_argument("--attention", action="store_true", help="draw the attention rule instead")
     parser.add_argument("--out", help="the PNG; default: curves.png in the first run")
     args = parser.parse_args()
+    if args.attention:
+        print(plot_attention(args.out or "attention.png"))
+        return
+    if not args.runs:
+        parser.error("name a run: a folder that train.py wrote")
     first = args.runs[0] if os.path.isdir(args.runs[0]) else os.path.dirname(args.runs[0])
     print(plot(args.runs, args.out or os.path.join(first, "curves.png")))
 
