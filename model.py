@@ -544,6 +544,30 @@ def whole(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def step_flops(model, lengths):
+    """Model FLOPs of a training step on trees of `lengths` (N, 1 + n): each real token once (no
+    prompt twice, no padding), the head on response tokens only, nothing computed again. Per token
+    2 a weight forward, 2 backward, 2 more where the weight is trained; attention by its mask.
+    """
+    c = model.config
+    prompt, responses = lengths[:, 0], lengths[:, 1:].sum(1)
+    weights = {True: 0, False: 0}    # of the blocks, by whether they are trained
+    for p in model.model.layers.parameters():
+        weights[p.requires_grad] += p.numel()
+    head = model.head_weight.numel() * (6 if model.head_weight.requires_grad else 4)
+    keys = prompt ** 2 / 2 + (prompt[:, None] * lengths[:, 1:] + lengths[:, 1:] ** 2 / 2).sum(1)
+    attention = 12 * c.n_layer * c.n_head * c.head_dim * keys.sum()
+    return ((6 * weights[True] + 4 * weights[False]) * (prompt + responses).sum()
+            + head * responses.sum() + attention)
+
+
+def peak_flops(device):
+    """Dense bf16 FLOP/s of the GPU's data sheet; 0 where it isn't listed here."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    peaks = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
+    return next((peak for key, peak in peaks.items() if key in name), 0)
+
+
 def memory_parts(model, row_tokens, dtype):
     """Bytes that one rank needs at its peak, by part: an estimate, for a meta-device model too.
 

@@ -15,6 +15,7 @@ import math
 import os
 import sys
 import time
+from collections import Counter
 
 import numpy as np
 import torch
@@ -145,7 +146,7 @@ if master_process:
 
 def record(metrics):
     if master_process:
-        metrics_file.write(json.dumps(metrics) + "\n")
+        metrics_file.write(json.dumps(metrics, default=float) + "\n")
         if wandb_log:
             wandb.log(metrics, step=metrics["iter"])
 
@@ -311,12 +312,12 @@ def evaluate():
 matrices = [p for p in trained if p.dim() >= 2]
 vectors = [p for p in trained if p.dim() < 2]
 groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=vectors, weight_decay=0.0)]
-if optimizer_state == "8bit":
+fused = optimizer_state == "fp32"
+if fused:
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=True)
+else:
     from bitsandbytes.optim import AdamW8bit
     optimizer = AdamW8bit(groups, lr=learning_rate, betas=(beta1, beta2))
-else:
-    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2),
-                                  fused=device.type != "mps")
 model = DDP(raw_model, gradient_as_bucket_view=True) if ddp and not fsdp else raw_model
 
 
@@ -329,18 +330,27 @@ def get_lr(iter_num):
     return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (learning_rate - min_lr)
 
 
+def check_finite(iter_num):
+    if skipped:
+        raise ValueError(f"step {iter_num}: the gradient is not finite; weights not updated; lower "
+                         "learning_rate, or try --dtype=float32")
+
+
 def step_line(iter_num, m):
     parts = [f"step {iter_num:5d}", f"loss {m['loss']:.4f}"]
-    parts += [f"{short} {m[name]:.3f}" for name, short in
-              (("rewards/accuracies", "accuracy"), ("weights/chosen", "q_w")) if name in m]
-    parts += [f"norm {m['grad_norm']:.2f}", f"lr {m['lr']:.1e}",
-              f"{m['tokens_per_second']:,.0f} tok/s", f"{m['seconds_left'] / 60:.1f} min left"]
-    return " | ".join(parts)
+    parts += [f"{short} {m[name]:.3f}" for name, short in (
+        ("rewards/accuracies", "accuracy"), ("weights/chosen", "q_w"), ("grad_norm", "norm"),
+        ("mfu", "mfu")) if name in m]
+    return " | ".join(parts + [f"lr {m['lr']:.1e}", f"{m['tokens_per_second']:,.0f} tok/s",
+                               f"{m['seconds_left'] / 60:.1f} min left"])
 
 
 # --- training loop
 answer("sample before")
-first_eval, training_time, tokens_since_log, time_since_log = None, 0.0, 0, 0.0
+first_eval, training_time = None, 0.0
+since_log = Counter()                         # tokens, FLOPs, seconds; this rank's rows and their fill
+skipped = torch.zeros((), device=device)      # steps without an update
+peak_flops = llama.peak_flops(device) * ddp_world_size
 for iter_num in tqdm(range(max_iters + 1), "steps", disable=not progress_bar):
 
     if iter_num % eval_interval == 0 or iter_num == max_iters:
@@ -363,6 +373,8 @@ for iter_num in tqdm(range(max_iters + 1), "steps", disable=not progress_bar):
 
     for micro_step, members in enumerate(rows):
         row = data.collate(train_pairs, batch[members], train_shapes).to(device)
+        since_log["row"] += row.tokens.numel()
+        since_log["filled"] += train_pairs.lengths[batch[members]].sum()
         if ddp and not fsdp:   # gradients meet in the last micro-step only
             model.require_backward_grad_sync = micro_step == len(rows) - 1
         with autocast:
@@ -385,27 +397,35 @@ for iter_num in tqdm(range(max_iters + 1), "steps", disable=not progress_bar):
     for group in optimizer.param_groups:
         group["lr"] = lr
     grad_norm = llama.whole(torch.nn.utils.clip_grad_norm_(trained, grad_clip or math.inf))
-    if not grad_norm.isfinite():
-        raise ValueError(f"step {iter_num}: the gradient is {grad_norm.item()}; weights not "
-                         "updated; lower learning_rate, or try --dtype=float32")
+    # a gradient that is not finite changes no weight: fused AdamW skips it, nobody waits here
+    optimizer.found_inf = 1 - grad_norm.isfinite().float()
+    skipped += optimizer.found_inf
+    if not fused:
+        check_finite(iter_num)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
-    tokens_since_log += train_pairs.lengths[batch].sum().item()
+    since_log["tokens"] += train_pairs.lengths[batch].sum()
+    since_log["flops"] += llama.step_flops(raw_model, train_pairs.lengths[batch])
     if iter_num % log_interval == 0:
+        check_finite(iter_num)
         if ddp:
             dist.all_reduce(batch_logps)
             dist.all_reduce(total_loss)
         metrics = {"loss": total_loss.item(), **mmpo.preference_metrics(
             batch_logps.cpu(), batch_lengths, batch_ref_logps if uses_reference else None,
             batch_R if objective == "mmpo" else None, **constants)}
+    since_log["seconds"] += time.time() - t0
     training_time += time.time() - t0
-    time_since_log += time.time() - t0
     if iter_num % log_interval == 0:
         metrics |= {"grad_norm": grad_norm.item(), "lr": lr,
-                    "tokens_per_second": tokens_since_log / time_since_log,
+                    "tokens_per_second": since_log["tokens"] / since_log["seconds"],
+                    "tflops": since_log["flops"] / since_log["seconds"] / 1e12,
+                    "fill": since_log["filled"] / since_log["row"],
                     "seconds_left": training_time / (iter_num + 1) * (max_iters - iter_num - 1)}
-        tokens_since_log, time_since_log = 0, 0.0
+        if peak_flops:
+            metrics["mfu"] = metrics["tflops"] * 1e12 / peak_flops
+        since_log.clear()
         record({"iter": iter_num} | metrics)
         log(step_line(iter_num, metrics))
 
