@@ -35,7 +35,6 @@ import tiktoken
 import torch
 
 MAX_CHARS = 400_000   # of a field; a piece of about a million makes tiktoken panic
-FORMAT = 1            # of the token cache; raise it when tokenization changes
 
 # -----------------------------------------------------------------------------
 # tokenizer
@@ -509,9 +508,14 @@ def hold_out(pairs, n, seed):
 
 
 def cache_path(kind, key):
-    """Where something computed from `key` (anything json can write) is kept."""
+    """Where something computed from `key` (anything json can write) is kept.
+
+    Whoever edits data.py, model.py or mmpo.py gets it computed again.
+    """
+    here = os.path.dirname(os.path.abspath(__file__))
+    code = [open(os.path.join(here, f), "rb").read() for f in ("data.py", "model.py", "mmpo.py")]
     folder = os.environ.get("NANOMMPO_CACHE") or os.path.expanduser("~/.cache/nanommpo")
-    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps(key).encode() + b"".join(code)).hexdigest()
     return os.path.join(folder, f"{kind}-{digest[:24]}.npz")
 
 
@@ -523,7 +527,7 @@ def load_pairs(sources, split, tokenizer, max_length, max_prompt_length, bad_row
     Raises ValueError or OSError that names the source and line.
     """
     sources = [os.path.expanduser(s.strip()) for s in sources.split(",") if s.strip()]
-    path = cache_path("pairs", [FORMAT, tokenizer.fingerprint, max_length, max_prompt_length,
+    path = cache_path("pairs", [tokenizer.fingerprint, max_length, max_prompt_length,
                                 bad_rows, [source_fingerprint(s, split) for s in sources]])
     if os.path.exists(path):
         with np.load(path) as z:

@@ -16,6 +16,7 @@ import os
 import sys
 import time
 from collections import Counter
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -113,7 +114,8 @@ if device.type == "cuda":
     torch.cuda.set_device(device)
     torch.set_float32_matmul_precision("high")   # TF32 for what stays in fp32
 if ddp:
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                            timeout=timedelta(hours=2))   # while rank 0 tokenizes
 torch.manual_seed(seed + ddp_rank)   # dropout differs between ranks, the order of pairs does not
 autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
@@ -168,6 +170,9 @@ longest = max(train_pairs.lengths.sum(1).max(), held_out.lengths.sum(1).max())
 if longest > row_tokens:
     raise ValueError(f"row_tokens: {row_tokens} is less than the longest pair ({longest} tokens); "
                      "raise it, or lower max_length")
+if train_pairs.lengths.shape[1] == 2 and objective != "sft":
+    raise ValueError(f"{dataset}: one response a row, and {objective} compares at least two; "
+                     "train on it with --objective=sft")
 iters_per_epoch = math.ceil(len(train_pairs) / batch_size)
 max_iters = max_iters or math.ceil(epochs * iters_per_epoch)
 eval_tokens = 2 * row_tokens           # rows without gradients take far less memory
@@ -348,12 +353,13 @@ def step_line(iter_num, m):
 # --- training loop
 answer("sample before")
 first_eval, training_time = None, 0.0
-since_log = Counter()                         # tokens, FLOPs, seconds; this rank's rows and their fill
+since_log = Counter()                         # tokens, FLOPs, seconds; this rank's rows and fill
 skipped = torch.zeros((), device=device)      # steps without an update
 peak_flops = llama.peak_flops(device) * ddp_world_size
 for iter_num in tqdm(range(max_iters + 1), "steps", disable=not progress_bar):
 
     if iter_num % eval_interval == 0 or iter_num == max_iters:
+        check_finite(iter_num)
         metrics = evaluate()
         first_eval = first_eval or metrics
         record({"iter": iter_num} | metrics)
@@ -425,6 +431,8 @@ for iter_num in tqdm(range(max_iters + 1), "steps", disable=not progress_bar):
                     "seconds_left": training_time / (iter_num + 1) * (max_iters - iter_num - 1)}
         if peak_flops:
             metrics["mfu"] = metrics["tflops"] * 1e12 / peak_flops
+        if device.type == "cuda":
+            metrics["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2 ** 30
         since_log.clear()
         record({"iter": iter_num} | metrics)
         log(step_line(iter_num, metrics))
