@@ -1,4 +1,5 @@
-# MMPO on Llama-3.2-1B with LoRA, as the authors ran it, one GPU of 40 GB or more; not yet timed.
+# MMPO on Llama-3.2-1B with LoRA, as the authors ran it, one GPU (predicted 20 GiB);
+# 7,670 steps, not yet timed.
 # python train.py config/llama32_1b.py
 out_dir = "out/llama32_1b"
 init_from = "meta-llama/Llama-3.2-1B-Instruct"   # theirs is an SFT checkpoint of their own; gated

@@ -1,4 +1,5 @@
-# MMPO on SmolLM2-135M, all weights, one GPU of 40 GB or more; about 2,900 steps; not yet timed.
+# MMPO on SmolLM2-135M, all weights, one GPU (predicted 12 GiB); 2,875 steps, not yet
+# timed.
 # python train.py config/smollm2_135m.py
 # The authors' data, batch, learning rate and epochs (arXiv 2510.22881), this project's defaults for
 # the method: mean log-probs and no pairwise term. config/smollm2_135m_authors.py has theirs.

@@ -1,4 +1,5 @@
-# MMPO on SmolLM2-360M, all weights, one GPU of 80 GB; about 2,900 steps; not yet timed.
+# MMPO on SmolLM2-360M, all weights, one GPU (predicted 21 GiB); 2,875 steps, not yet
+# timed.
 # python train.py config/smollm2_360m.py
 out_dir = "out/smollm2_360m"
 init_from = "HuggingFaceTB/SmolLM2-360M-Instruct"
