@@ -103,8 +103,15 @@ def config_from_dict(hf, where="config.json"):
 # the network
 
 
+def compute_dtype(x):
+    """What matrix products of x are computed in: autocast's dtype if it is on, else x's."""
+    device = x.device.type
+    on = torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on else x.dtype
+
+
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, in fp32 whatever the dtype of x."""
+    """x / rms(x) * weight, in fp32 whatever the dtype of x; out in what the next product takes."""
 
     def __init__(self, dim, eps):
         super().__init__()
@@ -114,7 +121,7 @@ class RMSNorm(nn.Module):
     def forward(self, x):
         h = x.float()
         h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * h.to(x.dtype)
+        return (self.weight * h).to(compute_dtype(x))
 
 
 def rotary(positions, config):
@@ -189,7 +196,16 @@ def attend(q, k, v, layout):
 @torch.compiler.disable
 def tree_attention(q, k, v, trees):
     """The tree rule without a T x T mask: in a tree prompt + response 1 is causal, and each further
-    response sees the prompt's keys and its own. trees: [prompt, response 1, .., n] tokens each."""
+    response sees the prompt's keys and its own. trees: [prompt, response 1, .., n] tokens each.
+    In fp32 on a CPU: 1.1x the speed of bf16, whose backward is slow there."""
+    dtype = v.dtype
+    if v.device.type == "cpu":
+        q, k, v = q.float(), k.float(), v.float()
+    with torch.autocast(v.device.type, enabled=False):
+        return per_tree_attention(q, k, v, trees).to(dtype)
+
+
+def per_tree_attention(q, k, v, trees):
     sizes = [n for prompt, first, *rest in trees for n in (prompt + first, *rest)]
     segments = list(zip(*(x.split(sizes, dim=2) for x in (q, k, v))))
     outputs = []
@@ -417,34 +433,32 @@ class TokenLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, targets, entropy):
-        device = x.device.type
-        autocast = torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
-        out = x.new_empty(3, len(x), dtype=torch.float32)
-        w = weight.to(dtype)
-        with torch.autocast(device, enabled=False):
+        dtype = compute_dtype(x)
+        w, out = weight.to(dtype), x.new_empty(3, len(x), dtype=torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
             for s in TokenLogProbs.chunks(x, weight):
                 xs = x[s].to(dtype)
                 out[:, s] = torch.stack(fused(chunk_logps, x)(xs, w, targets[s], entropy))
         logps, lse, h = out
-        ctx.save_for_backward(x, weight, targets, lse, h)
-        ctx.dtype, ctx.entropy = dtype, entropy
+        ctx.save_for_backward(x, w, targets, lse, h)
+        ctx.weight_dtype, ctx.entropy = weight.dtype, entropy
         return logps, h
 
     @staticmethod
     def backward(ctx, d_logps, d_h):
-        x, weight, targets, lse, h = ctx.saved_tensors
-        w = weight.to(ctx.dtype)
-        dx = torch.empty_like(x)
-        dw = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        for s in TokenLogProbs.chunks(x, weight):
-            xs = x[s].to(ctx.dtype)
+        x, w, targets, lse, h = ctx.saved_tensors
+        dx, dw = torch.empty_like(x), None
+        for s in TokenLogProbs.chunks(x, w):
+            xs = x[s].to(w.dtype)
             d_logits = fused(chunk_grad, x)(
                 xs, w, targets[s], lse[s], h[s], d_logps[s], d_h[s], ctx.entropy)
             dx[s] = d_logits @ w
-            if dw is not None:
-                dw += d_logits.T @ xs
-        return dx, None if dw is None else dw.to(weight.dtype), None, None
+            if ctx.needs_input_grad[1]:   # summed over the chunks in fp32
+                part = d_logits.T @ xs
+                dw = part.float() if dw is None else dw.add_(part)
+        if ctx.needs_input_grad[1]:
+            dw = (torch.zeros_like(w) if dw is None else dw).to(ctx.weight_dtype)
+        return dx, dw, None, None
 
     @staticmethod
     def chunks(x, weight):

@@ -639,15 +639,15 @@ def test_one_compilation_serves_all(path, two_shapes, monkeypatch):
     assert 0 < counts[1] == counts[9] == counts[11] == counts[19] <= shapes * pieces
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="no g++ for torch.compile")
-def test_compiled_equals_eager(two_shapes):
-    """torch.compile's code gives the log-probs and gradients of eager, to fp32 rounding."""
-    found = []
+def test_compiled_equals_eager(two_shapes, monkeypatch):
+    """Compiled blocks give eager's log-probs and gradients (aot_eager: quick, needs no compiler)."""
+    real_compile, found = torch.compile, []
+    monkeypatch.setattr(torch, "compile", lambda f, **k: real_compile(f, backend="aot_eager", **k))
     for compiled in (False, True):
-        model = tiny_model(n_layer=1)
+        model = tiny_model()
         if compiled:
             model.compile_blocks()
-        logps = model(two_shapes[1])
+        logps = torch.cat([model(row) for row in two_shapes[:2]])
         logps.sum().backward()
         found.append((logps, grads(model)))
     assert gap(found[1][0], found[0][0]) <= 1e-5
@@ -1004,7 +1004,7 @@ MATRIX = {   # a row, or its line of .jsonl -> an error's words, why it is dropp
     "no_object": (["a", "b"], ["list"]),
     "null_content": (GOOD | {"prompt": [{"role": "user", "content": None}]}, ["content", "null"]),
     "null_role": (GOOD | {"prompt": [{"role": None, "content": "Hi"}]}, ["role"]),
-    "nan": ({"prompt": "Hi", "responses": ["a", "b"], "rewards": [1, math.nan]}, ["rewards"]),
+    "nan": ({"prompt": "Hi", "responses": ["a", "b"], "rewards": [1, math.nan]}, ["one number"]),
     "more_responses": ({"prompt": "Hi", "responses": ["a", "b", "c"]}, ["responses"]),
     "twice": (b'{"prompt": "Hi", "chosen": "a", "chosen": "c", "rejected": "b"}', ["twice"]),
     "half_a_line": (b'{"prompt": "Hi", "chosen": "a', ["invalid JSON", "column"]),
