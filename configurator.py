@@ -25,7 +25,7 @@ import traceback
 def configure(namespace, argv, source):
     """Override the defaults in `namespace` (a script's globals()) by argv -> (settings, overrides).
 
-    argv: config files and --key=value, applied in order. source: the script's path, whose comments
+    argv: config files, applied in order, and --key=value, which win wherever they stand. source: the script's path, whose comments
     hold the bounds. Raises ValueError or FileNotFoundError with a message for the user. `--help`
     prints every key with its default and comment, and exits.
     """
@@ -35,7 +35,7 @@ def configure(namespace, argv, source):
         print(help_text(defaults, comments, source))
         sys.exit(0)
     overrides = {}
-    for arg in argv:
+    for arg in sorted(argv, key=lambda arg: arg.startswith("--")):
         if arg.startswith("--"):
             key, equals, value = arg[2:].partition("=")
             if not equals:
@@ -105,7 +105,7 @@ def coerce(key, value, default, comment, where):
             raise problem
         try:
             number = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise problem from None
         if number != number or abs(number) == float("inf") or want is int and number != int(number):
             raise problem
@@ -152,7 +152,7 @@ def one_line_errors():
     """From here on a mistake of the user's ends in one line, a bug keeps its traceback.
 
     What tells them apart: a ValueError or OSError that a `raise` statement of this project threw is
-    a message written for the user.
+    a message written for the user, and so is what the system says about a file.
     """
     here = os.path.dirname(os.path.abspath(__file__))
     project = (here, os.path.join(here, "scripts"))
@@ -161,6 +161,8 @@ def one_line_errors():
         last = traceback.extract_tb(trace)[-1] if trace else None
         if issubclass(kind, KeyboardInterrupt):
             print("interrupted", file=sys.stderr)
+        elif issubclass(kind, OSError) and error.filename and error.strerror:
+            print(f"error: {error.filename}: {error.strerror}", file=sys.stderr, flush=True)
         elif (issubclass(kind, (ValueError, OSError)) and last and last.line.startswith("raise ")
                 and os.path.dirname(os.path.abspath(last.filename)) in project):
             print(f"error: {error}", file=sys.stderr, flush=True)

@@ -27,6 +27,7 @@ import json
 import os
 import re
 import unicodedata
+import zlib
 from collections import Counter
 from dataclasses import dataclass, fields
 
@@ -127,7 +128,7 @@ class Tokenizer:
         self.special_ids = set(self.special.values())
         longest_first = sorted(self.added, key=len, reverse=True)
         self.added_pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-        self.special_names = sorted(self.special, key=len, reverse=True)
+        self.special_names = [*sorted(self.special, key=len, reverse=True), "\ufdd0"]
         self.special_pattern = re.compile("|".join(map(re.escape, self.special_names)) or r"(?!)")
         named = {k: config.get(k) for k in ("bos_token", "eos_token")}
         named = {k: v.get("content") if isinstance(v, dict) else v for k, v in named.items()}
@@ -299,7 +300,8 @@ def parse_row(row):
             raise ValueError(f'"responses" must be a list of strings (got {kind_of(responses)})')
         responses = [text({"responses": r}, "responses") for r in responses]
         if rewards is not None and (not isinstance(rewards, list) or len(rewards) != len(responses)
-                                    or not all(type(r) in (int, float) for r in rewards)):
+                                    or not all(type(r) in (int, float) and abs(r) < 1e30
+                                               for r in rewards)):
             raise ValueError('"rewards" must be one number a response')
         return prompt_turns(row), responses, rewards
     for field in ("chosen", "rejected"):
@@ -308,7 +310,7 @@ def parse_row(row):
     chosen, rejected = row["chosen"], row["rejected"]
     if isinstance(chosen, list) and isinstance(rejected, list):
         chosen, rejected = check_turns(chosen, "chosen"), check_turns(rejected, "rejected")
-        if not chosen or not rejected or chosen[-1]["role"] != "assistant" != rejected[-1]["role"]:
+        if [t["role"] for t in chosen[-1:] + rejected[-1:]] != ["assistant", "assistant"]:
             raise Drop("no response turn")
         if chosen[:-1] != rejected[:-1]:
             raise Drop("prompts differ")
@@ -322,6 +324,8 @@ def parse_row(row):
     if not chosen.lstrip().startswith("Human:"):
         raise ValueError('no field "prompt", and "chosen" is not in hh-rlhf form; '
                          'add a prompt column')
+    if not rejected.lstrip().startswith("Human:"):
+        raise ValueError('"chosen" is in hh-rlhf form but "rejected" is not')
     chosen, rejected = hh_turns(chosen), hh_turns(rejected)
     if chosen[-1]["role"] != "assistant" or rejected[-1]["role"] != "assistant":
         raise Drop("no response turn")
@@ -355,7 +359,7 @@ def hh_turns(dialogue):
 def check_turns(turns, field):
     """A list of messages with nothing but role and content."""
     for turn in turns:
-        if not isinstance(turn, dict) or "role" not in turn:
+        if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
             raise ValueError(f'"{field}" must hold messages with role and content '
                              f'(got {kind_of(turn)})')
         text(turn, "content")
@@ -395,7 +399,9 @@ def read_rows(source, split):
     elif source.endswith((".jsonl", ".jsonl.gz")):
         yield from read_jsonl(source)
     elif source.endswith(".json"):
-        rows = parse_json(open(source, encoding="utf-8-sig", errors="replace").read(), source)
+        rows = parse_json(open(source, encoding="utf-8-sig", errors="replace").read())
+        if isinstance(rows, ValueError):
+            raise ValueError(f"{source}: {rows}")
         if not isinstance(rows, list):
             raise ValueError(f"{source}: must be a list of rows (got {kind_of(rows)}); "
                              "one row a line is .jsonl")
@@ -425,24 +431,26 @@ def read_jsonl(source):
             lines = io.TextIOWrapper(f, encoding="utf-8-sig", errors="replace")
             for n, line in enumerate(lines, 1):
                 if line.strip():
-                    yield f"{source}:{n}", parse_json(line, f"{source}:{n}")
-    except (gzip.BadGzipFile, EOFError) as e:
+                    yield f"{source}:{n}", parse_json(line)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as e:
         raise ValueError(f"{source}: damaged gzip file ({e})") from None
 
 
-def parse_json(string, where):
+def parse_json(string):
+    """The value, or a ValueError (not raised: it is the row's) that says what is wrong."""
     def no_duplicates(pairs):
         keys = [k for k, _ in pairs]
         if len(set(keys)) < len(keys):
-            raise ValueError(f"{where}: a key appears twice in one object; fix or delete the row")
+            raise ValueError("a key appears twice in one object")
         return dict(pairs)
     try:
         return json.loads(string, object_pairs_hook=no_duplicates)
     except json.JSONDecodeError as e:
-        raise ValueError(f"{where}: invalid JSON at column {e.colno}; "
-                         "is the line cut off?") from None
+        return ValueError(f"invalid JSON at column {e.colno}; is the line cut off?")
     except RecursionError:
-        raise ValueError(f"{where}: JSON nested too deeply; fix or delete the row") from None
+        return ValueError("JSON nested too deeply")
+    except ValueError as e:
+        return ValueError(f"invalid JSON: {e}")
 
 
 def read_hub(source, split):
@@ -565,6 +573,8 @@ def tokenize(sources, split, tokenizer, max_length, max_prompt_length, bad_rows)
         for where, row in read_rows(source, split):
             seen += 1
             try:
+                if isinstance(row, ValueError):
+                    raise row
                 ids, row_rewards = tokenize_row(row, tokenizer, max_length, max_prompt_length, cut)
                 if rows and len(ids) != len(rows[0]):
                     raise ValueError(f"{len(ids) - 1} responses where the first row has "
@@ -587,7 +597,7 @@ def tokenize(sources, split, tokenizer, max_length, max_prompt_length, bad_rows)
     report = f"{seen:,} rows = {len(rows):,} used + {sum(dropped.values()):,} dropped"
     if dropped:
         report += f" ({', '.join(f'{n:,} {reason}' for reason, n in dropped.most_common())})"
-    if cut:
+    if any(cut.values()):
         report += f"; cut to length: {', '.join(f'{n:,} {what}' for what, n in cut.items())}"
     if not rows:
         why = ", ".join(f"{n:,} {reason}" for reason, n in dropped.most_common())

@@ -76,7 +76,7 @@ def config_from_dict(hf, where="config.json"):
         refuse("sliding-window attention is not supported; use a model with sliding_window null")
     needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
               "num_attention_heads")
-    if missing := [k for k in needed if k not in hf]:
+    if missing := [k for k in needed if hf.get(k) is None]:
         refuse(f"no {', '.join(missing)}; is this a decoder's config?")
 
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
@@ -567,7 +567,7 @@ def step_flops(model, lengths):
     prompt, responses = lengths[:, 0], lengths[:, 1:].sum(1)
     weights = {True: 0, False: 0}    # of the blocks, by whether they are trained
     for p in model.model.layers.parameters():
-        weights[p.requires_grad] += p.numel()
+        weights[p.requires_grad] += p.numel() if p.dim() == 2 else 0
     head = model.head_weight.numel() * (6 if model.head_weight.requires_grad else 4)
     keys = prompt ** 2 / 2 + (prompt[:, None] * lengths[:, 1:] + lengths[:, 1:] ** 2 / 2).sum(1)
     attention = 12 * c.n_layer * c.n_head * c.head_dim * keys.sum()
@@ -667,7 +667,7 @@ def tensor_files(folder):
             raise ValueError(f"{index}: no weight_map; download it again")
         shards = sorted(set(weight_map.values()))
         for shard in shards:
-            if os.path.basename(shard) != shard:
+            if not isinstance(shard, str) or os.path.basename(shard) != shard:
                 raise ValueError(f'{index}: shard "{shard}" is outside the model folder; refusing')
     else:
         shards = ["model.safetensors"]
@@ -721,6 +721,8 @@ def from_pretrained(name, device="cpu", dtype=torch.float32, prepare=None):
     if not os.path.exists(config_path):
         raise FileNotFoundError(f"{folder}: no config.json; give a Hugging Face checkpoint folder")
     hf_config = read_json(config_path)
+    if not isinstance(hf_config, dict):
+        raise ValueError(f'{config_path}: not a JSON object; download it again')
     with torch.device("meta"):
         model = Llama(config_from_dict(hf_config, config_path)).to(dtype)
     if prepare:

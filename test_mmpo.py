@@ -640,7 +640,7 @@ def test_one_compilation_serves_all(path, two_shapes, monkeypatch):
 
 
 def test_compiled_equals_eager(two_shapes, monkeypatch):
-    """Compiled blocks give eager's log-probs and gradients (aot_eager: quick, needs no compiler)."""
+    """Compiled blocks give eager's log-probs and gradients (aot_eager: it needs no compiler)."""
     real_compile, found = torch.compile, []
     monkeypatch.setattr(torch, "compile", lambda f, **k: real_compile(f, backend="aot_eager", **k))
     for compiled in (False, True):
@@ -1510,3 +1510,95 @@ def test_mistakes_end_in_one_line(checkpoint, tmp_path):
         *_, line = process.stderr.strip().splitlines()
         assert process.returncode != 0 and "Traceback" not in process.stderr, process.stderr
         assert line.startswith("error: ") and all(word in line for word in words[name]), line
+
+
+def test_demo(tmp_path):
+    """README's first command: the embedded model becomes polite, and says so."""
+    process = train("assets/demo", str(tmp_path / "run"), "config/demo.py",
+                    "--max_length=128", "--row_tokens=4096", "--batch_size=32", "--kl_samples=0",
+                    "--learning_rate=5e-4", "--sample_tokens=48", "--log_interval=20")
+    assert process.returncode == 0, process.stderr
+    first, *_, last = metrics_of(tmp_path / "run")
+    assert first["eval/accuracy/mean"] < 0.5 and last["eval/accuracy/mean"] > 0.9
+    assert "sample before" in process.stdout and "sample after" in process.stdout
+    assert "held-out preference accuracy" in process.stdout
+
+
+def test_dry_run(checkpoint, tmp_path):
+    """--dry_run tells parameters, memory and steps, trains nothing and needs no weights."""
+    folder = shutil.copytree(checkpoint, str(tmp_path / "model"))
+    os.remove(f"{folder}/model.safetensors")
+    rows = write_rows(tmp_path / "pairs.jsonl", word_rows(12))
+    process = train(folder, str(tmp_path / "run"), f"--dataset={rows}", "--eval_pairs=4", "--dry_run=1")
+    assert process.returncode == 0, process.stderr
+    numel = sum(t.numel() for t in load_file(f"{checkpoint}/model.safetensors").values())
+    assert f"{numel:,} parameters" in process.stdout
+    for part in ("weights", "gradients", "optimizer", "activations", "logits", "in all"):
+        assert part in process.stdout
+    assert not glob.glob(f"{tmp_path}/run/*.safetensors")
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_step_flops(lora):
+    """The model FLOPs behind MFU are what torch counts in a step's matrix products."""
+    from torch.utils.flop_counter import FlopCounterMode
+    model, pairs = tiny_model(tie_word_embeddings=True), random_pairs(5)
+    if lora:
+        llama.add_lora(model, 4, 8.0, 0.0, ALL_LINEAR)
+    row = data.collate(pairs, range(5))
+    with FlopCounterMode(display=False) as counter:
+        model(row).sum().backward()
+    counts = counter.get_flop_counts()["Global"]
+    products = sum(n for op, n in counts.items() if "mm" in str(op))
+    again = 2 * pairs.lengths[:, 1:].sum() * model.head_weight.numel()   # the head, in backward
+    model.config.n_layer = 0   # leaves the products with weights: attention has its own kernels
+    told = llama.step_flops(model, pairs.lengths)
+    if lora:   # the first block's frozen weights pass no gradient on: told is a little more
+        assert 0.8 * told < products - again <= told
+    else:
+        assert products - again == told
+
+
+def test_peft_opens_the_adapter(checkpoint, tmp_path):
+    """The adapter folder opens in peft to the logits of the merged export."""
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+    model, config = llama.from_pretrained(checkpoint)
+    llama.add_lora(model, 4, 8.0, 0.0, ALL_LINEAR)
+    for layer in llama.lora_layers(model).values():
+        torch.nn.init.normal_(layer.lora_B, std=0.3)
+    llama.save_pretrained(model, str(tmp_path / "merged"), config, checkpoint, torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    llama.save_adapter(model, str(tmp_path / "adapter"), checkpoint, 4, 8.0, 0.0, ALL_LINEAR)
+    opened, tokens = peft.PeftModel.from_pretrained(base, str(tmp_path / "adapter")), tokens_of(2, 40)
+    assert gap(opened(tokens).logits, transformers_logits(str(tmp_path / "merged"), tokens)) <= 1e-5
+
+
+@needs(SMOLLM2)
+@torch.no_grad()
+def test_smollm2_equals_transformers():
+    """The real SmolLM2-135M: logits within 1e-4 of max|logit| over 1,024 tokens."""
+    tokens = tokens_of(1, 1024) * 500
+    logits = llama.from_pretrained(SMOLLM2)[0].logits(tokens)
+    assert gap(logits, transformers_logits(SMOLLM2, tokens)) <= 1e-4
+
+
+def test_scripts(runs, tmp_path):
+    """plot draws a PNG of two runs; sample answers a prompt."""
+    pytest.importorskip("matplotlib")
+    png = str(tmp_path / "curves.png")
+    for command in (["scripts.plot", f"{runs}/run-mmpo", f"{runs}/run-dpo", f"--out={png}"],
+                    ["scripts.sample", f"{runs}/run-mmpo", "--prompt=a fox", "--max_new_tokens=5"]):
+        process = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True)
+        assert process.returncode == 0, process.stderr.decode()
+    with open(png, "rb") as f:
+        assert f.read(8) == b"\x89PNG\r\n\x1a\n"
+
+
+def test_readme_counts_lines():
+    """The line counts on README's first screen are true."""
+    with open(f"{ROOT}/README.md", encoding="utf-8") as f:
+        readme = " ".join(f.read().split())
+    for file in ("train.py", "mmpo.py", "model.py"):
+        with open(f"{ROOT}/{file}", encoding="utf-8") as f:
+            assert f"`{file}` ({len(f.readlines())} lines)" in readme, file

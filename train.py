@@ -226,7 +226,7 @@ def score(pairs, indices, title=None):
         with autocast:
             per_token_logps = raw_model(row)
         sums = mmpo.sum_by_response(per_token_logps, row.response, row.n_responses)
-        logps[members] = sums.view(len(members), -1)
+        logps[members] = sums.view(-1, logps.size(1))
     if ddp:
         dist.all_reduce(logps)
     raw_model.train()
@@ -237,8 +237,10 @@ def answer(title):
     """One greedy answer, for a person to see what training does."""
     turns = [{"role": "user", "content": sample_prompt}]
     prompt = tokenizer.encode_prompt(turns) if sample_prompt else held_out.ids(0)[0].tolist()
+    raw_model.eval()
     with autocast:
         [ids] = raw_model.generate([prompt], sample_tokens, temperature=0, stop_ids=stop_ids)
+    raw_model.train()
     log(f"{title}:\n| " + tokenizer.decode(prompt + ids).replace("\n", "\n| "))
 
 
@@ -387,7 +389,7 @@ for iter_num in tqdm(range(max_iters + 1), "steps", disable=not progress_bar):
             scored = model(row, entropy=entropy_coef > 0)
         per_token_logps = scored[0] if entropy_coef > 0 else scored
         logps = mmpo.sum_by_response(per_token_logps, row.response, row.n_responses)
-        logps = logps.view(len(members), -1)
+        logps = logps.view(-1, lengths.size(1))
         row_lengths, row_ref_logps, row_R = (
             x[members].to(device) for x in (batch_lengths, batch_ref_logps, batch_R))
         losses = mmpo.preference_loss(objective, logps, row_lengths, row_ref_logps, row_R, **knobs)
@@ -453,4 +455,5 @@ if master_process:
     log(f"aligned model and metrics.jsonl: {out_dir}")
 if ddp:
     dist.barrier()
+    del model   # a DDP wrapper that outlives the process group can hang
     dist.destroy_process_group()

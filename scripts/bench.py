@@ -249,7 +249,8 @@ def train_step(stage, model, optimizer, pairs, batch, ref_logps):
 def load(args, stage):
     model, _ = llama.from_pretrained(args.model, DEVICE)
     if stage == COMPILED or CUDA and stage == LIVE:
-        model.compile_blocks()
+        for block in model.model.layers:
+            block.compile(dynamic=not CUDA)              # a CPU's rows have any length
     return model, torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=0, fused=True)
 
 
@@ -447,7 +448,8 @@ def main():
     if "scaling" in parts:
         lines, record["scaling"] = scaling(args)
         report += ["", *lines]
-    print("\n".join(["", about, *report, "", f"`python -m scripts.bench {' '.join(sys.argv[1:])}`"]))
+    command = "python -m scripts.bench " + " ".join(sys.argv[1:])
+    print("\n".join(["", about, *report, "", f"`{command}`"]))
     if args.json:
         llama.write_json(args.json, record)
 
