@@ -25,9 +25,9 @@ import traceback
 def configure(namespace, argv, source):
     """Override the defaults in `namespace` (a script's globals()) by argv -> (settings, overrides).
 
-    argv: config files, applied in order, and --key=value, which win wherever they stand. source: the script's path, whose comments
-    hold the bounds. Raises ValueError or FileNotFoundError with a message for the user. `--help`
-    prints every key with its default and comment, and exits.
+    argv: config files, applied in order, and --key=value, which win wherever they stand. source:
+    the script's path, whose comments hold the bounds. Raises ValueError or FileNotFoundError with a
+    message for the user. `--help` prints every key with its default and comment, and exits.
     """
     comments = setting_comments(source)
     defaults = {key: namespace[key] for key in comments}

@@ -1246,11 +1246,11 @@ def test_command_line(arg, value, configure):
 
 
 def test_config_files(configure):
-    """Config files and the command line, in order; a file can compute with what is set so far."""
+    """Config files in order, then the command line; a file can compute with what is set so far."""
     files = dict(one="max_iters = 20\nlearning_rate = 1\n", two="max_iters = max_iters * 2  # 40\n")
     got = configure("one.py", "two.py", "--learning_rate=2", **files)
     assert got == dict(max_iters=40, learning_rate=2.0) and type(got["learning_rate"]) is float
-    assert configure("--max_iters=3", "one.py", **files)["max_iters"] == 20 and configure() == {}
+    assert configure("--max_iters=3", "one.py", **files)["max_iters"] == 3 and configure() == {}
 
 
 @pytest.mark.parametrize("text, words", [

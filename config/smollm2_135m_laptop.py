@@ -3,11 +3,12 @@
 out_dir = "out/smollm2_135m_laptop"
 init_from = "HuggingFaceTB/SmolLM2-135M-Instruct"
 dataset = "HuggingFaceH4/ultrafeedback_binarized"
-eval_pairs = 64
+eval_pairs = 96
 eval_interval = 8
 max_length = 384
 max_prompt_length = 192
-batch_size = 16         # 24 steps x 16 = 384 pairs
-max_iters = 24
+kl_samples = 8
+batch_size = 16         # 32 steps x 16 = 512 pairs
+max_iters = 32
 learning_rate = 1e-4
 row_tokens = 2048       # about 4 GB
