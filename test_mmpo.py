@@ -654,6 +654,22 @@ def test_compiled_equals_eager(two_shapes, monkeypatch):
     assert_same_grads(found[1][1], found[0][1], 1e-5)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_gpu_equals_cpu():
+    """On a GPU, flex attention in compiled blocks has the CPU's log-probs and gradients, to 1e-4."""
+    found = []
+    for device in ("cpu", "cuda"):
+        model = tiny_model().to(device)
+        if device == "cuda":
+            model.compile_blocks()
+        row = data.collate(random_pairs(20, longest=60), range(20), (4096,)).to(torch.device(device))
+        logps = model(row)
+        logps.sum().backward()
+        found.append((logps, {n: g.cpu() for n, g in grads(model).items()}))
+    assert gap(found[1][0].cpu(), found[0][0]) <= 1e-4
+    assert_same_grads(found[1][1], found[0][1], 1e-4)
+
+
 # -----------------------------------------------------------------------------
 # method, in float64
 

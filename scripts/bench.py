@@ -50,13 +50,10 @@ ENVIRONMENT = {   # malloc: freed memory stays in the process, as fresh pages co
     "TRANSFORMERS_VERBOSITY": "error", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false"}
 TRL, TRL_BEST = "TRL, defaults", "TRL, its best"
-PADDED, SCORED, SHARED, DENSE, PACKED, COMPILED, LIVE = STAGES = (
+PADDED, SCORED, SHARED, DENSE, PACKED, LIVE, COMPILED = STAGES = (
     "padded pairs, all logits", "+ response tokens only meet the vocabulary", "+ shared prompt",
-    "+ packed rows, dense mask", "+ attention tree by tree", "+ compiled",
-    "- precomputed reference")
-OURS = COMPILED if CUDA else PACKED                     # what train.py does
-if CUDA:                                                # there attention by tree is flex attention
-    STAGES = STAGES[:4] + STAGES[5:]
+    "+ packed rows, dense mask", "+ attention by tree", "the same, reference not precomputed",
+    "+ compiled")
 
 
 def train_defaults():
@@ -161,8 +158,8 @@ def run_trl(name, args, pairs):
             gradient_checkpointing=not best, precompute_ref_log_probs=best, bf16=True,
             use_liger_kernel=bool(best and CUDA and importlib.util.find_spec("liger_kernel")),
             model_init_kwargs={"attn_implementation": "flash_attention_2" if flash else "sdpa"},
-            use_cpu=not CUDA, dataloader_pin_memory=CUDA, save_strategy="no", report_to="none",
-            disable_tqdm=True)
+            torch_compile=best and args.compile, use_cpu=not CUDA, dataloader_pin_memory=CUDA,
+            save_strategy="no", report_to="none", disable_tqdm=True)
         trainer = Trainer(args.model, args=config, train_dataset=Dataset.from_list(rows),
                           processing_class=AutoTokenizer.from_pretrained(args.model))
         trainer.train()
@@ -248,7 +245,7 @@ def train_step(stage, model, optimizer, pairs, batch, ref_logps):
 
 def load(args, stage):
     model, _ = llama.from_pretrained(args.model, DEVICE)
-    if stage == COMPILED or CUDA and stage == LIVE:
+    if stage == COMPILED:
         for block in model.model.layers:
             block.compile(dynamic=not CUDA)              # a CPU's rows have any length
     return model, torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=0, fused=True)
@@ -280,7 +277,8 @@ def run_ours(stage, args, pairs):
 
 def run_lengths(args):
     """Seconds a token for trees of 128 to 2,048 tokens: half prompt, two responses."""
-    model, optimizer = load(args, OURS)
+    stage = COMPILED if args.compile else PACKED
+    model, optimizer = load(args, stage)
     random = np.random.default_rng(0)
     tokens = ROW_TOKENS if CUDA else 2048
     cost = {n: [] for n in (128, 256, 512, 1024, 2048)}
@@ -290,7 +288,7 @@ def run_lengths(args):
             pairs = data.Pairs.from_rows([np.split(row, [n // 2, n * 3 // 4]) for row in ids])
             ref_logps = torch.zeros(len(pairs), 2, device=DEVICE)
             start = clock()
-            train_step(OURS, model, optimizer, pairs, np.arange(len(pairs)), ref_logps)
+            train_step(stage, model, optimizer, pairs, np.arange(len(pairs)), ref_logps)
             cost[n] += [(clock() - start) / tokens] * (repeat > 0)
     return {n: statistics.median(seconds) for n, seconds in cost.items()}
 
@@ -350,13 +348,12 @@ def scaling(args):
 # tables
 
 
-def measure(names, args, pairs):
-    """Each name in turn, `repeats` times -> {name: [result, ..]}."""
-    results = {name: [] for name in names}
+def measure(stages, args, pairs):
+    """stages {name: stage}, each in turn, `repeats` times -> {name: [result, ..]}."""
+    results = {name: [] for name in stages}
     for repeat in range(args.repeats):
-        for name in names:
-            run = run_trl if name in (TRL, TRL_BEST) else run_ours
-            r = fresh(run, name, args, pairs)
+        for name, stage in stages.items():
+            r = fresh(run_trl if stage in (TRL, TRL_BEST) else run_ours, stage, args, pairs)
             results[name].append(r)
             print(f"round {repeat + 1} of {args.repeats} | {name}: {r['seconds']:.4f} s/pair, "
                   f"{r['peak']:.1f} GB", flush=True)
@@ -419,6 +416,8 @@ def main():
     parser.add_argument("--batch", type=int, default=32 if CUDA else 4, help="pairs a step")
     parser.add_argument("--max_length", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=3 if CUDA else 2)
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=CUDA,
+                        help="torch.compile this trainer, and TRL's best")
     parser.add_argument("--only", choices=["trl", "ablation", "scaling"])
     parser.add_argument("--json", metavar="FILE", help="all numbers, for a program")
     args = parser.parse_args()
@@ -440,9 +439,11 @@ def main():
              f"{args.repeats} rounds: median (min to max)\n{hardware()}")
     print(about, flush=True)
     record, report = {"about": about, "arguments": vars(args)}, []
-    for part, names in (("trl", (TRL, TRL_BEST, OURS)), ("ablation", STAGES)):
+    ours = COMPILED if args.compile else PACKED
+    sides = {TRL: TRL, TRL_BEST: TRL_BEST, "this trainer": ours}
+    for part, stages in (("trl", sides), ("ablation", dict(zip(STAGES, STAGES)))):
         if part in parts:
-            record[part] = results = measure(names, args, pairs)
+            record[part] = results = measure(stages, args, pairs)
             check_same_mathematics(results)
             report += ["", *table(results, pairs)]
     if "scaling" in parts:
