@@ -135,6 +135,10 @@ class Tokenizer:
         self.bos_token, self.eos_token = named["bos_token"], named["eos_token"]
         self.eos_id = self.added.get(self.eos_token)
         self.template_text = find_chat_template(folder, config, chat_template)
+        markers = re.findall(r"<\|\w+\|>", TEMPLATES.get(chat_template, ""))
+        if lacking := [m for m in markers if m not in self.special]:
+            raise ValueError(f"chat_template: {chat_template} needs {lacking[0]}, which this "
+                             "tokenizer lacks; give another template")
         self.template = compile_template(self.template_text, folder)
         content = raw + raw_config + self.template_text
         self.fingerprint = hashlib.sha256(content.encode()).hexdigest()
@@ -211,7 +215,7 @@ class Tokenizer:
     def shield_turns(self, turns):
         return [{"role": t["role"], "content": self.shield(t["content"])} for t in turns]
 
-    def stop_ids(self, folder=None):
+    def stop_ids(self):
         """Ids that end a response: eos and what the template ends a turn with."""
         _, [response] = self.encode_responses([{"role": "user", "content": "a"}], ["b"])
         return {response[-1]} | ({self.eos_id} if self.eos_id is not None else set())
@@ -518,10 +522,11 @@ def hold_out(pairs, n, seed):
 def cache_path(kind, key):
     """Where something computed from `key` (anything json can write) is kept.
 
-    Whoever edits data.py, model.py or mmpo.py gets it computed again.
+    Whoever edits the code that computes it gets it computed again.
     """
     here = os.path.dirname(os.path.abspath(__file__))
-    code = [open(os.path.join(here, f), "rb").read() for f in ("data.py", "model.py", "mmpo.py")]
+    files = ("data.py", "model.py") if kind == "reference" else ("data.py",)
+    code = [open(os.path.join(here, file), "rb").read() for file in files]
     folder = os.environ.get("NANOMMPO_CACHE") or os.path.expanduser("~/.cache/nanommpo")
     digest = hashlib.sha256(json.dumps(key).encode() + b"".join(code)).hexdigest()
     return os.path.join(folder, f"{kind}-{digest[:24]}.npz")
@@ -700,11 +705,14 @@ class Row:
         moved = {}
         for f in fields(self):
             value = getattr(self, f.name)
-            if isinstance(value, torch.Tensor):
-                value = value.pin_memory() if device.type == "cuda" else value
-                value = value.to(device, non_blocking=True)
-            moved[f.name] = value
+            moved[f.name] = to_device(value, device) if isinstance(value, torch.Tensor) else value
         return Row(**moved)
+
+
+def to_device(tensor, device):
+    """A copy to the GPU that nobody waits for."""
+    tensor = tensor.pin_memory() if device.type == "cuda" else tensor
+    return tensor.to(device, non_blocking=True)
 
 
 def collate(pairs, indices, shapes=()):

@@ -222,7 +222,7 @@ def per_tree_attention(q, k, v, trees):
     return torch.cat(outputs, dim=2)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=64)
 def causal_after(prompt, n, device):
     """(n, prompt + n) mask: n tokens that see the whole prompt and each other causally."""
     return torch.ones(n, prompt + n, dtype=torch.bool, device=device).tril(prompt)
@@ -305,6 +305,7 @@ class Llama(nn.Module):
 
     def compile_blocks(self):
         """torch.compile every block; they are alike, so one compilation serves all."""
+        torch._dynamo.config.optimize_ddp = False   # it would cut blocks; they are its buckets
         for block in self.model.layers:
             block.compile(dynamic=False)
 
@@ -344,6 +345,8 @@ class Llama(nn.Module):
         temperature 0 takes the likeliest token; top_k 0 and top_p 1 keep the whole distribution.
         Prompts of different lengths are padded on the left and masked, so neighbours don't matter.
         """
+        was_training = self.training
+        self.eval()
         device = self.head_weight.device
         generator = None if seed is None else torch.Generator(device).manual_seed(seed)
         longest = max(map(len, prompts))
@@ -368,6 +371,7 @@ class Llama(nn.Module):
             if finished.all() or len(new) == max_new_tokens:
                 break
             tokens, first, last = token[:, None], last, last + 1
+        self.train(was_training)
         outputs = []
         for ids in torch.stack(new, dim=1).tolist():
             end = next((i + 1 for i, t in enumerate(ids) if t in set(stop_ids)), len(ids))
@@ -439,7 +443,7 @@ class TokenLogProbs(torch.autograd.Function):
             for s in TokenLogProbs.chunks(x, weight):
                 xs = x[s].to(dtype)
                 out[:, s] = torch.stack(fused(chunk_logps, x)(xs, w, targets[s], entropy))
-        logps, lse, h = out
+        logps, lse, h = (t.clone() for t in out)
         ctx.save_for_backward(x, w, targets, lse, h)
         ctx.weight_dtype, ctx.entropy = weight.dtype, entropy
         return logps, h
@@ -537,20 +541,27 @@ def lora_layers(model):
 # sharding
 
 
-def shard(model, param_dtype=None):
+def shard(model, device_type, param_dtype=None):
     """FSDP2: every rank keeps its part of each weight, gradient and optimizer state; a block is
     gathered (in param_dtype) when it is its turn. Call it on all ranks, before loading.
     """
     from torch.distributed import fsdp
-    options = {"mp_policy": fsdp.MixedPrecisionPolicy(param_dtype=param_dtype,
-                                                      reduce_dtype=torch.float32),
-               "mesh": init_device_mesh("cuda" if torch.cuda.is_available() else "cpu",
-                                        (torch.distributed.get_world_size(),))}
+    policy = fsdp.MixedPrecisionPolicy(
+        param_dtype=param_dtype, reduce_dtype=torch.float32,
+        cast_forward_inputs=False)   # it would copy the KV cache and round the rotary angles
+    mesh = init_device_mesh(device_type, (torch.distributed.get_world_size(),))
+    options = {"mp_policy": policy, "mesh": mesh}
     for block in model.model.layers:
         fsdp.fully_shard(block, **options)
     fsdp.fully_shard(model, **options)
     for method in ("logits", "generate"):
         fsdp.register_fsdp_forward_method(model, method)
+
+
+def reshard(model):
+    """Back to the fp32 shards: after a forward, FSDP's outermost weights stay gathered, in bf16."""
+    if hasattr(model, "reshard"):
+        model.reshard()
 
 
 def whole(tensor):
@@ -582,7 +593,7 @@ def peak_flops(device):
     return next((peak for key, peak in peaks.items() if key in name), 0)
 
 
-def memory_parts(model, row_tokens, dtype):
+def memory_parts(model, row_tokens, dtype, optimizer_bytes=8):
     """Bytes that one rank needs at its peak, by part: an estimate, for a meta-device model too.
 
     Activations as torch.compile keeps them for backward: per token and layer the residual stream
@@ -604,7 +615,7 @@ def memory_parts(model, row_tokens, dtype):
     frozen_item = item if numel[True] < numel[False] else 4
     head_grad = 4 * model.head_weight.numel() if model.head_weight.requires_grad else 0
     return {"weights": 4 * numel[True] + frozen_item * numel[False], "cast weights": casts,
-            "gradients": 4 * numel[True], "optimizer": 8 * numel[True],
+            "gradients": 4 * numel[True], "optimizer": optimizer_bytes * numel[True],
             "activations": kept * row_tokens,
             "logits, in chunks": CHUNK_LOGITS["cuda"] * (4 + 2 * item) + head_grad}
 
@@ -782,16 +793,18 @@ def load_weights(model, folder):
 
 @torch.no_grad()
 def save_pretrained(model, folder, hf_config, tokenizer_folder=None, dtype=torch.bfloat16,
-                    max_shard_bytes=5 * 1000 ** 3, chat_template=None, write=True):
+                    max_shard_bytes=5 * 1000 ** 3, chat_template=None, stop_ids=(), write=True):
     """Write a folder that transformers, vLLM and llama.cpp's converter open.
 
     config.json is the start checkpoint's (`hf_config`) with the new dtype; tokenizer files and
     generation_config.json are copied from `tokenizer_folder` as they are; `chat_template` is the
-    text trained with. LoRA adapters are merged into the weights. Shards of at most
-    `max_shard_bytes`. Each file appears whole or not at all.
+    text trained with, if it is not that folder's, and stop_ids what ends a turn in it. LoRA
+    adapters are merged into the weights. Shards of at most `max_shard_bytes`. Each file appears
+    whole or not at all.
     A model sharded over ranks: call it on all, with `write` on one; a tensor is gathered at a time.
     """
     os.makedirs(folder, exist_ok=True)
+    reshard(model)
     layers = {name + ".weight": layer for name, layer in lora_layers(model).items()}
     shards, size, total = [[]], 0, 0
     for name, p in model.named_parameters():
@@ -832,21 +845,22 @@ def save_pretrained(model, folder, hf_config, tokenizer_folder=None, dtype=torch
     hf_config = {k: v for k, v in hf_config.items() if k not in ("dtype", "torch_dtype")}
     write_json(os.path.join(folder, "config.json"),
                hf_config | {"dtype": name, "torch_dtype": name})
-    copy_tokenizer(tokenizer_folder, folder, chat_template)
-    if not os.path.exists(os.path.join(folder, "generation_config.json")):
-        ids = ("bos_token_id", "eos_token_id", "pad_token_id")
-        write_json(os.path.join(folder, "generation_config.json"),
-                   {k: hf_config[k] for k in ids if hf_config.get(k) is not None})
+    if os.path.exists(os.path.join(folder, "adapter_config.json")):   # of an earlier run
+        os.remove(os.path.join(folder, "adapter_config.json"))
+    ids = {k: hf_config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id")
+           if hf_config.get(k) is not None}
+    copy_tokenizer(tokenizer_folder, folder, ids, chat_template, stop_ids)
 
 
 @torch.no_grad()
 def save_adapter(model, folder, base, rank, alpha, dropout, targets, tokenizer_folder=None,
-                 chat_template=None, write=True):
+                 chat_template=None, stop_ids=(), write=True):
     """Write the LoRA adapters alone: a folder that peft.PeftModel.from_pretrained opens on `base`.
 
     Sharded models as in save_pretrained.
     """
     os.makedirs(folder, exist_ok=True)
+    reshard(model)
     tensors = {f"base_model.model.{name}.weight": whole(p).cpu().contiguous()
                for name, p in model.named_parameters() if "lora_" in name}
     if not write:
@@ -857,15 +871,26 @@ def save_adapter(model, folder, base, rank, alpha, dropout, targets, tokenizer_f
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": rank,
         "lora_alpha": alpha, "lora_dropout": dropout, "target_modules": targets, "bias": "none",
         "fan_in_fan_out": False, "inference_mode": True})
-    copy_tokenizer(tokenizer_folder, folder, chat_template)
+    copy_tokenizer(tokenizer_folder, folder, {}, chat_template, stop_ids)
 
 
-def copy_tokenizer(source_folder, folder, chat_template=None):
-    """Tokenizer files, generation config and chat template as they are, or another template."""
+def copy_tokenizer(source_folder, folder, generation_config, chat_template=None, stop_ids=()):
+    """Tokenizer files, generation config (`generation_config` where there is none) and chat
+    template as they are; another template brings its stop_ids. An earlier run's files go."""
     for file in (*TOKENIZER_FILES, "generation_config.json") if source_folder else ():
         source, target = os.path.join(source_folder, file), os.path.join(folder, file)
-        if os.path.exists(source) and os.path.realpath(source) != os.path.realpath(target):
+        if os.path.realpath(source) == os.path.realpath(target):
+            continue
+        if os.path.exists(source):
             write_atomically(target, lambda t: shutil.copyfile(source, t))
+        elif os.path.exists(target):
+            os.remove(target)
+    path = os.path.join(folder, "generation_config.json")
+    if os.path.exists(path):
+        generation_config = read_json(path)
+    if chat_template is not None and stop_ids:
+        generation_config["eos_token_id"] = sorted(stop_ids)
+    write_json(path, generation_config)
     if chat_template is not None:
         def write(temporary):
             with open(temporary, "w", encoding="utf-8", newline="") as f:

@@ -869,7 +869,8 @@ def test_ids_equal_tokenizers(kind, tmp_path):
     pytest.param(SMOLLM2, "", marks=needs(SMOLLM2))], ids=["llama3_1", "qwen3", "smollm2"])
 def test_ids_of_real_tokenizers(folder, vectors):
     """Ids equal `tokenizers` on real text, and llama.cpp's test vectors."""
-    ours = assert_same_ids(folder, NASTY + fuzz(300) + shared_texts(), "chatml")
+    template = "llama3" if "llama3" in folder else "chatml"
+    ours = assert_same_ids(folder, NASTY + fuzz(300) + shared_texts(), template)
     if vectors:
         path = f"{SHARED}/tokenizers/vectors/{vectors}"
         with open(f"{path}.inp", encoding="utf-8", newline="") as f, open(f"{path}.out") as g:
@@ -1450,7 +1451,8 @@ def test_training_lowers_the_loss(name, runs):
         assert (weights <= m.keys()) == (name not in OBJECTIVES[1:])
         assert all(map(math.isfinite, m.values()))
     assert first.keys() == last.keys() >= {f"eval/{key}" for key in common | weights | {"kl"}}
-    assert first["eval/kl"] == 0 == first["eval/rewards/margins"] and last["eval/kl"] != 0
+    assert first["eval/kl"] == 0 != last["eval/kl"]
+    assert name in ("simpo", "orpo", "sft") or first["eval/rewards/margins"] == 0
 
 
 @pytest.mark.parametrize("name", ["mmpo", "options"])
@@ -1473,7 +1475,8 @@ def test_torchrun_equals_one_process(checkpoint, tmp_path):
     args = [f"--dataset={write_rows(tmp_path / 'pairs.jsonl', word_rows(10))}", "--eval_pairs=3",
             "--batch_size=3", "--max_iters=5", "--learning_rate=1e-4"]
     jobs = {"one": args, "two-ddp": args, "two-fsdp": [*args, "--parallel=fsdp"]}
-    for name, process in train_all(checkpoint, tmp_path, jobs).items():
+    bf16 = [*jobs["two-fsdp"], "--dtype=bfloat16", "--activation_checkpointing=true"]
+    for name, process in train_all(checkpoint, tmp_path, jobs | {"two-bf16": bf16}).items():
         assert process.returncode == 0, name + process.stderr
     one, ddp, fsdp = (load_file(tmp_path / f"run-{name}" / "model.safetensors") for name in jobs)
     start = load_file(f"{checkpoint}/model.safetensors")

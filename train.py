@@ -17,6 +17,7 @@ import sys
 import time
 from collections import Counter
 from datetime import timedelta
+from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -113,6 +114,14 @@ device = torch.device(device, ddp_local_rank if device == "cuda" else None)
 if device.type == "cuda":
     torch.cuda.set_device(device)
     torch.set_float32_matmul_precision("high")   # TF32 for what stays in fp32
+if parallel == "fsdp" and not ddp:
+    raise ValueError("parallel: fsdp shards over several processes; start it with torchrun")
+if optimizer_state == "8bit" and (fsdp or device.type != "cuda" or not find_spec("bitsandbytes")):
+    raise ValueError("optimizer_state: 8bit takes a GPU, pip install bitsandbytes, and not fsdp")
+if objective == "ipo" and beta == 0:
+    raise ValueError("beta: IPO divides by it; give a value above 0")
+if export_adapter and not lora_rank:
+    raise ValueError("export_adapter: there is none without LoRA; give lora_rank")
 if ddp:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
                             timeout=timedelta(hours=2))   # while rank 0 tokenizes
@@ -137,30 +146,15 @@ def first_on_each_node(function, *args):
 
 log(f"nanoMMPO: {objective} on {ddp_world_size} x {device.type}, {dtype}; set: " +
     (", ".join(f"{k}={v!r}" for k, v in overrides.items()) or "nothing"))
-if master_process:
-    os.makedirs(out_dir, exist_ok=True)
-    llama.write_json(os.path.join(out_dir, "train_config.json"), settings)
-    metrics_file = open(os.path.join(out_dir, "metrics.jsonl"), "w", buffering=1)
-    if wandb_log:
-        import wandb
-        wandb.init(project=wandb_project, name=os.path.basename(out_dir), config=settings)
-
-
-def record(metrics):
-    if master_process:
-        metrics_file.write(json.dumps(metrics, default=float) + "\n")
-        if wandb_log:
-            wandb.log(metrics, step=metrics["iter"])
-
 
 # --- data: tokenized once, then read from the cache
 folder = first_on_each_node(llama.checkpoint_folder, init_from)
 tokenizer = data.Tokenizer(folder, chat_template)
-limits = (tokenizer, max_length, max_prompt_length, bad_rows)
-train_pairs = first_on_each_node(data.load_pairs, dataset, train_split, *limits)
+tokenization = (tokenizer, max_length, max_prompt_length, bad_rows)
+train_pairs = first_on_each_node(data.load_pairs, dataset, train_split, *tokenization)
 log(f"{dataset}: {train_pairs.report}")
 if eval_dataset:
-    held_out = first_on_each_node(data.load_pairs, eval_dataset, eval_split, *limits)
+    held_out = first_on_each_node(data.load_pairs, eval_dataset, eval_split, *tokenization)
     log(f"{eval_dataset}: {held_out.report}")
     held_out = held_out.subset(np.random.default_rng(seed).permutation(len(held_out))[:eval_pairs])
 else:
@@ -176,9 +170,9 @@ if train_pairs.lengths.shape[1] == 2 and objective != "sft":
 iters_per_epoch = math.ceil(len(train_pairs) / batch_size)
 max_iters = max_iters or math.ceil(epochs * iters_per_epoch)
 eval_tokens = 2 * row_tokens           # rows without gradients take far less memory
-padded = device.type == "cuda"         # few shapes, few compilations; a CPU takes any length
-train_shapes = (row_tokens // 4, row_tokens) if padded else ()
-eval_shapes = (eval_tokens,) if padded else ()
+fixed_shapes = device.type == "cuda"   # few shapes, few compilations; a CPU takes any length
+train_shapes = (row_tokens // 4, row_tokens) if fixed_shapes else ()
+eval_shapes = (eval_tokens,) if fixed_shapes else ()
 log(f"{len(train_pairs):,} pairs, {len(held_out):,} held out; {max_iters} steps of {batch_size} "
     f"pairs, {iters_per_epoch} an epoch")
 
@@ -188,7 +182,7 @@ def prepare(model):
     if lora_rank:
         llama.add_lora(model, lora_rank, lora_alpha, lora_dropout, lora_targets.split(","))
     if fsdp:
-        llama.shard(model, torch.bfloat16 if dtype == "bfloat16" else None)
+        llama.shard(model, device.type, torch.bfloat16 if dtype == "bfloat16" else None)
 
 
 frozen_dtype = torch.bfloat16 if lora_rank and dtype == "bfloat16" else torch.float32
@@ -201,12 +195,16 @@ raw_model.activation_checkpointing = activation_checkpointing
 if compile and device.type == "cuda":
     raw_model.compile_blocks()
 trained = [p for p in raw_model.parameters() if p.requires_grad]
+if max_length > raw_model.config.max_position_embeddings:
+    log(f"note: max_length {max_length} is beyond the model's context of "
+        f"{raw_model.config.max_position_embeddings} tokens")
 log(f"{init_from}: {sum(p.numel() for p in raw_model.parameters()):,} parameters, "
     f"{sum(p.numel() for p in trained):,} trained")
 stop_ids = tokenizer.stop_ids()
 if dry_run:
     step_tokens = train_pairs.lengths.sum() / len(train_pairs) * batch_size
-    parts = llama.memory_parts(raw_model, row_tokens, llama.DTYPES[dtype])
+    parts = llama.memory_parts(raw_model, row_tokens, llama.DTYPES[dtype],
+                               8 if optimizer_state == "fp32" else 2)
     parts["in all"] = sum(parts.values())
     log(f"a step: {step_tokens:,.0f} tokens, about {step_tokens / row_tokens / ddp_world_size:.1f} "
         f"rows of {row_tokens:,} tokens on each of {ddp_world_size} ranks; {max_iters:,} steps\n"
@@ -237,19 +235,35 @@ def answer(title):
     """One greedy answer, for a person to see what training does."""
     turns = [{"role": "user", "content": sample_prompt}]
     prompt = tokenizer.encode_prompt(turns) if sample_prompt else held_out.ids(0)[0].tolist()
-    raw_model.eval()
     with autocast:
         [ids] = raw_model.generate([prompt], sample_tokens, temperature=0, stop_ids=stop_ids)
-    raw_model.train()
     log(f"{title}:\n| " + tokenizer.decode(prompt + ids).replace("\n", "\n| "))
+
+
+# --- the run's records; nothing of an earlier run was touched so far
+if master_process:
+    os.makedirs(out_dir, exist_ok=True)
+    llama.write_json(os.path.join(out_dir, "train_config.json"), settings)
+    metrics_file = open(os.path.join(out_dir, "metrics.jsonl"), "w", buffering=1)
+    if wandb_log:
+        import wandb
+        wandb.init(project=wandb_project, name=os.path.basename(out_dir), config=settings)
+
+
+def record(metrics):
+    if master_process:
+        metrics_file.write(json.dumps(metrics, default=float) + "\n")
+        if wandb_log:
+            wandb.log(metrics, step=metrics["iter"])
 
 
 # --- reference log-probs, and so all rewards: constants, computed once, before the policy moves.
 # From here on there is no reference model, only a table: R = r + beta log pi_ref.
 def reference_logps(pairs, indices):
     """score(pairs, indices) of the untrained model, from the cache if every rank finds it there."""
-    path = data.cache_path("reference", [llama.weights_fingerprint(folder), dtype, device.type,
-                                         pairs.fingerprint(), indices.tolist()])
+    path = data.cache_path("reference", [
+        llama.weights_fingerprint(folder), dtype, str(frozen_dtype), fsdp, device.type,
+        pairs.fingerprint(), indices.tolist()])
     found = torch.tensor(float(os.path.exists(path)), device=device)
     if ddp:
         dist.all_reduce(found, dist.ReduceOp.MIN)
@@ -306,7 +320,8 @@ knobs = dict(constants, pref_weight=pref_weight, gamma_beta_ratio=gamma_beta_rat
 def evaluate():
     """Loss and metrics over the held-out pairs, and KL(reference || policy) in nats a token,
     estimated on the reference's own samples."""
-    rows = score(held_out, everything), eval_lengths, eval_ref_logps, eval_R
+    ref = eval_ref_logps if uses_reference else None   # as in training
+    rows = score(held_out, everything), eval_lengths, ref, eval_R
     metrics = {"loss": mmpo.preference_loss(objective, *rows, **knobs).mean().item(),
                **mmpo.preference_metrics(*rows, **constants)}
     if kl_prompts:
@@ -339,8 +354,8 @@ def get_lr(iter_num):
 
 def check_finite(iter_num):
     if skipped:
-        raise ValueError(f"step {iter_num}: the gradient is not finite; weights not updated; lower "
-                         "learning_rate, or try --dtype=float32")
+        raise ValueError(f"step {iter_num}, or since the last log line: the gradient is not "
+                         "finite; weights not updated; lower learning_rate, or try --dtype=float32")
 
 
 def step_line(iter_num, m):
@@ -381,6 +396,9 @@ for iter_num in tqdm(range(max_iters + 1), "steps", disable=not progress_bar):
 
     for micro_step, members in enumerate(rows):
         row = data.collate(train_pairs, batch[members], train_shapes).to(device)
+        index = torch.from_numpy(members)
+        index, row_lengths, row_ref_logps, row_R = (data.to_device(x, device) for x in (
+            index, batch_lengths[index], batch_ref_logps[index], batch_R[index]))
         since_log["row"] += row.tokens.numel()
         since_log["filled"] += train_pairs.lengths[batch[members]].sum()
         if ddp and not fsdp:   # gradients meet in the last micro-step only
@@ -390,16 +408,14 @@ for iter_num in tqdm(range(max_iters + 1), "steps", disable=not progress_bar):
         per_token_logps = scored[0] if entropy_coef > 0 else scored
         logps = mmpo.sum_by_response(per_token_logps, row.response, row.n_responses)
         logps = logps.view(-1, lengths.size(1))
-        row_lengths, row_ref_logps, row_R = (
-            x[members].to(device) for x in (batch_lengths, batch_ref_logps, batch_R))
         losses = mmpo.preference_loss(objective, logps, row_lengths, row_ref_logps, row_R, **knobs)
+        total_loss += losses.detach().sum() / len(batch)   # without the entropy term, as evaluated
         if entropy_coef > 0:
             losses = losses - entropy_coef * mmpo.entropy_bonus(
                 *scored, row.response, row_lengths, length_norm)
         loss = losses.sum() / len(batch)          # the step's mean, whichever rank computes a pair
         (loss * ddp_world_size).backward()        # DDP and FSDP average over ranks
-        total_loss += loss.detach()
-        batch_logps[members] = logps.detach()
+        batch_logps.index_copy_(0, index, logps.detach())
 
     lr = get_lr(iter_num)
     for group in optimizer.param_groups:
@@ -441,7 +457,7 @@ for iter_num in tqdm(range(max_iters + 1), "steps", disable=not progress_bar):
 
 # --- the aligned model, in Hugging Face layout
 answer("sample after")
-extras = dict(tokenizer_folder=folder, write=master_process,
+extras = dict(tokenizer_folder=folder, stop_ids=stop_ids, write=master_process,
               chat_template=tokenizer.template_text if chat_template else None)
 if lora_rank and export_adapter:
     llama.save_adapter(raw_model, out_dir, init_from, lora_rank, lora_alpha, lora_dropout,

@@ -297,7 +297,8 @@ def run_loader(args):
     """-> s/pair to tokenize, s/token to pack and collate, fill of rows of a GPU's shapes."""
     tokenizer = data.Tokenizer(args.model)
     start = time.process_time()
-    pairs = data.tokenize([args.data], "train", tokenizer, args.max_length, args.max_length, "drop")
+    pairs = data.tokenize([args.data], "train", tokenizer, args.max_length,
+                          args.max_prompt_length, "drop")
     tokenizing = (time.process_time() - start) / len(pairs)
     real = room = 0
     start = time.process_time()
@@ -317,7 +318,8 @@ def run_ranks(args, ranks):
         command = [sys.executable, *(torchrun if ranks > 1 else []), "train.py",
                    f"--out_dir={out}", f"--init_from={args.model}", f"--dataset={args.data}",
                    "--objective=dpo", "--max_iters=4", f"--batch_size={4 * args.batch}",
-                   f"--max_length={args.max_length}", f"--max_prompt_length={args.max_length // 2}",
+                   f"--max_length={args.max_length}",
+                   f"--max_prompt_length={args.max_prompt_length}",
                    "--eval_pairs=2", "--kl_samples=0", "--sample_tokens=1", "--bad_rows=drop"]
         done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"},
                               capture_output=True, text=True)
@@ -376,19 +378,22 @@ def spread(values, form):
     return middle if low == high else f"{middle} ({low} to {high})"
 
 
+def speedup(slow, fast):
+    """Ratios within a round, so that a slow minute hits both sides."""
+    return spread([a["seconds"] / b["seconds"] for a, b in zip(slow, fast)], "{:.2f}x")
+
+
 def table(results, pairs):
-    """Markdown. Speeds are ratios within a round, so that a slow minute hits both sides."""
     tokens, base = pairs.lengths.sum() / len(pairs), next(iter(results.values()))
     form = "{:.2f}" if base[0]["seconds"] > 0.2 else "{:.5f}"
     lines = ["| | s/pair | tokens/s | speed | peak memory, GB | reference pass, s/pair |",
              "|---|---|---|---|---|---|"]
     for name, runs in results.items():
         seconds = [r["seconds"] for r in runs]
-        speed = spread([b["seconds"] / s for b, s in zip(base, seconds)], "{:.2f}x")
         reference = ("in every step" if name in (TRL, LIVE) else
                      spread([r["reference"] for r in runs], form))
         lines.append(f"| {name} | {spread(seconds, form)} | "
-                     f"{tokens / statistics.median(seconds):,.0f} | {speed} | "
+                     f"{tokens / statistics.median(seconds):,.0f} | {speedup(base, runs)} | "
                      f"{max(r['peak'] for r in runs):.1f} | {reference} |")
     return lines
 
@@ -426,8 +431,9 @@ def main():
         sys.exit("error: pip install trl, or --only=ablation, which needs none")
     os.environ |= ENVIRONMENT
     args.model = llama.checkpoint_folder(args.model)
+    args.max_prompt_length = args.max_length * 3 // 4
     pairs = data.load_pairs(args.data, "train", data.Tokenizer(args.model), args.max_length,
-                            args.max_length * 3 // 4)
+                            args.max_prompt_length)
     args.pairs = min(args.pairs, len(pairs)) // args.batch * args.batch
     if not args.pairs:
         sys.exit(f"error: {args.data}: {len(pairs)} pairs, less than a batch of {args.batch}")
@@ -446,6 +452,9 @@ def main():
             record[part] = results = measure(stages, args, pairs)
             check_same_mathematics(results)
             report += ["", *table(results, pairs)]
+            if part == "trl":
+                report += ["", f"this trainer against {TRL_BEST}: " +
+                           speedup(results[TRL_BEST], results["this trainer"])]
     if "scaling" in parts:
         lines, record["scaling"] = scaling(args)
         report += ["", *lines]

@@ -16,6 +16,7 @@ import time
 
 import torch
 
+from configurator import one_line_errors
 from scripts.plot import plot, read_run
 
 COLUMNS = [   # title, metric of the last evaluation
@@ -31,8 +32,8 @@ def main():
     parser.add_argument("--train", required=True)
     parser.add_argument("--eval", required=True)
     parser.add_argument("--out", default="out/compare")
-    parser.add_argument("--configs", default="config/smollm2_135m.py,config/smollm2_135m_authors.py,"
-                        "config/smollm2_135m_dpo.py,config/smollm2_135m_simpo.py")
+    parser.add_argument("--configs", default=",".join(
+        f"config/smollm2_135m{name}.py" for name in ("", "_authors", "_dpo", "_simpo")))
     parser.add_argument("settings", nargs="*", help="--key=value for every run, after --")
     args = parser.parse_args()
 
@@ -65,4 +66,5 @@ def main():
 
 
 if __name__ == "__main__":
+    one_line_errors()
     main()

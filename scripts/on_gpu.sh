@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every number that README calls "not yet measured", on one GPU of 80 GB.
+# What README has not measured or run yet and one GPU of 80 GB can show.
 #
 #   bash scripts/on_gpu.sh SMOLLM2_135M TRAIN_PAIRS TEST_PAIRS [LLAMA3_8B]
 #
@@ -9,6 +9,7 @@ smollm2=$1 train=$2 test=$3 llama=${4:-}
 
 # 1. the GPU's path computes what the CPU's does
 python -m pytest -q test_mmpo.py -k gpu
+torchrun --nproc_per_node=1 train.py config/demo.py --parallel=fsdp --dtype=bfloat16 --max_iters=3
 
 # 2. beside TRL, one idea at a time, and by length (README, Efficiency)
 python -m scripts.bench --model="$smollm2" --data="$train" --json=out/bench_gpu.json

@@ -63,7 +63,7 @@ def main():
         print(answer([[{"role": "user", "content": args.prompt}]])[0])
     else:
         turns = []
-        while question := input("> ").strip():
+        while question := input("> ").strip():   # an empty line ends it
             turns.append({"role": "user", "content": question})
             turns.append({"role": "assistant", "content": answer([turns])[0]})
             print(turns[-1]["content"])

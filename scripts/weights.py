@@ -22,7 +22,9 @@ def summed_logps(model, pairs, row_tokens=4096):
     """Summed log-probs of every response, (N, n)."""
     logps = torch.zeros(len(pairs), pairs.lengths.shape[1] - 1)
     for members in data.pack(pairs.lengths.sum(1), row_tokens)[0]:
-        row = data.collate(pairs, members).to(model.head_weight.device)
+        device = model.head_weight.device
+        row = data.collate(pairs, members, (row_tokens,) if device.type == "cuda" else ())
+        row = row.to(device)
         sums = mmpo.sum_by_response(model(row), row.response, row.n_responses)
         logps[members] = sums.view(len(members), -1).cpu()
     return logps
