@@ -1,7 +1,7 @@
 # MMPO on Llama-3.2-1B with LoRA, one GPU (predicted 20 GiB);
 # 7,670 steps, not yet timed.
 # python train.py config/llama32_1b.py
-# The authors' data, batch, learning rate, epochs and adapters; this project's method and fp32 AdamW.
+# The authors' data, batch, learning rate, epochs and adapters; the method is this project's.
 out_dir = "out/llama32_1b"
 init_from = "meta-llama/Llama-3.2-1B-Instruct"   # theirs is an SFT checkpoint of their own; gated
 lora_rank = 64

@@ -1,7 +1,7 @@
 # MMPO on Llama-3-8B with LoRA, one GPU (predicted 45 GiB; with
 # --activation_checkpointing=True 21 GiB); 7,670 steps, not yet timed.
 # python train.py config/llama3_8b.py
-# The authors' data, batch, learning rate, epochs and adapters; this project's method and fp32 AdamW.
+# The authors' data, batch, learning rate, epochs and adapters; the method is this project's.
 out_dir = "out/llama3_8b"
 init_from = "princeton-nlp/Llama-3-Base-8B-SFT"
 lora_rank = 64
