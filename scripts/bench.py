@@ -63,9 +63,9 @@ def train_defaults():
             if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)}
 
 
-ROW_TOKENS, STEP_PAIRS = (train_defaults()[name] for name in ("row_tokens", "batch_size"))
-GPU_SHAPES = ROW_TOKENS // 4, ROW_TOKENS
-SHAPES = GPU_SHAPES if CUDA else ()
+GPU_ROW, STEP_PAIRS = (train_defaults()[name] for name in ("row_tokens", "batch_size"))
+GPU_SHAPES = GPU_ROW // 4, GPU_ROW
+ROW_TOKENS, SHAPES = (GPU_ROW, GPU_SHAPES) if CUDA else (4096, ())   # memory
 
 # -----------------------------------------------------------------------------
 # measuring
@@ -304,7 +304,7 @@ def run_loader(args):
     start = time.process_time()
     for iter_num in range(min(20, len(pairs) // STEP_PAIRS)):
         batch = data.batch_indices(len(pairs), STEP_PAIRS, 0, iter_num)
-        for members in data.pack(pairs.lengths[batch].sum(1), ROW_TOKENS)[0]:
+        for members in data.pack(pairs.lengths[batch].sum(1), GPU_ROW)[0]:
             room += data.collate(pairs, batch[members], GPU_SHAPES).tokens.numel()
             real += pairs.lengths[batch[members]].sum()
     return {"tokenize": tokenizing, "loader": (time.process_time() - start) / real,
@@ -320,6 +320,7 @@ def run_ranks(args, ranks):
                    "--objective=dpo", "--max_iters=4", f"--batch_size={4 * args.batch}",
                    f"--max_length={args.max_length}",
                    f"--max_prompt_length={args.max_prompt_length}",
+                   f"--row_tokens={GPU_ROW if CUDA else 2 * args.max_length}",
                    "--eval_pairs=2", "--kl_samples=0", "--sample_tokens=1", "--bad_rows=drop"]
         done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"},
                               capture_output=True, text=True)
@@ -339,7 +340,7 @@ def scaling(args):
              f"| ms a token, pairs of {', '.join(map(str, cost))} tokens | "
              f"{', '.join(f'{1000 * s:.3g}' for s in cost.values())}: "
              f"+{max(cost.values()) / min(cost.values()) - 1:.0%} | within 10% |",
-             f"| fill of rows of {ROW_TOKENS:,} tokens | {loader['fill']:.1%} | 95% or more |",
+             f"| fill of rows of {GPU_ROW:,} tokens | {loader['fill']:.1%} | 95% or more |",
              f"| tokenizing 60k pairs | {6e4 * loader['tokenize']:.0f} s | under 60 s a core |",
              f"| packing and collating, share of a step | {share:.2%} | under 2% |",
              f"| two processes against one, wall time | {gain:.2f}x | 1.8x or more |"]
