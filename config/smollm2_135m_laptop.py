@@ -1,5 +1,5 @@
 # MMPO on SmolLM2-135M, all weights, on a laptop's CPU: 25 minutes on one core of a shared Xeon
-# (median 216 tokens/s; both cores idle make 430). Held-out loss from 0.53 to 0.40 on GPT-4-judged Alpaca.
+# (216 tokens/s; two idle cores make 430). Held-out loss from 0.53 to 0.40 on GPT-4-judged Alpaca.
 # python train.py config/smollm2_135m_laptop.py
 out_dir = "out/smollm2_135m_laptop"
 init_from = "HuggingFaceTB/SmolLM2-135M-Instruct"
