@@ -129,7 +129,7 @@ class Tokenizer:
         longest_first = sorted(self.added, key=len, reverse=True)
         self.added_pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self.special_names = [*sorted(self.special, key=len, reverse=True), "\ufdd0"]
-        self.special_pattern = re.compile("|".join(map(re.escape, self.special_names)) or r"(?!)")
+        self.special_pattern = re.compile("|".join(map(re.escape, self.special_names)))
         named = {k: config.get(k) for k in ("bos_token", "eos_token")}
         named = {k: v.get("content") if isinstance(v, dict) else v for k, v in named.items()}
         self.bos_token, self.eos_token = named["bos_token"], named["eos_token"]

@@ -610,8 +610,9 @@ def memory_parts(model, row_tokens, dtype, optimizer_bytes=8):
     stream = item if sharded or not model.model.norm.weight.requires_grad else 4
     attention = 2 * (c.n_head + c.n_kv_head) * c.head_dim
     layer = 2 * stream * c.n_embd + (2 * c.n_embd + attention + 2 * c.intermediate_size) * item
-    kept = c.n_layer * (stream * c.n_embd if model.activation_checkpointing else layer) + \
-        (layer if model.activation_checkpointing else 0)
+    kept = c.n_layer * layer
+    if model.activation_checkpointing:   # a block's input, and one block computed again
+        kept = c.n_layer * stream * c.n_embd + layer
     frozen_item = item if numel[True] < numel[False] else 4
     head_grad = 4 * model.head_weight.numel() if model.head_weight.requires_grad else 0
     return {"weights": 4 * numel[True] + frozen_item * numel[False], "cast weights": casts,
