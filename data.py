@@ -536,7 +536,7 @@ def load_pairs(sources, split, tokenizer, max_length, max_prompt_length, bad_row
     """Read, tokenize and truncate every row of comma-separated sources -> Pairs, cached on disk.
 
     Truncation: the prompt's last max_prompt_length tokens, then the response's end at max_length
-    minus the prompt. bad_rows "drop" counts malformed rows as dropped instead of ending the run.
+    minus the prompt. bad_rows "drop" counts malformed rows by reason instead of ending the run.
     Raises ValueError or OSError that names the source and line.
     """
     sources = [os.path.expanduser(s.strip()) for s in sources.split(",") if s.strip()]
@@ -594,7 +594,8 @@ def tokenize(sources, split, tokenizer, max_length, max_prompt_length, bad_rows)
                     raise ValueError(f"{where}: {e}" + (
                         "" if str(e).startswith("chat template") else
                         "; fix or delete the row, or --bad_rows=drop")) from None
-                dropped["malformed"] += 1
+                reason = re.split(r" \(got| at column", str(e))[0]   # less this row's details
+                dropped[reason] += 1
                 continue
             rows.append([np.array(x, dtype=np.int32) for x in ids])
             if row_rewards is not None:
@@ -657,13 +658,14 @@ def batch_indices(n_rows, batch_size, seed, iter_num):
     return np.random.default_rng([seed, epoch]).permutation(n_rows)[step * batch_size:][:batch_size]
 
 
-def pack(lengths, row_tokens, world_size=1, equal_rows=False):
+def pack(lengths, row_tokens, world_size=1, shapes=(), equal_rows=False):
     """Trees of `lengths` (N,) tokens -> for each rank its packed rows, each an array of indices.
 
     Ranks get about equal tokens (longest first, each to the emptiest rank); a rank packs its trees
-    first-fit into rows of at most row_tokens. A rank without a tree gets one empty row: all ranks
-    must take part in a step. Ranks may get different numbers of rows, unless equal_rows (FSDP) asks
-    for empty ones where there are fewer.
+    first-fit into rows of at most row_tokens. Where collate pads to fixed shapes, a row that fewer
+    tokens of the smallest shape would hold is cut into such rows. A rank without a tree gets one
+    empty row: all ranks must take part in a step. Ranks may get different numbers of rows, unless
+    equal_rows (FSDP) asks for empty ones where there are fewer.
     """
     ranks = [[] for _ in range(world_size)]
     load = [0] * world_size
@@ -673,19 +675,33 @@ def pack(lengths, row_tokens, world_size=1, equal_rows=False):
         load[r] += lengths[i]
     packed = []
     for members in ranks:
-        rows, room = [], []
-        for i in members:
-            fits = next((j for j, free in enumerate(room) if lengths[i] <= free), None)
-            if fits is None:
-                rows.append([])
-                room.append(row_tokens)
-                fits = -1
-            rows[fits].append(i)
-            room[fits] -= lengths[i]
+        rows = first_fit(members, lengths, row_tokens)
+        if shapes and not equal_rows:
+            rows = [part for row in rows for part in short_rows(row, lengths, shapes)]
         packed.append(rows)
     most = max(map(len, packed)) if equal_rows else 1
     return [[np.array(row, dtype=np.int64) for row in rows + [[]] * (most - len(rows))]
             for rows in packed]
+
+
+def first_fit(members, lengths, row_tokens):
+    """Indices `members` into lists of at most row_tokens, each to the first that has room."""
+    rows, room = [], []
+    for i in members:
+        fits = next((j for j, free in enumerate(room) if lengths[i] <= free), None)
+        if fits is None:
+            rows.append([])
+            room.append(row_tokens)
+            fits = -1
+        rows[fits].append(i)
+        room[fits] -= lengths[i]
+    return rows
+
+
+def short_rows(row, lengths, shapes):
+    """[row], or the rows of the smallest shape that hold its trees in fewer tokens."""
+    parts = first_fit(row, lengths, min(shapes)) if lengths[row].max() <= min(shapes) else [row]
+    return parts if len(parts) * min(shapes) < max(shapes) else [row]
 
 
 @dataclass

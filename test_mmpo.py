@@ -639,15 +639,19 @@ def test_one_compilation_serves_all(path, two_shapes, monkeypatch):
     assert 0 < counts[1] == counts[9] == counts[11] == counts[19] <= shapes * pieces
 
 
-def test_compiled_equals_eager(two_shapes, monkeypatch):
-    """Compiled blocks give eager's log-probs and gradients (aot_eager: it needs no compiler)."""
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_equals_eager(dynamic, two_shapes, monkeypatch):
+    """Compiled blocks give eager's log-probs and gradients (aot_eager: it needs no compiler), for
+    fixed shapes (GPU) and for any (CPU)."""
     real_compile, found = torch.compile, []
     monkeypatch.setattr(torch, "compile", lambda f, **k: real_compile(f, backend="aot_eager", **k))
+    rows = [data.collate(random_pairs(5, seed=s), range(5)) for s in range(4)] if dynamic else \
+        two_shapes[:2]
     for compiled in (False, True):
         model = tiny_model()
         if compiled:
-            model.compile_blocks()
-        logps = torch.cat([model(row) for row in two_shapes[:2]])
+            model.compile_blocks(dynamic)
+        logps = torch.cat([model(row) for row in rows])
         logps.sum().backward()
         found.append((logps, grads(model)))
     assert gap(found[1][0], found[0][0]) <= 1e-5
@@ -1058,7 +1062,10 @@ def test_bad_row(name, tokenizer, tmp_path):
     pairs, used = load(path, tokenizer, bad_rows="drop"), 2 + (outcome == "used")
     assert len(pairs) == used and (pairs.lengths > 0).all()
     assert pairs.report.startswith(f"3 rows = {used} used + {3 - used} dropped")
-    assert used == 3 or f"(1 {'malformed' if error else outcome})" in pairs.report
+    if error:   # the reason is the error's, without what this row held
+        reason = re.search(r"\(1 (.*)\)", pairs.report)[1]
+        assert f":3: {reason}" in str(e.value) and "got" not in reason
+    assert error or used == 3 or f"(1 {outcome})" in pairs.report
 
 
 @pytest.mark.parametrize("file, content, words", [
@@ -1180,16 +1187,31 @@ def test_batch_indices(n, batch_size):
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 @pytest.mark.parametrize("n", [0, 1, 5, 100])
-def test_pack(n, world_size):
+@pytest.mark.parametrize("shapes", [(), (16, 64)])
+def test_pack(n, world_size, shapes):
     """Each tree once, no row too long, ranks balanced, rows filled; an idle rank has a row too."""
-    lengths = np.random.default_rng(n).integers(1, 60, n)
-    ranks = data.pack(lengths, 64, world_size)
+    lengths = np.random.default_rng(n).integers(1, 16 if shapes else 60, n)
+    ranks = data.pack(lengths, 64, world_size, shapes)
     tokens = [[lengths[row].sum() for row in rows] for rows in ranks]
     assert len(ranks) == world_size and all(ranks) and max(map(max, tokens)) <= 64
     assert sorted(i for rows in ranks for row in rows for i in row) == list(range(n))
     assert max(map(sum, tokens)) - min(map(sum, tokens)) <= lengths.max(initial=0)
-    for rows in tokens:   # first-fit: all but one at least half full
-        assert sum(row <= 32 for row in rows) <= 1
+    for rows in tokens:
+        if shapes:   # a row that three short ones would hold is such rows
+            assert sum(16 < row <= 24 for row in rows) == 0
+        else:        # first-fit: all but one at least half full
+            assert sum(row <= 32 for row in rows) <= 1
+
+
+def test_fill_of_fixed_shapes():
+    """Batches of 128 trees, 700 tokens on average, fill 95% of 16,384 and 4,096-token rows."""
+    filled = padded = 0
+    for seed in range(20):
+        lengths = np.random.default_rng(seed).gamma(3, 233, 128).astype(int).clip(8, 2312)
+        rows = [lengths[row].sum() for row in data.pack(lengths, 16384, 1, (4096, 16384))[0]]
+        filled += sum(rows)
+        padded += sum(4096 if row <= 4096 else 16384 for row in rows)
+    assert filled / padded >= 0.95
 
 
 @pytest.mark.parametrize("n, shapes", [(2, ()), (3, (16, 400, 200)), (1, (1000,))])

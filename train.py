@@ -94,7 +94,7 @@ row_tokens = 16384                # > 0, tokens of a packed row: the unit of mem
 activation_checkpointing = False  # compute activations again in backward: less memory, more time
 device = "auto"                   # auto | cuda | cpu | mps
 dtype = "bfloat16"                # bfloat16 | float32: of the computation; weights are fp32
-compile = True                    # torch.compile on a GPU; on a CPU it is not worth the wait
+compile = True                    # torch.compile; on a CPU (g++, half a minute) only if set
 seed = 42                         # >= 0, of the order of pairs, dropout and samples
 # -----------------------------------------------------------------------------
 one_line_errors()
@@ -192,8 +192,8 @@ if tokenizer.n_vocab > raw_model.config.vocab_size:
     raise ValueError(f"{folder}: tokenizer.json has {tokenizer.n_vocab} ids, config.json "
                      f"{raw_model.config.vocab_size}; do they belong together?")
 raw_model.activation_checkpointing = activation_checkpointing
-if compile and device.type == "cuda":
-    raw_model.compile_blocks()
+if compile and (fixed_shapes or "compile" in overrides):
+    raw_model.compile_blocks(dynamic=not fixed_shapes)
 trained = [p for p in raw_model.parameters() if p.requires_grad]
 if max_length > raw_model.config.max_position_embeddings:
     log(f"note: max_length {max_length} is beyond the model's context of "
@@ -218,7 +218,8 @@ def score(pairs, indices, title=None):
     """Summed log-probs of rows `indices`, (len(indices), n), on every rank; each does a share."""
     raw_model.eval()
     logps = torch.zeros(len(indices), pairs.lengths.shape[1] - 1, device=device)
-    rows = data.pack(pairs.lengths[indices].sum(1), eval_tokens, ddp_world_size, fsdp)[ddp_rank]
+    rows = data.pack(pairs.lengths[indices].sum(1), eval_tokens, ddp_world_size, eval_shapes,
+                     fsdp)[ddp_rank]
     for members in tqdm(rows, title, disable=not (title and progress_bar)):
         row = data.collate(pairs, indices[members], eval_shapes).to(device)
         with autocast:
@@ -390,7 +391,8 @@ for iter_num in tqdm(range(max_iters + 1), "steps", disable=not progress_bar):
     batch = data.batch_indices(len(train_pairs), batch_size, seed, iter_num)
     batch_lengths, batch_ref_logps = lengths[batch], ref_logps[batch]
     batch_R = normalized(R[batch], len(batch))
-    rows = data.pack(train_pairs.lengths[batch].sum(1), row_tokens, ddp_world_size, fsdp)[ddp_rank]
+    rows = data.pack(train_pairs.lengths[batch].sum(1), row_tokens, ddp_world_size, train_shapes,
+                     fsdp)[ddp_rank]
     batch_logps = torch.zeros(batch_lengths.shape, device=device)
     total_loss = torch.zeros((), device=device)
 

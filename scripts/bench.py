@@ -1,12 +1,13 @@
 """
 This trainer beside TRL's DPOTrainer: same model, pairs, batches and mathematics, in one run.
 
-$ python -m scripts.bench --data=pairs.jsonl                  # all three parts, minutes on a CPU
+$ python -m scripts.bench --data=pairs.jsonl                  # all parts, minutes on a CPU
 $ python -m scripts.bench --data=pairs.jsonl --only=trl --pairs=32 --json=bench.json
 $ python -m scripts.bench --data=pairs.jsonl --only=ablation  # needs no TRL
 
 trl       TRL with its defaults, TRL at its best, this trainer
 ablation  one idea of this trainer at a time, on its own model code
+profile   where the time of a step goes, and the floor: its operations at a matmul's rate
 scaling   cost of a token by length, fill of packed rows, tokenizing, packing, two processes
 
 DPO with beta 0.1, all weights, fp32 weights under bf16 autocast, fused AdamW, constant learning
@@ -25,6 +26,7 @@ import json
 import multiprocessing
 import os
 import platform
+import re
 import resource
 import statistics
 import subprocess
@@ -49,7 +51,8 @@ ENVIRONMENT = {   # malloc: freed memory stays in the process, as fresh pages co
     "MALLOC_MMAP_THRESHOLD_": str(2 ** 30), "MALLOC_TRIM_THRESHOLD_": str(2 ** 36),
     "TRANSFORMERS_VERBOSITY": "error", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false"}
-TRL, TRL_BEST = "TRL, defaults", "TRL, its best"
+PARTS = "trl", "ablation", "profile", "scaling"
+TRL, TRL_BEST, TRL_COMPILED = "TRL, defaults", "TRL, its best", "TRL, its best, compiled"
 PADDED, SCORED, SHARED, DENSE, PACKED, LIVE, COMPILED = STAGES = (
     "padded pairs, all logits", "+ response tokens only meet the vocabulary", "+ shared prompt",
     "+ packed rows, dense mask", "+ attention by tree", "the same, reference not precomputed",
@@ -119,7 +122,7 @@ def run_trl(name, args, pairs):
     from trl import DPOConfig, DPOTrainer
     from trl.trainer import utils
 
-    best, seen, marks, losses = name == TRL_BEST, {}, [], []
+    best, seen, marks, losses = name != TRL, {}, [], []
     batches, n_warm = steps(args)
     if best and not CUDA:   # score completion tokens only, which TRL does on GPUs alone
         utils._use_triton = lambda device: True
@@ -158,7 +161,7 @@ def run_trl(name, args, pairs):
             gradient_checkpointing=not best, precompute_ref_log_probs=best, bf16=True,
             use_liger_kernel=bool(best and CUDA and importlib.util.find_spec("liger_kernel")),
             model_init_kwargs={"attn_implementation": "flash_attention_2" if flash else "sdpa"},
-            torch_compile=best and args.compile, use_cpu=not CUDA, dataloader_pin_memory=CUDA,
+            torch_compile=name == TRL_COMPILED, use_cpu=not CUDA, dataloader_pin_memory=CUDA,
             save_strategy="no", report_to="none", disable_tqdm=True)
         trainer = Trainer(args.model, args=config, train_dataset=Dataset.from_list(rows),
                           processing_class=AutoTokenizer.from_pretrained(args.model))
@@ -181,7 +184,7 @@ def micro_batches(stage, pairs, batch):
         return [(np.arange(len(batch)), [data.collate(pairs, [i]) for i in batch])]
     shapes = () if stage == DENSE else SHAPES
     return [(members, [data.collate(pairs, batch[members], shapes)])
-            for members in data.pack(pairs.lengths[batch].sum(1), ROW_TOKENS)[0]]
+            for members in data.pack(pairs.lengths[batch].sum(1), ROW_TOKENS, shapes=SHAPES)[0]]
 
 
 def padded_logps(model, rows, masked, all_logits):
@@ -272,16 +275,72 @@ def run_ours(stage, args, pairs):
 
 
 # -----------------------------------------------------------------------------
+# where the time of a step goes
+
+KINDS = {"matrix products": "::mm$|::addmm$|::bmm$|gemm|nvjet|cutlass",
+         "attention": "scaled_dot_product|flex_attention|::where$",
+         "AdamW and clipping": "adam|vector_norm|::mul_$|multi_tensor",
+         "copies, casts, zeros": "::copy_$|::fill_$|::cat$|::empty|Memcpy|Memset|catArray"}
+
+
+def run_profile(args, pairs):
+    """-> {kind of operation: its share of a step}, seconds a pair, model FLOPs a pair, FLOP/s."""
+    model, optimizer = load(args, COMPILED if args.compile else PACKED)
+    batch = np.arange(args.batch)
+    step = model, optimizer, pairs, batch, torch.zeros(args.batch, 2, device=DEVICE)
+    for _ in range(3):
+        train_step(PACKED, *step)
+    start = clock()
+    for _ in range(args.repeats):
+        train_step(PACKED, *step)
+    seconds = (clock() - start) / args.repeats / args.batch
+    with torch.profiler.profile() as profile:
+        train_step(PACKED, *step)
+    share = dict.fromkeys([*KINDS, "everything else"], 0.0)
+    for event in profile.key_averages():
+        kind = next((k for k, names in KINDS.items() if re.search(names, event.key)), None)
+        share[kind or "everything else"] += (event.self_device_time_total if CUDA else
+                                             event.self_cpu_time_total)
+    total = sum(share.values())
+
+    mlp = model.model.layers[0].mlp.gate_proj.weight.detach().to(torch.bfloat16)
+    x = torch.randn(pairs.lengths[batch].sum(), mlp.size(1), device=DEVICE, dtype=torch.bfloat16)
+    rates = []
+    for _ in range(20):
+        start = clock()
+        for _ in range(10):
+            F.linear(x, mlp)
+        rates.append(10 * 2 * len(x) * mlp.numel() / (clock() - start))
+    flops = llama.step_flops(model, pairs.lengths[batch]) / args.batch
+    return {"share": {kind: t / total for kind, t in share.items()}, "seconds": seconds,
+            "flops": float(flops), "rate": statistics.median(rates)}
+
+
+def profile(args, pairs):
+    """-> the table, the numbers."""
+    found = fresh(run_profile, args, pairs)
+    floor = found["flops"] / found["rate"]
+    lines = ["| where the time of a step goes | share |", "|---|---|",
+             *(f"| {kind} | {share:.0%} |" for kind, share in found["share"].items()), "",
+             f"A pair takes {found['seconds']:.3g} s. The floor is {floor:.3g} s, "
+             f"{floor / found['seconds']:.0%} of that: {found['flops'] / 1e9:,.0f} GFLOP (each "
+             "token once, nothing computed again) at "
+             f"{found['rate'] / 1e9:,.0f} GFLOP/s, the rate of a bf16 product of the MLP's size."]
+    return lines, found
+
+
+# -----------------------------------------------------------------------------
 # scaling
 
 
 def run_lengths(args):
-    """Seconds a token for trees of 128 to 2,048 tokens: half prompt, two responses."""
+    """-> seconds and model FLOPs a token for trees of 128 to 2,048: half prompt, two responses."""
     stage = COMPILED if args.compile else PACKED
     model, optimizer = load(args, stage)
     random = np.random.default_rng(0)
     tokens = ROW_TOKENS if CUDA else 2048
     cost = {n: [] for n in (128, 256, 512, 1024, 2048)}
+    flops = {}
     for repeat in range(args.repeats + 1):               # the first warms up
         for n in cost:
             ids = random.integers(0, model.config.vocab_size, (tokens // n, n))
@@ -290,7 +349,8 @@ def run_lengths(args):
             start = clock()
             train_step(stage, model, optimizer, pairs, np.arange(len(pairs)), ref_logps)
             cost[n] += [(clock() - start) / tokens] * (repeat > 0)
-    return {n: statistics.median(seconds) for n, seconds in cost.items()}
+            flops[n] = float(llama.step_flops(model, pairs.lengths)) / tokens
+    return {n: statistics.median(seconds) for n, seconds in cost.items()}, flops
 
 
 def run_loader(args):
@@ -304,7 +364,7 @@ def run_loader(args):
     start = time.process_time()
     for iter_num in range(min(20, len(pairs) // STEP_PAIRS)):
         batch = data.batch_indices(len(pairs), STEP_PAIRS, 0, iter_num)
-        for members in data.pack(pairs.lengths[batch].sum(1), GPU_ROW)[0]:
+        for members in data.pack(pairs.lengths[batch].sum(1), GPU_ROW, shapes=GPU_SHAPES)[0]:
             room += data.collate(pairs, batch[members], GPU_SHAPES).tokens.numel()
             real += pairs.lengths[batch[members]].sum()
     return {"tokenize": tokenizing, "loader": (time.process_time() - start) / real,
@@ -332,19 +392,20 @@ def run_ranks(args, ranks):
 
 def scaling(args):
     """-> the table, the numbers."""
-    cost, loader = fresh(run_lengths, args), fresh(run_loader, args)
+    (cost, flops), loader = fresh(run_lengths, args), fresh(run_loader, args)
     share = loader["loader"] / cost[256]
     several = (torch.cuda.device_count() if CUDA else os.cpu_count()) > 1
     gain = run_ranks(args, 2) / run_ranks(args, 1) if several else float("nan")
     lines = ["| | measured | goal |", "|---|---|---|",
              f"| ms a token, pairs of {', '.join(map(str, cost))} tokens | "
              f"{', '.join(f'{1000 * s:.3g}' for s in cost.values())}: "
-             f"+{max(cost.values()) / min(cost.values()) - 1:.0%} | within 10% |",
+             f"+{max(cost.values()) / min(cost.values()) - 1:.0%} (FLOPs: "
+             f"+{flops[2048] / flops[128] - 1:.0%}) | within 10% |",
              f"| fill of rows of {GPU_ROW:,} tokens | {loader['fill']:.1%} | 95% or more |",
              f"| tokenizing 60k pairs | {6e4 * loader['tokenize']:.0f} s | under 60 s a core |",
              f"| packing and collating, share of a step | {share:.2%} | under 2% |",
              f"| two processes against one, wall time | {gain:.2f}x | 1.8x or more |"]
-    return lines, {"seconds_a_token": cost, **loader, "two_processes": gain}
+    return lines, {"seconds_a_token": cost, "flops_a_token": flops, **loader, "two_processes": gain}
 
 
 # -----------------------------------------------------------------------------
@@ -356,7 +417,7 @@ def measure(stages, args, pairs):
     results = {name: [] for name in stages}
     for repeat in range(args.repeats):
         for name, stage in stages.items():
-            r = fresh(run_trl if stage in (TRL, TRL_BEST) else run_ours, stage, args, pairs)
+            r = fresh(run_ours if stage in STAGES else run_trl, stage, args, pairs)
             results[name].append(r)
             print(f"round {repeat + 1} of {args.repeats} | {name}: {r['seconds']:.4f} s/pair, "
                   f"{r['peak']:.1f} GB", flush=True)
@@ -423,11 +484,11 @@ def main():
     parser.add_argument("--max_length", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=3 if CUDA else 2)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=CUDA,
-                        help="torch.compile this trainer, and TRL's best")
-    parser.add_argument("--only", choices=["trl", "ablation", "scaling"])
+                        help="also this trainer and TRL's best with torch.compile")
+    parser.add_argument("--only", choices=PARTS)
     parser.add_argument("--json", metavar="FILE", help="all numbers, for a program")
     args = parser.parse_args()
-    parts = [args.only] if args.only else ["trl", "ablation", "scaling"]
+    parts = [args.only] if args.only else PARTS
     if "trl" in parts and not importlib.util.find_spec("trl"):
         sys.exit("error: pip install trl, or --only=ablation, which needs none")
     os.environ |= ENVIRONMENT
@@ -446,16 +507,22 @@ def main():
              f"{args.repeats} rounds: median (min to max)\n{hardware()}")
     print(about, flush=True)
     record, report = {"about": about, "arguments": vars(args)}, []
-    ours = COMPILED if args.compile else PACKED
-    sides = {TRL: TRL, TRL_BEST: TRL_BEST, "this trainer": ours}
+    sides = {TRL: TRL, TRL_BEST: TRL_BEST, "this trainer": PACKED}
+    if args.compile:
+        sides |= {TRL_COMPILED: TRL_COMPILED, "this trainer, compiled": COMPILED}
     for part, stages in (("trl", sides), ("ablation", dict(zip(STAGES, STAGES)))):
         if part in parts:
             record[part] = results = measure(stages, args, pairs)
             check_same_mathematics(results)
             report += ["", *table(results, pairs)]
             if part == "trl":
-                report += ["", f"this trainer against {TRL_BEST}: " +
-                           speedup(results[TRL_BEST], results["this trainer"])]
+                report += ["", *(f"{ours} against {theirs}: " +
+                                 speedup(results[theirs], results[ours])
+                                 for ours in sides if sides[ours] in STAGES
+                                 for theirs in sides if theirs in (TRL_BEST, TRL_COMPILED))]
+    if "profile" in parts:
+        lines, record["profile"] = profile(args, pairs)
+        report += ["", *lines]
     if "scaling" in parts:
         lines, record["scaling"] = scaling(args)
         report += ["", *lines]
