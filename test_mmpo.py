@@ -12,6 +12,7 @@ import copy
 import csv
 import glob
 import gzip
+import importlib.util
 import json
 import math
 import os
@@ -1493,17 +1494,19 @@ def test_trained_model_opens_in_transformers(name, runs, checkpoint):
 
 
 def test_torchrun_equals_one_process(checkpoint, tmp_path):
-    """Two ranks, DDP or FSDP, end at one process's weights; odd numbers of pairs don't hang."""
+    """Two ranks, DDP or FSDP, or compiled blocks where there is a compiler, end at one process's
+    weights; odd numbers of pairs don't hang."""
     args = [f"--dataset={write_rows(tmp_path / 'pairs.jsonl', word_rows(10))}", "--eval_pairs=3",
             "--batch_size=3", "--max_iters=5", "--learning_rate=1e-4"]
     jobs = {"one": args, "two-ddp": args, "two-fsdp": [*args, "--parallel=fsdp"]}
+    jobs |= {"compiled": [*args, "--compile=true"]} if shutil.which("g++") else {}
     bf16 = [*jobs["two-fsdp"], "--dtype=bfloat16", "--activation_checkpointing=true"]
     for name, process in train_all(checkpoint, tmp_path, jobs | {"two-bf16": bf16}).items():
         assert process.returncode == 0, name + process.stderr
-    one, ddp, fsdp = (load_file(tmp_path / f"run-{name}" / "model.safetensors") for name in jobs)
+    one, *others = (load_file(tmp_path / f"run-{name}" / "model.safetensors") for name in jobs)
     start = load_file(f"{checkpoint}/model.safetensors")
     assert max((one[n] - start[n]).abs().max() for n in one) > 1e-4
-    assert max((one[n] - two[n]).abs().max() for n in one for two in (ddp, fsdp)) <= 1e-5
+    assert max((one[n] - two[n]).abs().max() for n in one for two in others) <= 1e-5
     for a, b in zip(*(metrics_of(tmp_path / f"run-{name}") for name in ("one", "two-ddp"))):
         names = [k for k in a if "/" in k or k in ("loss", "grad_norm", "lr")]
         assert [a[k] for k in names] == pytest.approx([b[k] for k in names], abs=1e-4)
@@ -1553,9 +1556,12 @@ def test_mistakes_end_in_one_line(checkpoint, tmp_path):
         assert line.startswith("error: ") and all(word in line for word in words[name]), line
 
 
-def test_demo(tmp_path):
+@pytest.mark.parametrize("state", ["fp32", pytest.param("8bit", marks=pytest.mark.skipif(
+    not importlib.util.find_spec("bitsandbytes"), reason="no bitsandbytes"))])
+def test_demo(state, tmp_path):
     """README's first command: the embedded model becomes polite, and says so."""
     process = train("assets/demo", str(tmp_path / "run"), "config/demo.py",
+                    f"--optimizer_state={state}",
                     "--max_length=128", "--row_tokens=4096", "--batch_size=32", "--kl_samples=0",
                     "--learning_rate=5e-4", "--sample_tokens=48", "--log_interval=20")
     assert process.returncode == 0, process.stderr

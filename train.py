@@ -77,7 +77,7 @@ lora_targets = "q_proj,k_proj,v_proj,o_proj"   # linear layers with adapters
 # optimizer
 batch_size = 128                  # > 0, pairs per step, over all ranks
 learning_rate = 5e-4              # >= 0, at its peak
-optimizer_state = "fp32"          # fp32 | 8bit: the latter with bitsandbytes, on a GPU
+optimizer_state = "fp32"          # fp32 | 8bit: the latter takes pip install bitsandbytes
 weight_decay = 0.0                # >= 0, on matrices
 beta1 = 0.9                       # 0 to 1, AdamW
 beta2 = 0.999                     # 0 to 1, AdamW
@@ -116,8 +116,8 @@ if device.type == "cuda":
     torch.set_float32_matmul_precision("high")   # TF32 for what stays in fp32
 if parallel == "fsdp" and not ddp:
     raise ValueError("parallel: fsdp shards over several processes; start it with torchrun")
-if optimizer_state == "8bit" and (fsdp or device.type != "cuda" or not find_spec("bitsandbytes")):
-    raise ValueError("optimizer_state: 8bit takes a GPU, pip install bitsandbytes, and not fsdp")
+if optimizer_state == "8bit" and (fsdp or not find_spec("bitsandbytes")):
+    raise ValueError("optimizer_state: 8bit takes pip install bitsandbytes, and parallel=ddp")
 if objective == "ipo" and beta == 0:
     raise ValueError("beta: IPO divides by it; give a value above 0")
 if export_adapter and not lora_rank:
