@@ -1418,10 +1418,10 @@ QUICK = ["--device=cpu", "--dtype=float32", "--export_dtype=float32", "--sample_
          "--row_tokens=400", "--batch_size=8", "--eval_interval=100", "--learning_rate=3e-3"]
 
 
-def train(checkpoint, out, *args):
+def train(checkpoint, out, *args, script="train.py"):
     """train.py into the folder `out`, a cache beside it, on two ranks where its name says so."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [sys.executable, *(torchrun if "two" in os.path.basename(out) else []), "train.py",
+    command = [sys.executable, *(torchrun if "two" in os.path.basename(out) else []), script,
                *QUICK, f"--init_from={checkpoint}", f"--out_dir={out}", *args]
     env = os.environ | {"NANOMMPO_CACHE": f"{out}-cache", "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200)
@@ -1510,6 +1510,50 @@ def test_torchrun_equals_one_process(checkpoint, tmp_path):
     for a, b in zip(*(metrics_of(tmp_path / f"run-{name}") for name in ("one", "two-ddp"))):
         names = [k for k in a if "/" in k or k in ("loss", "grad_norm", "lr")]
         assert [a[k] for k in names] == pytest.approx([b[k] for k in names], abs=1e-4)
+
+
+DIES = """
+import os, runpy, sys
+sys.path.insert(0, os.getcwd())
+replace = os.replace
+def dying(a, b):
+    if "checkpoint-" in b:
+        WHEN
+        os._exit(9)
+    replace(a, b)
+os.replace = dying
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("name", ["lora", "two-ddp", "two-fsdp"])
+def test_resume(name, checkpoint, tmp_path):
+    """A run killed after its first checkpoint and resumed ends, bit for bit, as one that was not;
+    killed while it writes one, it has none. A run that was not finished is not overwritten."""
+    def run(out, *more, script="train.py"):
+        return train(checkpoint, f"{tmp_path}/{name}-{out}", *args, *more, script=str(script))
+
+    args = [f"--dataset={write_rows(tmp_path / 'pairs.jsonl', word_rows(20))}", "--eval_pairs=4",
+            "--max_iters=7", "--save_interval=3", "--eval_interval=2"]
+    args += {"lora": ["--lora_rank=4", "--lora_dropout=0.3"], "two-ddp": [],
+             "two-fsdp": ["--parallel=fsdp"]}[name]
+    scripts = [tmp_path / "after.py", tmp_path / "before.py"]
+    for script, when in zip(scripts, ("replace(a, b)", "pass")):
+        script.write_text(DIES.replace("WHEN", when))
+    assert run("cut", script=scripts[0]).returncode
+    if name == "lora":
+        assert "unfinished run" in run("cut").stderr
+        assert run("torn", script=scripts[1]).returncode and os.listdir(f"{tmp_path}/{name}-torn")
+        assert "no checkpoint" in run("torn", "--resume=true").stderr
+    for process in (run("cut", "--resume=true"), run("whole")):
+        assert process.returncode == 0, process.stderr
+    cut, whole = (f"{tmp_path}/{name}-{out}" for out in ("cut", "whole"))
+    weights = [load_file(f"{out}/model.safetensors") for out in (cut, whole)]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(weights[0][n].equal(weights[1][n]) for n in weights[0])
+    assert not glob.glob(f"{cut}/checkpoint*")
+    for a, b in zip(metrics_of(cut), metrics_of(whole), strict=True):
+        assert all(a[k] == b[k] for k in ("iter", "loss", "grad_norm", "eval/loss") if k in b)
 
 
 def test_reference_is_exact_and_cached(checkpoint, tmp_path):

@@ -10,11 +10,14 @@ $ torchrun --nnodes=2 --node_rank=0 --nproc_per_node=8 --master_addr=10.0.0.1 tr
 
 `python train.py --help` lists every setting below.
 """
+import glob
 import json
 import math
 import os
+import shutil
 import sys
 import time
+import warnings
 from collections import Counter
 from datetime import timedelta
 from importlib.util import find_spec
@@ -22,6 +25,9 @@ from importlib.util import find_spec
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_state_dict,
+                                                     set_state_dict)
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
@@ -37,6 +43,8 @@ out_dir = "out"                   # the aligned model, in Hugging Face layout, a
 init_from = "HuggingFaceTB/SmolLM2-135M-Instruct"   # the model to align: a folder or a hub id
 export_dtype = "bfloat16"         # bfloat16 | float16 | float32: of the exported weights
 export_adapter = False            # with LoRA: write the adapters alone (peft), not merged weights
+save_interval = 0                 # >= 0, steps between checkpoints to resume from; 0: none
+resume = False                    # go on from the last checkpoint in out_dir
 dry_run = False                   # print what a run takes, memory by part, and stop
 # logging
 log_interval = 1                  # > 0, steps between log lines
@@ -122,6 +130,12 @@ if objective == "ipo" and beta == 0:
     raise ValueError("beta: IPO divides by it; give a value above 0")
 if export_adapter and not lora_rank:
     raise ValueError("export_adapter: there is none without LoRA; give lora_rank")
+checkpoints = sorted(glob.glob(os.path.join(glob.escape(out_dir), "checkpoint-" + "[0-9]" * 7)))
+if resume and not checkpoints:
+    raise ValueError(f"resume: no checkpoint in {out_dir}; start without --resume")
+if checkpoints and not (resume or dry_run):
+    raise ValueError(f"{checkpoints[-1]}: an unfinished run; go on with --resume=True, or delete it")
+start_iter = int(checkpoints[-1][-7:]) if resume else 0
 if ddp:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
                             timeout=timedelta(hours=2))   # while rank 0 tokenizes
@@ -242,10 +256,16 @@ def answer(title):
 
 
 # --- the run's records; nothing of an earlier run was touched so far
+first_eval = None
 if master_process:
     os.makedirs(out_dir, exist_ok=True)
     llama.write_json(os.path.join(out_dir, "train_config.json"), settings)
-    metrics_file = open(os.path.join(out_dir, "metrics.jsonl"), "w", buffering=1)
+    metrics_path, past = os.path.join(out_dir, "metrics.jsonl"), []
+    if resume:   # keep what was before the checkpoint; the steps after it are made again
+        past = [line for line in open(metrics_path) if json.loads(line)["iter"] < start_iter]
+        first_eval = json.loads(past[0])
+    metrics_file = open(metrics_path, "w", buffering=1)
+    metrics_file.writelines(past)
     if wandb_log:
         import wandb
         wandb.init(project=wandb_project, name=os.path.basename(out_dir), config=settings)
@@ -344,6 +364,34 @@ else:
 model = DDP(raw_model, gradient_as_bucket_view=True) if ddp and not fsdp else raw_model
 
 
+# --- checkpoints: each rank writes and reads its part of the trained weights and of AdamW's state
+part_options = StateDictOptions(ignore_frozen_params=True, strict=False)
+warnings.filterwarnings("ignore", "torch.distributed is disabled")   # one process: as it should be
+
+
+def training_state():
+    return dict(zip(("model", "optimizer"),
+                    get_state_dict(raw_model, optimizer, options=part_options)))
+
+
+def save_checkpoint(iter_num):
+    """The new one is whole before the last one goes."""
+    folder = os.path.join(out_dir, f"checkpoint-{iter_num:07d}")
+    dcp.save(training_state(), checkpoint_id=folder + ".tmp", no_dist=not ddp)
+    if master_process:
+        os.replace(folder + ".tmp", folder)
+        for old in glob.glob(os.path.join(glob.escape(out_dir), "checkpoint-*")):
+            if old != folder:
+                shutil.rmtree(old)
+
+
+def load_checkpoint(folder):
+    state = training_state()
+    dcp.load(state, checkpoint_id=folder, no_dist=not ddp)
+    set_state_dict(raw_model, optimizer, model_state_dict=state["model"],
+                   optim_state_dict=state["optimizer"], options=part_options)
+
+
 def get_lr(iter_num):
     """Linear warm-up, then a cosine down to min_lr."""
     warmup_iters = warmup * max_iters
@@ -370,11 +418,14 @@ def step_line(iter_num, m):
 
 # --- training loop
 answer("sample before")
-first_eval, training_time = None, 0.0
+if resume:
+    load_checkpoint(checkpoints[-1])
+    log(f"going on from {checkpoints[-1]}")
+training_time = 0.0
 since_log = Counter()                         # tokens, FLOPs, seconds; this rank's rows and fill
 skipped = torch.zeros((), device=device)      # steps without an update
 peak_flops = llama.peak_flops(device) * ddp_world_size
-for iter_num in tqdm(range(max_iters + 1), "steps", disable=not progress_bar):
+for iter_num in tqdm(range(start_iter, max_iters + 1), "steps", disable=not progress_bar):
 
     if iter_num % eval_interval == 0 or iter_num == max_iters:
         check_finite(iter_num)
@@ -386,6 +437,7 @@ for iter_num in tqdm(range(max_iters + 1), "steps", disable=not progress_bar):
     if iter_num == max_iters:
         break
     t0 = time.time()
+    torch.manual_seed(seed + ddp_rank + iter_num * ddp_world_size)   # dropout, also after a resume
 
     # the pairs of this step, their rewards, and the packed rows that fall to this rank
     batch = data.batch_indices(len(train_pairs), batch_size, seed, iter_num)
@@ -448,7 +500,8 @@ for iter_num in tqdm(range(max_iters + 1), "steps", disable=not progress_bar):
                     "tokens_per_second": since_log["tokens"] / since_log["seconds"],
                     "tflops": since_log["flops"] / since_log["seconds"] / 1e12,
                     "fill": since_log["filled"] / since_log["row"],
-                    "seconds_left": training_time / (iter_num + 1) * (max_iters - iter_num - 1)}
+                    "seconds_left": training_time / (iter_num + 1 - start_iter)
+                    * (max_iters - iter_num - 1)}
         if peak_flops:
             metrics["mfu"] = metrics["tflops"] * 1e12 / peak_flops
         if device.type == "cuda":
@@ -456,6 +509,8 @@ for iter_num in tqdm(range(max_iters + 1), "steps", disable=not progress_bar):
         since_log.clear()
         record({"iter": iter_num} | metrics)
         log(step_line(iter_num, metrics))
+    if save_interval and (iter_num + 1) % save_interval == 0 and iter_num + 1 < max_iters:
+        save_checkpoint(iter_num + 1)
 
 # --- the aligned model, in Hugging Face layout
 answer("sample after")
@@ -467,6 +522,8 @@ if lora_rank and export_adapter:
 else:
     llama.save_pretrained(raw_model, out_dir, hf_config, dtype=llama.DTYPES[export_dtype], **extras)
 if master_process:
+    for checkpoint in glob.glob(os.path.join(glob.escape(out_dir), "checkpoint-*")):
+        shutil.rmtree(checkpoint)   # the run is complete
     if "eval/accuracy/mean" in metrics:
         log(f"held-out preference accuracy: {first_eval['eval/accuracy/mean']:.3f} before, "
             f"{metrics['eval/accuracy/mean']:.3f} after (mean log-probs)")
