@@ -13,18 +13,23 @@ References
 5) the reference implementation: transformers/models/llama/modeling_llama.py
 """
 import contextlib
+import glob
 import json
 import math
 import os
 import shutil
 import struct
+import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions, get_state_dict, set_state_dict)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional as F
@@ -904,6 +909,51 @@ def copy_tokenizer(source_folder, folder, generation_config, chat_template=None,
             with open(temporary, "w", encoding="utf-8", newline="") as f:
                 f.write(chat_template)
         write_atomically(os.path.join(folder, "chat_template.jinja"), write)
+
+
+# checkpoints of a run: what is trained and AdamW's state; every rank writes and reads its part
+
+TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True, strict=False)
+warnings.filterwarnings("ignore", "torch.distributed is disabled")   # in one process, rightly so
+
+
+def training_state(model, optimizer):
+    return dict(zip(("model", "optimizer"),
+                    get_state_dict(model, optimizer, options=TRAINED_ONLY)))
+
+
+def save_checkpoint(model, optimizer, folder, iter_num, write=True):
+    """folder/checkpoint-0000400. Call it on all ranks, with `write` on one; the last checkpoint
+    goes when this one is whole."""
+    path = os.path.join(folder, f"checkpoint-{iter_num:07d}")
+    dcp.save(training_state(model, optimizer), checkpoint_id=path + ".tmp")
+    if write:
+        os.replace(path + ".tmp", path)
+        remove_checkpoints(folder, but=path)
+
+
+def load_checkpoint(model, optimizer, path):
+    state = training_state(model, optimizer)
+    dcp.load(state, checkpoint_id=path)
+    set_state_dict(model, optimizer, model_state_dict=state["model"],
+                   optim_state_dict=state["optimizer"], options=TRAINED_ONLY)
+
+
+def checkpoints(folder, suffix=""):
+    pattern = "checkpoint-" + "[0-9]" * 7 + suffix
+    return sorted(glob.glob(os.path.join(glob.escape(folder), pattern)))
+
+
+def last_checkpoint(folder):
+    """-> (its step, its path), or (0, None)."""
+    found = checkpoints(folder)
+    return (int(found[-1][-7:]), found[-1]) if found else (0, None)
+
+
+def remove_checkpoints(folder, but=None):
+    for path in checkpoints(folder, "*"):   # half-written ones too
+        if path != but:
+            shutil.rmtree(path)
 
 
 def write_json(path, value):

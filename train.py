@@ -10,14 +10,11 @@ $ torchrun --nnodes=2 --node_rank=0 --nproc_per_node=8 --master_addr=10.0.0.1 tr
 
 `python train.py --help` lists every setting below.
 """
-import glob
 import json
 import math
 import os
-import shutil
 import sys
 import time
-import warnings
 from collections import Counter
 from datetime import timedelta
 from importlib.util import find_spec
@@ -25,9 +22,6 @@ from importlib.util import find_spec
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_state_dict,
-                                                     set_state_dict)
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
@@ -130,12 +124,11 @@ if objective == "ipo" and beta == 0:
     raise ValueError("beta: IPO divides by it; give a value above 0")
 if export_adapter and not lora_rank:
     raise ValueError("export_adapter: there is none without LoRA; give lora_rank")
-checkpoints = sorted(glob.glob(os.path.join(glob.escape(out_dir), "checkpoint-" + "[0-9]" * 7)))
-if resume and not checkpoints:
+start_iter, checkpoint = llama.last_checkpoint(out_dir)
+if resume and not checkpoint:
     raise ValueError(f"resume: no checkpoint in {out_dir}; start without --resume")
-if checkpoints and not (resume or dry_run):
-    raise ValueError(f"{checkpoints[-1]}: an unfinished run; go on with --resume=True, or delete it")
-start_iter = int(checkpoints[-1][-7:]) if resume else 0
+if checkpoint and not (resume or dry_run):
+    raise ValueError(f"{checkpoint}: an unfinished run; go on with --resume=True, or delete it")
 if ddp:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
                             timeout=timedelta(hours=2))   # while rank 0 tokenizes
@@ -364,34 +357,6 @@ else:
 model = DDP(raw_model, gradient_as_bucket_view=True) if ddp and not fsdp else raw_model
 
 
-# --- checkpoints: each rank writes and reads its part of the trained weights and of AdamW's state
-part_options = StateDictOptions(ignore_frozen_params=True, strict=False)
-warnings.filterwarnings("ignore", "torch.distributed is disabled")   # one process: as it should be
-
-
-def training_state():
-    return dict(zip(("model", "optimizer"),
-                    get_state_dict(raw_model, optimizer, options=part_options)))
-
-
-def save_checkpoint(iter_num):
-    """The new one is whole before the last one goes."""
-    folder = os.path.join(out_dir, f"checkpoint-{iter_num:07d}")
-    dcp.save(training_state(), checkpoint_id=folder + ".tmp", no_dist=not ddp)
-    if master_process:
-        os.replace(folder + ".tmp", folder)
-        for old in glob.glob(os.path.join(glob.escape(out_dir), "checkpoint-*")):
-            if old != folder:
-                shutil.rmtree(old)
-
-
-def load_checkpoint(folder):
-    state = training_state()
-    dcp.load(state, checkpoint_id=folder, no_dist=not ddp)
-    set_state_dict(raw_model, optimizer, model_state_dict=state["model"],
-                   optim_state_dict=state["optimizer"], options=part_options)
-
-
 def get_lr(iter_num):
     """Linear warm-up, then a cosine down to min_lr."""
     warmup_iters = warmup * max_iters
@@ -419,8 +384,8 @@ def step_line(iter_num, m):
 # --- training loop
 answer("sample before")
 if resume:
-    load_checkpoint(checkpoints[-1])
-    log(f"going on from {checkpoints[-1]}")
+    llama.load_checkpoint(raw_model, optimizer, checkpoint)
+    log(f"going on from {checkpoint}")
 training_time = 0.0
 since_log = Counter()                         # tokens, FLOPs, seconds; this rank's rows and fill
 skipped = torch.zeros((), device=device)      # steps without an update
@@ -510,7 +475,7 @@ for iter_num in tqdm(range(start_iter, max_iters + 1), "steps", disable=not prog
         record({"iter": iter_num} | metrics)
         log(step_line(iter_num, metrics))
     if save_interval and (iter_num + 1) % save_interval == 0 and iter_num + 1 < max_iters:
-        save_checkpoint(iter_num + 1)
+        llama.save_checkpoint(raw_model, optimizer, out_dir, iter_num + 1, write=master_process)
 
 # --- the aligned model, in Hugging Face layout
 answer("sample after")
@@ -522,8 +487,7 @@ if lora_rank and export_adapter:
 else:
     llama.save_pretrained(raw_model, out_dir, hf_config, dtype=llama.DTYPES[export_dtype], **extras)
 if master_process:
-    for checkpoint in glob.glob(os.path.join(glob.escape(out_dir), "checkpoint-*")):
-        shutil.rmtree(checkpoint)   # the run is complete
+    llama.remove_checkpoints(out_dir)   # the run is complete
     if "eval/accuracy/mean" in metrics:
         log(f"held-out preference accuracy: {first_eval['eval/accuracy/mean']:.3f} before, "
             f"{metrics['eval/accuracy/mean']:.3f} after (mean log-probs)")

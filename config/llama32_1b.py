@@ -11,3 +11,4 @@ lora_targets = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
 batch_size = 48         # 73.6k pairs / 48 = 1,533 steps an epoch
 epochs = 5
 learning_rate = 5e-4
+save_interval = 500     # then --resume=True goes on after a crash

@@ -12,3 +12,4 @@ batch_size = 48         # 73.6k pairs / 48 = 1,533 steps an epoch
 epochs = 5
 learning_rate = 1e-4
 row_tokens = 8192       # a step is about 6 rows
+save_interval = 500     # then --resume=True goes on after a crash

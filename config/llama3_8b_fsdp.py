@@ -9,3 +9,4 @@ row_tokens = 8192       # a step of 128 pairs is about 16 rows, two on each GPU
 batch_size = 128        # 73.6k pairs / 128 = 575 steps an epoch
 epochs = 1
 learning_rate = 1e-6    # all weights move: far less than LoRA's
+save_interval = 500     # then --resume=True goes on after a crash

@@ -8,3 +8,4 @@ init_from = "HuggingFaceTB/SmolLM2-135M-Instruct"   # theirs is an SFT checkpoin
 batch_size = 128        # 73.6k pairs / 128 = 575 steps an epoch, each about 8 rows of 16,384 tokens
 epochs = 5
 learning_rate = 5e-4
+save_interval = 500     # then --resume=True goes on after a crash

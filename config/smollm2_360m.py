@@ -6,3 +6,4 @@ init_from = "HuggingFaceTB/SmolLM2-360M-Instruct"
 batch_size = 128        # 73.6k pairs / 128 = 575 steps an epoch
 epochs = 5
 learning_rate = 5e-4
+save_interval = 500     # then --resume=True goes on after a crash
