@@ -377,7 +377,7 @@ def run_ranks(args, ranks):
     with tempfile.TemporaryDirectory() as out:
         command = [sys.executable, *(torchrun if ranks > 1 else []), "train.py",
                    f"--out_dir={out}", f"--init_from={args.model}", f"--dataset={args.data}",
-                   "--objective=dpo", "--max_iters=4", f"--batch_size={4 * args.batch}",
+                   "--objective=dpo", "--max_iters=3", f"--batch_size={16 * args.batch}",
                    f"--max_length={args.max_length}",
                    f"--max_prompt_length={args.max_prompt_length}",
                    f"--row_tokens={GPU_ROW if CUDA else 2 * args.max_length}",
