@@ -9,6 +9,7 @@ The last form reads [{"instruction": ..}, ..] and writes AlpacaEval's [{"instruc
 "generator"}, ..].
 """
 import argparse
+import contextlib
 import os
 
 import torch
@@ -63,10 +64,11 @@ def main():
         print(answer([[{"role": "user", "content": args.prompt}]])[0])
     else:
         turns = []
-        while question := input("> ").strip():   # an empty line ends it
-            turns.append({"role": "user", "content": question})
-            turns.append({"role": "assistant", "content": answer([turns])[0]})
-            print(turns[-1]["content"])
+        with contextlib.suppress(EOFError):          # Ctrl-D ends it, as an empty line does
+            while question := input("> ").strip():
+                turns.append({"role": "user", "content": question})
+                turns.append({"role": "assistant", "content": answer([turns])[0]})
+                print(turns[-1]["content"])
 
 
 if __name__ == "__main__":
