@@ -341,8 +341,8 @@ def run_lengths(args):
     tokens = ROW_TOKENS if CUDA else 2048
     cost = {n: [] for n in (128, 256, 512, 1024, 2048)}
     flops = {}
-    for repeat in range(args.repeats + 1):               # the first warms up
-        for n in cost:
+    for repeat in range(args.repeats + 1 if CUDA else 2):   # the first warms up: a CPU, by one step
+        for n in cost if CUDA or repeat else (128,):
             ids = random.integers(0, model.config.vocab_size, (tokens // n, n))
             pairs = data.Pairs.from_rows([np.split(row, [n // 2, n * 3 // 4]) for row in ids])
             ref_logps = torch.zeros(len(pairs), 2, device=DEVICE)
@@ -377,7 +377,7 @@ def run_ranks(args, ranks):
     with tempfile.TemporaryDirectory() as out:
         command = [sys.executable, *(torchrun if ranks > 1 else []), "train.py",
                    f"--out_dir={out}", f"--init_from={args.model}", f"--dataset={args.data}",
-                   "--objective=dpo", "--max_iters=3", f"--batch_size={16 * args.batch}",
+                   "--objective=dpo", "--max_iters=4", f"--batch_size={4 * args.batch}",
                    f"--max_length={args.max_length}",
                    f"--max_prompt_length={args.max_prompt_length}",
                    f"--row_tokens={GPU_ROW if CUDA else 2 * args.max_length}",
