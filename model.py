@@ -432,7 +432,7 @@ def chunk_grad(entropy, x, weight, targets, lse, h, d_logps, d_h):
 
 def fused(function, entropy, x, weight, *columns):
     """Memory traffic bounds these two. On a GPU: compiled, so logits are read twice, not ten times.
-    On a CPU: a few tokens at a time, whose logits stay in the cache: 1.5x the speed."""
+    On a CPU: a few tokens at a time, whose logits stay in the cache."""
     if x.is_cuda:
         return compiled(function, dynamic=True)(entropy, x, weight, *columns)
     n = max(1, CACHED_LOGITS // weight.size(0))

@@ -285,17 +285,18 @@ KINDS = {"matrix products": "::mm$|::addmm$|::bmm$|gemm|nvjet|cutlass",
 
 def run_profile(args, pairs):
     """-> {kind of operation: its share of a step}, seconds a pair, model FLOPs a pair, FLOP/s."""
-    model, optimizer = load(args, COMPILED if args.compile else PACKED)
+    stage = COMPILED if args.compile else PACKED
+    model, optimizer = load(args, stage)
     batch = np.arange(args.batch)
-    step = model, optimizer, pairs, batch, torch.zeros(args.batch, 2, device=DEVICE)
+    step = stage, model, optimizer, pairs, batch, torch.zeros(args.batch, 2, device=DEVICE)
     for _ in range(3):
-        train_step(PACKED, *step)
+        train_step(*step)
     start = clock()
     for _ in range(args.repeats):
-        train_step(PACKED, *step)
+        train_step(*step)
     seconds = (clock() - start) / args.repeats / args.batch
     with torch.profiler.profile() as profile:
-        train_step(PACKED, *step)
+        train_step(*step)
     share = dict.fromkeys([*KINDS, "everything else"], 0.0)
     for event in profile.key_averages():
         kind = next((k for k, names in KINDS.items() if re.search(names, event.key)), None)
