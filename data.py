@@ -307,6 +307,8 @@ def parse_row(row):
                                     or not all(type(r) in (int, float) and abs(r) < 1e30
                                                for r in rewards)):
             raise ValueError('"rewards" must be one number a response')
+        if rewards and sorted(rewards, reverse=True) != rewards:
+            raise ValueError('"rewards" must not rise: responses are in order, the best first')
         return prompt_turns(row), responses, rewards
     for field in ("chosen", "rejected"):
         if field not in row:

@@ -404,40 +404,38 @@ def sample(logits, temperature, top_k, top_p, generator=None):
 # log-probabilities without the logits
 
 CHUNK_LOGITS = {"cpu": 2 ** 25, "cuda": 2 ** 28}   # held at a time, in the dtype of the products
-CACHED_LOGITS = 2 ** 22                            # a CPU's, in fp32: more leave its cache
+CACHED_LOGITS = 2 ** 20                            # a CPU's, in fp32: more leave its cache
 
 
-def chunk_logps(entropy, x, weight, targets):
-    """x (N, C), weight (V, C) -> log softmax(x weight^T)[targets], log-sum-exp, entropy: (N, 3)
-    fp32.
+def chunk_logps(entropy, logits, targets):
+    """logits (N, V) -> log softmax(logits)[targets], log-sum-exp, entropy: (N, 3) fp32.
 
     Gather minus logsumexp: log_softmax is biased by 1e-5 nat a token in fp32 on CPU.
     """
-    logits = F.linear(x, weight).float()
+    logits = logits.float()
     lse = logits.logsumexp(-1)
     logps = logits.gather(-1, targets[:, None])[:, 0] - lse
     h = lse - ((logits - lse[:, None]).exp() * logits).sum(-1) if entropy else lse
     return torch.stack((logps, lse, h), dim=-1)
 
 
-def chunk_grad(entropy, x, weight, targets, lse, h, d_logps, d_h):
-    """d loss / d logits (N, V), from the logits computed again."""
-    logps = F.linear(x, weight).float() - lse[:, None]
-    p = logps.exp()
-    grad = -d_logps[:, None] * p
+def chunk_grad(entropy, logits, targets, lse, h, d_logps, d_h):
+    """d loss / d logits (N, V), in their dtype. Overwrites the logits."""
+    logps = logits.float().sub_(lse[:, None])
+    grad = logps.exp().mul_(-d_logps[:, None])
     if entropy:   # dh / dlogits = -p (log p + h)
-        grad -= d_h[:, None] * p * (logps + h[:, None])
-    return grad.scatter_add_(-1, targets[:, None], d_logps[:, None]).to(x.dtype)
+        grad -= d_h[:, None] * logps.exp() * (logps + h[:, None])
+    return grad.scatter_add_(-1, targets[:, None], d_logps[:, None]).to(logits.dtype)
 
 
-def fused(function, entropy, x, weight, *columns):
+def fused(function, entropy, logits, *columns):
     """Memory traffic bounds these two. On a GPU: compiled, so logits are read twice, not ten times.
-    On a CPU: a few tokens at a time, whose logits stay in the cache."""
-    if x.is_cuda:
-        return compiled(function, dynamic=True)(entropy, x, weight, *columns)
-    n = max(1, CACHED_LOGITS // weight.size(0))
-    blocks = zip(x.split(n), *(column.split(n) for column in columns))
-    return torch.cat([function(entropy, x, weight, *rest) for x, *rest in blocks])
+    On a CPU: a few tokens at a time, so that what is made of them stays in the cache."""
+    if logits.is_cuda:
+        return compiled(function, dynamic=True)(entropy, logits, *columns)
+    n = max(1, CACHED_LOGITS // logits.size(1))
+    blocks = zip(logits.split(n), *(column.split(n) for column in columns))
+    return torch.cat([function(entropy, *block) for block in blocks])
 
 
 class TokenLogProbs(torch.autograd.Function):
@@ -454,7 +452,7 @@ class TokenLogProbs(torch.autograd.Function):
         w, out = weight.to(dtype), x.new_empty(len(x), 3, dtype=torch.float32)
         with torch.autocast(x.device.type, enabled=False):
             for s in TokenLogProbs.chunks(x, weight):
-                out[s] = fused(chunk_logps, entropy, x[s].to(dtype), w, targets[s])
+                out[s] = fused(chunk_logps, entropy, F.linear(x[s].to(dtype), w), targets[s])
         logps, lse, h = (column.clone() for column in out.T)
         ctx.save_for_backward(x, w, targets, lse, h)
         ctx.weight_dtype, ctx.entropy = weight.dtype, entropy
@@ -466,8 +464,8 @@ class TokenLogProbs(torch.autograd.Function):
         dx, dw = torch.empty_like(x), None
         for s in TokenLogProbs.chunks(x, w):
             xs = x[s].to(w.dtype)
-            d_logits = fused(chunk_grad, ctx.entropy, xs, w, targets[s], lse[s], h[s], d_logps[s],
-                             d_h[s])
+            d_logits = fused(chunk_grad, ctx.entropy, F.linear(xs, w), targets[s], lse[s], h[s],
+                             d_logps[s], d_h[s])
             dx[s] = d_logits @ w
             if ctx.needs_input_grad[1]:   # summed over the chunks in fp32
                 part = d_logits.T @ xs

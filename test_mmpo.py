@@ -1027,6 +1027,7 @@ MATRIX = {   # a row, or its line of .jsonl -> an error's words, why it is dropp
     "null_content": (GOOD | {"prompt": [{"role": "user", "content": None}]}, ["content", "null"]),
     "null_role": (GOOD | {"prompt": [{"role": None, "content": "Hi"}]}, ["role"]),
     "nan": ({"prompt": "Hi", "responses": ["a", "b"], "rewards": [1, math.nan]}, ["one number"]),
+    "order": ({"prompt": "Hi", "responses": ["a", "b"], "rewards": [1, 2]}, ["best first"]),
     "more_responses": ({"prompt": "Hi", "responses": ["a", "b", "c"]}, ["responses"]),
     "twice": (b'{"prompt": "Hi", "chosen": "a", "chosen": "c", "rejected": "b"}', ["twice"]),
     "half_a_line": (b'{"prompt": "Hi", "chosen": "a', ["invalid JSON", "column"]),
@@ -1543,6 +1544,7 @@ def test_resume(name, checkpoint, tmp_path):
     assert run("cut", script=scripts[0]).returncode
     if name == "lora":
         assert "unfinished run" in run("cut").stderr
+        assert "error: max_iters: 2" in run("cut", "--resume=true", "--max_iters=2").stderr
         assert run("torn", script=scripts[1]).returncode and os.listdir(f"{tmp_path}/{name}-torn")
         assert "no checkpoint" in run("torn", "--resume=true").stderr
     for process in (run("cut", "--resume=true"), run("whole")):

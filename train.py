@@ -176,6 +176,8 @@ if train_pairs.lengths.shape[1] == 2 and objective != "sft":
                      "train on it with --objective=sft")
 iters_per_epoch = math.ceil(len(train_pairs) / batch_size)
 max_iters = max_iters or math.ceil(epochs * iters_per_epoch)
+if start_iter > max_iters and resume:
+    raise ValueError(f"max_iters: {max_iters} steps in all, and {checkpoint} is past them; raise it")
 eval_tokens = 2 * row_tokens           # rows without gradients take far less memory
 fixed_shapes = device.type == "cuda"   # few shapes, few compilations; a CPU takes any length
 train_shapes = (row_tokens // 4, row_tokens) if fixed_shapes else ()

@@ -162,11 +162,12 @@ def run_trl(name, args, pairs):
             use_liger_kernel=bool(best and CUDA and importlib.util.find_spec("liger_kernel")),
             model_init_kwargs={"attn_implementation": "flash_attention_2" if flash else "sdpa"},
             torch_compile=name == TRL_COMPILED, use_cpu=not CUDA, dataloader_pin_memory=CUDA,
-            save_strategy="no", report_to="none", disable_tqdm=True)
+            logging_first_step=True, save_strategy="no", report_to="none", disable_tqdm=True)
         trainer = Trainer(args.model, args=config, train_dataset=Dataset.from_list(rows),
                           processing_class=AutoTokenizer.from_pretrained(args.model))
         trainer.train()
     return seen | {"seconds": (clock() - marks[n_warm]) / args.pairs, "peak": peak_gb(),
+                   "grad_norm": trainer.state.log_history[0]["grad_norm"],
                    "losses": [loss.item() for loss in losses]}
 
 
@@ -232,7 +233,7 @@ def score_all(stage, model, pairs, batch):
 
 
 def train_step(stage, model, optimizer, pairs, batch, ref_logps):
-    """A step as train.py makes it -> its loss, the batch's log-probs (B, 2)."""
+    """A step as train.py makes it -> its loss, the gradient's norm, the log-probs (B, 2)."""
     logps, total_loss = torch.zeros(len(batch), 2, device=DEVICE), 0
     for members, micro_logps in score(stage, model, pairs, batch):
         losses = mmpo.dpo_loss(*micro_logps.T, *ref_logps[members].T, BETA)
@@ -240,10 +241,10 @@ def train_step(stage, model, optimizer, pairs, batch, ref_logps):
         loss.backward()
         total_loss += loss.detach()
         logps[members] = micro_logps.detach()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return total_loss.item(), logps
+    return total_loss.item(), norm, logps
 
 
 def load(args, stage):
@@ -255,7 +256,8 @@ def load(args, stage):
 
 
 def run_ours(stage, args, pairs):
-    """-> s/pair of a step, of the reference pass; peak GB; losses; first batch's mean log-probs."""
+    """-> s/pair of a step, of the reference pass; peak GB; losses; of the first batch the mean
+    log-probs and the gradient's norm."""
     model, optimizer = load(args, stage)
     batches, n_warm = steps(args)
     live = copy.deepcopy(model) if stage == LIVE else None
@@ -263,15 +265,17 @@ def run_ours(stage, args, pairs):
     start = clock()
     ref_logps = torch.cat([score_all(stage, model, pairs, batch) for batch in batches[n_warm:]])
     reference = (clock() - start) / args.pairs
-    marks, losses, logps = [], [], []
+    marks, losses, norms, logps = [], [], [], []
     for batch in batches:
         marks.append(clock())
         batch_ref = score_all(stage, live, pairs, batch) if live else ref_logps[batch]
-        loss, batch_logps = train_step(stage, model, optimizer, pairs, batch, batch_ref)
+        loss, norm, batch_logps = train_step(stage, model, optimizer, pairs, batch, batch_ref)
         losses.append(loss)
-        logps.append(batch_logps.mean(0).tolist())
+        norms.append(norm)
+        logps.append(batch_logps.mean(0))
     return {"seconds": (clock() - marks[n_warm]) / args.pairs, "reference": reference,
-            "peak": peak_gb(), "losses": losses, "logps": logps[0]}
+            "peak": peak_gb(), "losses": losses, "grad_norm": norms[0].item(),
+            "logps": logps[0].tolist()}
 
 
 # -----------------------------------------------------------------------------
@@ -288,7 +292,7 @@ def run_profile(args, pairs):
     stage = COMPILED if args.compile else PACKED
     model, optimizer = load(args, stage)
     batch = np.arange(args.batch)
-    step = stage, model, optimizer, pairs, batch, torch.zeros(args.batch, 2, device=DEVICE)
+    step = stage, model, optimizer, pairs, batch, score_all(stage, model, pairs, batch)
     for _ in range(3):
         train_step(*step)
     start = clock()
@@ -346,9 +350,10 @@ def run_lengths(args):
         for n in cost if CUDA or repeat else (128,):
             ids = random.integers(0, model.config.vocab_size, (tokens // n, n))
             pairs = data.Pairs.from_rows([np.split(row, [n // 2, n * 3 // 4]) for row in ids])
-            ref_logps = torch.zeros(len(pairs), 2, device=DEVICE)
+            batch = np.arange(len(pairs))
+            ref_logps = score_all(stage, model, pairs, batch)
             start = clock()
-            train_step(stage, model, optimizer, pairs, np.arange(len(pairs)), ref_logps)
+            train_step(stage, model, optimizer, pairs, batch, ref_logps)
             cost[n] += [(clock() - start) / tokens] * (repeat > 0)
             flops[n] = float(llama.step_flops(model, pairs.lengths)) / tokens
     return {n: statistics.median(seconds) for n, seconds in cost.items()}, flops
@@ -426,13 +431,15 @@ def measure(stages, args, pairs):
 
 
 def check_same_mathematics(results):
-    """Log-probs of the first batch, losses before and after steps: equal but for bf16's noise."""
-    lines = ["log-probs of the first batch (chosen, rejected), losses of the first three steps:"]
-    rows = [(name, [*runs[0]["logps"], *runs[0]["losses"][:3]]) for name, runs in results.items()]
+    """What the first batch gives must be equal but for bf16's noise. Later losses are not: Adam's
+    first steps follow the gradient's signs, and noise decides those of small entries."""
+    lines = ["of the first batch: log-probs (chosen, rejected), loss, norm of the gradient:"]
+    rows = [(name, [*runs[0]["logps"], runs[0]["losses"][0], runs[0]["grad_norm"]])
+            for name, runs in results.items()]
     lines += [f"  {name}: " + ", ".join(f"{x:.4f}" for x in row) for name, row in rows]
     print("\n".join(lines), flush=True)
     for name, row in rows:
-        if any(abs(a - b) > 0.01 * abs(b) + 0.02 for a, b in zip(row, rows[0][1])):
+        if any(abs(a - b) > 0.02 * abs(b) for a, b in zip(row, rows[0][1])):
             raise ValueError(f"{name} and {rows[0][0]} do not compute the same (numbers above)")
 
 
