@@ -603,12 +603,26 @@ def peak_flops(device):
     return next((peak for key, peak in peaks.items() if key in name), 0)
 
 
-def memory_parts(model, row_tokens, dtype, optimizer_bytes=8):
-    """Bytes that one rank needs at its peak, by part: an estimate, for a meta-device model too.
-
-    Activations as torch.compile keeps them for backward: per token and layer the residual stream
-    twice, what the norms made of it, queries, keys, values, the attention's output, gate and up.
+def layer_bytes(model, item, stream):
+    """Bytes a token that a compiled block keeps for backward: its input, what attention adds to it,
+    queries, keys, values, the attention's output, gate, up, and the inputs of trained weights; under
+    LoRA's dropout one for each adapter, and its mask.
     """
+    c, inputs = model.config, {}
+    shares = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+    for path, layer in model.model.layers[0].named_modules():
+        name = path.split(".")[-1]
+        if isinstance(layer, LoRALinear) and layer.dropout:
+            inputs[name] = layer.in_features * (item + 1)
+        elif isinstance(layer, nn.Linear) and any(p.requires_grad for p in layer.parameters()):
+            inputs[shares.get(name, name)] = layer.in_features * item
+    attention = 2 * (c.n_head + c.n_kv_head) * c.head_dim
+    return ((stream + item) * c.n_embd + (attention + 2 * c.intermediate_size) * item
+            + sum(inputs.values()))
+
+
+def memory_parts(model, row_tokens, dtype, optimizer_bytes=8):
+    """Bytes that one rank needs at its peak, by part: an estimate, for a meta-device model too."""
     c, item = model.config, dtype.itemsize
     numel = {True: 0, False: 0}   # by requires_grad, on this rank
     for p in model.parameters():
@@ -618,8 +632,7 @@ def memory_parts(model, row_tokens, dtype, optimizer_bytes=8):
     # autocast casts trained weights once a row; FSDP gathers a block, the next one, and the head
     casts = (2 * block + 2 * model.head_weight.numel() if sharded else numel[True]) * item
     stream = item if sharded or not model.model.norm.weight.requires_grad else 4
-    attention = 2 * (c.n_head + c.n_kv_head) * c.head_dim
-    layer = 2 * stream * c.n_embd + (2 * c.n_embd + attention + 2 * c.intermediate_size) * item
+    layer = layer_bytes(model, item, stream)
     kept = c.n_layer * layer
     if model.activation_checkpointing:   # a block's input, and one block computed again
         kept = c.n_layer * stream * c.n_embd + layer

@@ -1617,6 +1617,44 @@ def test_demo(state, tmp_path):
     assert "held-out preference accuracy" in process.stdout
 
 
+@pytest.mark.parametrize("lora", [None, (0.0, "qkvo"), (0.1, "qkvo"), (0.1, "q_gate_up_down")])
+def test_activation_memory(lora, monkeypatch):
+    """What the dry run expects a compiled block to keep for backward on a GPU, with flex attention
+    and bf16 autocast, is what the partitioner keeps, to 10%."""
+    from torch.nn.attention import flex_attention as flex
+    if not hasattr(flex, "_validate_device"):
+        pytest.skip("no way around flex attention's check of the device in this torch")
+    monkeypatch.setattr(flex, "_validate_device", lambda *_: None)   # its backward is only traced
+    config = llama.LlamaConfig(50, 3, n_head=8, n_kv_head=2, n_embd=512, head_dim=64,
+                               intermediate_size=1536)
+    T, model, row = 640, llama.Llama(config), data.collate(random_pairs(6), range(6), (640,))
+    if lora:
+        dropout, targets = lora
+        targets = list(targets) if targets == "qkvo" else targets.split("_")
+        llama.add_lora(model.to(torch.bfloat16), 4, 4, dropout, [f"{t}_proj" for t in targets])
+    layout = flex.create_block_mask(llama.tree_rule(row.tree, row.branch), None, None, T, T, "cpu")
+    kept, block = {}, model.model.layers[1]     # the first layer of LoRA has no gradient to pass on
+    weights = {p.untyped_storage().data_ptr() for p in block.parameters()}
+    weight_shapes = {(shape := tuple(p.shape), shape[::-1])[i] for p in block.parameters()
+                     for i in range(2)}
+
+    def keep(x):
+        if x.dim() > 1 and x.untyped_storage().data_ptr() not in weights and (
+                tuple(x.shape) not in weight_shapes):
+            kept[x.untyped_storage().data_ptr()] = x
+        return x
+    block.compile(backend="aot_eager_decomp_partition", dynamic=False)
+    x = torch.randn(1, T, 512, dtype=torch.bfloat16 if lora else torch.float32, requires_grad=True)
+    rope = llama.rotary(row.positions, config)
+    with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(
+            keep, lambda x: x):
+        block(x, rope, layout)
+    kept = [x for x in kept.values() if x.shape[-1] != 4 and not any(x is r for r in rope)]
+    got = sum(x.untyped_storage().nbytes() for x in kept) / T
+    want = llama.layer_bytes(model, 2, 2 if lora else 4)
+    assert got == pytest.approx(want, rel=0.1)
+
+
 def test_dry_run(checkpoint, tmp_path):
     """--dry_run tells parameters, memory and steps, trains nothing and needs no weights."""
     folder = shutil.copytree(checkpoint, str(tmp_path / "model"))

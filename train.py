@@ -177,9 +177,10 @@ if train_pairs.lengths.shape[1] == 2 and objective != "sft":
 iters_per_epoch = math.ceil(len(train_pairs) / batch_size)
 max_iters = max_iters or math.ceil(epochs * iters_per_epoch)
 if start_iter > max_iters and resume:
-    raise ValueError(f"max_iters: {max_iters} steps in all, and {checkpoint} is past them; raise it")
+    raise ValueError(f"max_iters: {max_iters}, and {checkpoint} is past that; raise it")
 eval_tokens = 2 * row_tokens           # rows without gradients take far less memory
 fixed_shapes = device.type == "cuda"   # few shapes, few compilations; a CPU takes any length
+compile = compile and (fixed_shapes or "compile" in overrides)
 train_shapes = (row_tokens // 4, row_tokens) if fixed_shapes else ()
 eval_shapes = (eval_tokens,) if fixed_shapes else ()
 log(f"{len(train_pairs):,} pairs, {len(held_out):,} held out; {max_iters} steps of {batch_size} "
@@ -201,7 +202,7 @@ if tokenizer.n_vocab > raw_model.config.vocab_size:
     raise ValueError(f"{folder}: tokenizer.json has {tokenizer.n_vocab} ids, config.json "
                      f"{raw_model.config.vocab_size}; do they belong together?")
 raw_model.activation_checkpointing = activation_checkpointing
-if compile and (fixed_shapes or "compile" in overrides):
+if compile:
     raw_model.compile_blocks(dynamic=not fixed_shapes)
 trained = [p for p in raw_model.parameters() if p.requires_grad]
 if max_length > raw_model.config.max_position_embeddings:
@@ -278,7 +279,7 @@ def record(metrics):
 def reference_logps(pairs, indices):
     """score(pairs, indices) of the untrained model, from the cache if every rank finds it there."""
     path = data.cache_path("reference", [
-        llama.weights_fingerprint(folder), dtype, str(frozen_dtype), fsdp, device.type,
+        llama.weights_fingerprint(folder), dtype, str(frozen_dtype), fsdp, device.type, compile,
         pairs.fingerprint(), indices.tolist()])
     found = torch.tensor(float(os.path.exists(path)), device=device)
     if ddp:

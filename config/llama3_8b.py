@@ -1,4 +1,4 @@
-# MMPO on Llama-3-8B with LoRA, one GPU (predicted 45 GiB; with
+# MMPO on Llama-3-8B with LoRA, one GPU (predicted 53 GiB; with
 # --activation_checkpointing=True 21 GiB); 7,670 steps, not yet timed.
 # python train.py config/llama3_8b.py
 # The authors' data, batch, learning rate, epochs and adapters; the method is this project's.
