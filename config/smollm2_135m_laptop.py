@@ -4,8 +4,8 @@
 out_dir = "out/smollm2_135m_laptop"
 init_from = "HuggingFaceTB/SmolLM2-135M-Instruct"
 dataset = "HuggingFaceH4/ultrafeedback_binarized"
-eval_pairs = 128
-eval_interval = 20
+eval_pairs = 256
+eval_interval = 40      # before and after
 max_length = 256
 max_prompt_length = 128
 kl_samples = 8
