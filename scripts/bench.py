@@ -107,7 +107,7 @@ def peak_gb():
 def steps(args):
     """-> the batches of a run and how many of them only warm up (a GPU compiles, memory grows)."""
     batches = [np.arange(i, i + args.batch) for i in range(0, args.pairs, args.batch)]
-    warm_up = batches if CUDA else batches[:2]
+    warm_up = batches
     return [*warm_up, *batches], len(warm_up)
 
 
@@ -296,9 +296,9 @@ def run_profile(args, pairs):
     for _ in range(3):
         train_step(*step)
     start = clock()
-    for _ in range(args.repeats):
+    for _ in range(3):
         train_step(*step)
-    seconds = (clock() - start) / args.repeats / args.batch
+    seconds = (clock() - start) / 3 / args.batch
     with torch.profiler.profile() as profile:
         train_step(*step)
     share = dict.fromkeys([*KINDS, "everything else"], 0.0)
@@ -345,17 +345,17 @@ def run_lengths(args):
     random = np.random.default_rng(0)
     tokens = ROW_TOKENS if CUDA else 2048
     cost = {n: [] for n in (128, 256, 512, 1024, 2048)}
-    flops = {}
-    for repeat in range(args.repeats + 1 if CUDA else 2):   # the first warms up: a CPU, by one step
-        for n in cost if CUDA or repeat else (128,):
-            ids = random.integers(0, model.config.vocab_size, (tokens // n, n))
-            pairs = data.Pairs.from_rows([np.split(row, [n // 2, n * 3 // 4]) for row in ids])
-            batch = np.arange(len(pairs))
-            ref_logps = score_all(stage, model, pairs, batch)
-            start = clock()
-            train_step(stage, model, optimizer, pairs, batch, ref_logps)
-            cost[n] += [(clock() - start) / tokens] * (repeat > 0)
-            flops[n] = float(llama.step_flops(model, pairs.lengths)) / tokens
+    flops, lengths = {}, list(cost)
+    warm_up = lengths if CUDA else [2048, 128]   # a GPU compiles, AdamW's state and memory appear
+    for i, n in enumerate([*warm_up, *lengths * (3 if CUDA else 1)]):
+        ids = random.integers(0, model.config.vocab_size, (tokens // n, n))
+        pairs = data.Pairs.from_rows([np.split(row, [n // 2, n * 3 // 4]) for row in ids])
+        batch = np.arange(len(pairs))
+        ref_logps = score_all(stage, model, pairs, batch)
+        start = clock()
+        train_step(stage, model, optimizer, pairs, batch, ref_logps)
+        cost[n] += [(clock() - start) / tokens] * (i >= len(warm_up))
+        flops[n] = float(llama.step_flops(model, pairs.lengths)) / tokens
     return {n: statistics.median(seconds) for n, seconds in cost.items()}, flops
 
 
@@ -383,7 +383,7 @@ def run_ranks(args, ranks):
     with tempfile.TemporaryDirectory() as out:
         command = [sys.executable, *(torchrun if ranks > 1 else []), "train.py",
                    f"--out_dir={out}", f"--init_from={args.model}", f"--dataset={args.data}",
-                   "--objective=dpo", "--max_iters=4", f"--batch_size={4 * args.batch}",
+                   "--objective=dpo", "--max_iters=2", f"--batch_size={8 * args.batch}",
                    f"--max_length={args.max_length}",
                    f"--max_prompt_length={args.max_prompt_length}",
                    f"--row_tokens={GPU_ROW if CUDA else 2 * args.max_length}",
@@ -426,14 +426,14 @@ def scaling(args):
 # tables
 
 
-def measure(stages, args, pairs):
-    """stages {name: stage}, each in turn, `repeats` times -> {name: [result, ..]}."""
+def measure(stages, args, pairs, rounds):
+    """stages {name: stage}, each in turn, `rounds` times -> {name: [result, ..]}."""
     results = {name: [] for name in stages}
-    for repeat in range(args.repeats):
+    for i in range(rounds):
         for name, stage in stages.items():
             r = fresh(run_ours if stage in STAGES else run_trl, stage, args, pairs)
             results[name].append(r)
-            print(f"round {repeat + 1} of {args.repeats} | {name}: {r['seconds']:.4f} s/pair, "
+            print(f"round {i + 1} of {rounds} | {name}: {r['seconds']:.4f} s/pair, "
                   f"{r['peak']:.1f} GB", flush=True)
     return results
 
@@ -498,7 +498,8 @@ def main():
     parser.add_argument("--pairs", type=int, default=512 if CUDA else 8)
     parser.add_argument("--batch", type=int, default=32 if CUDA else 4, help="pairs a step")
     parser.add_argument("--max_length", type=int, default=512)
-    parser.add_argument("--repeats", type=int, default=3 if CUDA else 2)
+    parser.add_argument("--repeats", type=int,
+                        help="rounds; default: 3 on a GPU, on a CPU 2 of TRL, 1 of the ablation")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=CUDA,
                         help="also this trainer and TRL's best with torch.compile")
     parser.add_argument("--only", choices=PARTS)
@@ -520,7 +521,7 @@ def main():
     prompt, chosen, rejected = pairs.lengths.mean(0)
     about = (f"{os.path.basename(args.model)}, {args.pairs} pairs of {args.data} (on average "
              f"{prompt:.0f} + {chosen:.0f} + {rejected:.0f} tokens), batches of {args.batch}, "
-             f"{args.repeats} rounds: median (min to max)\n{hardware()}")
+             f"median (min to max) of the rounds\n{hardware()}")
     print(about, flush=True)
     record, report = {"about": about, "arguments": vars(args)}, []
     sides = {TRL: TRL, TRL_BEST: TRL_BEST, "this trainer": PACKED}
@@ -528,7 +529,8 @@ def main():
         sides |= {TRL_COMPILED: TRL_COMPILED, "this trainer, compiled": COMPILED}
     for part, stages in (("trl", sides), ("ablation", dict(zip(STAGES, STAGES)))):
         if part in parts:
-            record[part] = results = measure(stages, args, pairs)
+            rounds = args.repeats or (3 if CUDA else 2 if part == "trl" else 1)
+            record[part] = results = measure(stages, args, pairs, rounds)
             check_same_mathematics(results)
             report += ["", *table(results, pairs)]
             if part == "trl":
