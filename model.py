@@ -605,8 +605,8 @@ def peak_flops(device):
 
 def layer_bytes(model, item, stream):
     """Bytes a token that a compiled block keeps for backward: its input, what attention adds to it,
-    queries, keys, values, the attention's output, gate, up, and the inputs of trained weights; under
-    LoRA's dropout one for each adapter, and its mask.
+    queries, keys, values, the attention's output, gate, up, and the inputs of trained weights;
+    under LoRA's dropout one for each adapter, and its mask.
     """
     c, inputs = model.config, {}
     shares = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}

@@ -105,10 +105,9 @@ def peak_gb():
 
 
 def steps(args):
-    """-> the batches of a run and how many of them only warm up (a GPU compiles, memory grows)."""
+    """-> the batches of a run, twice, and how many only warm up (a GPU compiles, memory grows)."""
     batches = [np.arange(i, i + args.batch) for i in range(0, args.pairs, args.batch)]
-    warm_up = batches
-    return [*warm_up, *batches], len(warm_up)
+    return batches * 2, len(batches)
 
 
 # -----------------------------------------------------------------------------
@@ -250,8 +249,7 @@ def train_step(stage, model, optimizer, pairs, batch, ref_logps):
 def load(args, stage):
     model, _ = llama.from_pretrained(args.model, DEVICE)
     if stage == COMPILED:
-        for block in model.model.layers:
-            block.compile(dynamic=not CUDA)              # a CPU's rows have any length
+        model.compile_blocks(dynamic=not CUDA)           # a CPU's rows have any length
     return model, torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=0, fused=True)
 
 
@@ -265,17 +263,14 @@ def run_ours(stage, args, pairs):
     start = clock()
     ref_logps = torch.cat([score_all(stage, model, pairs, batch) for batch in batches[n_warm:]])
     reference = (clock() - start) / args.pairs
-    marks, losses, norms, logps = [], [], [], []
+    marks, done = [], []
     for batch in batches:
         marks.append(clock())
         batch_ref = score_all(stage, live, pairs, batch) if live else ref_logps[batch]
-        loss, norm, batch_logps = train_step(stage, model, optimizer, pairs, batch, batch_ref)
-        losses.append(loss)
-        norms.append(norm)
-        logps.append(batch_logps.mean(0))
-    return {"seconds": (clock() - marks[n_warm]) / args.pairs, "reference": reference,
-            "peak": peak_gb(), "losses": losses, "grad_norm": norms[0].item(),
-            "logps": logps[0].tolist()}
+        done.append(train_step(stage, model, optimizer, pairs, batch, batch_ref))
+    seconds, (losses, norms, logps) = (clock() - marks[n_warm]) / args.pairs, zip(*done)
+    return {"seconds": seconds, "reference": reference, "peak": peak_gb(), "losses": losses,
+            "grad_norm": norms[0].item(), "logps": logps[0].mean(0).tolist()}
 
 
 # -----------------------------------------------------------------------------
@@ -447,7 +442,7 @@ def check_same_mathematics(results):
     lines += [f"  {name}: " + ", ".join(f"{x:.4f}" for x in row) for name, row in rows]
     print("\n".join(lines), flush=True)
     for name, row in rows:
-        if any(abs(a - b) > 0.02 * abs(b) for a, b in zip(row[:3], rows[0][1])):
+        if any(abs(a - b) > 0.01 * abs(b) + 0.02 for a, b in zip(row[:3], rows[0][1])):
             raise ValueError(f"{name} and {rows[0][0]} do not compute the same (numbers above)")
 
 
