@@ -22,6 +22,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -1414,6 +1415,7 @@ def test_two_ranks_give_one_gradient(tmp_path):
 # -----------------------------------------------------------------------------
 # train.py, end to end
 
+os.environ["PYTHONFAULTHANDLER"] = "1"   # a rank that crashes says where
 QUICK = ["--device=cpu", "--dtype=float32", "--export_dtype=float32", "--sample_tokens=4",
          "--kl_samples=2", "--kl_tokens=6", "--max_length=120", "--max_prompt_length=60",
          "--row_tokens=400", "--batch_size=8", "--eval_interval=100", "--learning_rate=3e-3"]
@@ -1650,6 +1652,25 @@ def test_activation_memory(lora, monkeypatch):
     got = sum(x.untyped_storage().nbytes() for x in kept) / T
     want = llama.layer_bytes(model, 2, 2 if lora else 4)
     assert got == pytest.approx(want, rel=0.1)
+
+
+def test_dtype_auto(checkpoint, tmp_path):
+    """Left to itself a run computes in bf16 only where that is not far slower than fp32."""
+    def seconds(dtype):
+        x, w, times = torch.randn(512, 512).to(dtype), torch.randn(512, 512).to(dtype), []
+        for _ in range(7):
+            start = time.process_time()
+            x @ w
+            times.append(time.process_time() - start)
+        return min(times)
+
+    fast = llama.fast_bfloat16(torch.device("cpu"))
+    assert not fast or seconds(torch.bfloat16) < 3 * seconds(torch.float32)
+    rows = write_rows(tmp_path / "pairs.jsonl", word_rows(10))
+    process = train(checkpoint, str(tmp_path / "run"), f"--dataset={rows}", "--eval_pairs=3",
+                    "--max_iters=1", "--dtype=auto")
+    assert process.returncode == 0, process.stderr
+    assert f"mmpo on 1 x cpu, {'bfloat16' if fast else 'float32'};" in process.stdout
 
 
 def test_dry_run(checkpoint, tmp_path):

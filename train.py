@@ -95,7 +95,7 @@ parallel = "ddp"                  # ddp | fsdp: every rank has the model, or its
 row_tokens = 16384                # > 0, tokens of a packed row: the unit of memory
 activation_checkpointing = False  # compute activations again in backward: less memory, more time
 device = "auto"                   # auto | cuda | cpu | mps
-dtype = "bfloat16"                # bfloat16 | float32: of the computation; weights are fp32
+dtype = "auto"                    # auto | bfloat16 | float32: of the computation; weights are fp32
 compile = True                    # torch.compile; on a CPU (g++, half a minute) only if set
 seed = 42                         # >= 0, of the order of pairs, dropout and samples
 # -----------------------------------------------------------------------------
@@ -116,6 +116,8 @@ device = torch.device(device, ddp_local_rank if device == "cuda" else None)
 if device.type == "cuda":
     torch.cuda.set_device(device)
     torch.set_float32_matmul_precision("high")   # TF32 for what stays in fp32
+if dtype == "auto":   # a dry run is of a GPU
+    dtype = "bfloat16" if dry_run or llama.fast_bfloat16(device) else "float32"
 if parallel == "fsdp" and not ddp:
     raise ValueError("parallel: fsdp shards over several processes; start it with torchrun")
 if optimizer_state == "8bit" and (fsdp or not find_spec("bitsandbytes")):

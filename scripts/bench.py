@@ -10,8 +10,9 @@ ablation  one idea of this trainer at a time, on its own model code
 profile   where the time of a step goes, and the floor: its operations at a matmul's rate
 scaling   cost of a token by length, fill of packed rows, tokenizing, packing, two processes
 
-DPO with beta 0.1, all weights, fp32 weights under bf16 autocast, fused AdamW, constant learning
-rate, gradient clipped at norm 1; the reference pass is timed apart. TRL is given our token ids.
+DPO with beta 0.1, all weights, fp32 weights under bf16 autocast (fp32 where a CPU's bf16 is slow),
+fused AdamW, constant learning rate, gradient clipped at norm 1; the reference pass is timed apart.
+TRL is given our token ids.
 Every run is a process of its own, so its peak memory is its own; all have the same malloc settings.
 CPU: one thread, process CPU time, so that busy neighbours matter little. GPU: wall time.
 """
@@ -47,6 +48,7 @@ from configurator import one_line_errors
 BETA, LEARNING_RATE = 0.1, 1e-5
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
+BF16 = llama.fast_bfloat16(DEVICE)   # on both sides
 ENVIRONMENT = {   # malloc: freed memory stays in the process, as fresh pages cost more than sums
     "MALLOC_MMAP_THRESHOLD_": str(2 ** 30), "MALLOC_TRIM_THRESHOLD_": str(2 ** 36),
     "TRANSFORMERS_VERBOSITY": "error", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
@@ -157,7 +159,7 @@ def run_trl(name, args, pairs):
         config = DPOConfig(
             folder, beta=BETA, learning_rate=LEARNING_RATE, lr_scheduler_type="constant",
             per_device_train_batch_size=args.batch, num_train_epochs=1, max_length=None,
-            gradient_checkpointing=not best, precompute_ref_log_probs=best, bf16=True,
+            gradient_checkpointing=not best, precompute_ref_log_probs=best, bf16=BF16,
             use_liger_kernel=bool(best and CUDA and importlib.util.find_spec("liger_kernel")),
             model_init_kwargs={"attn_implementation": "flash_attention_2" if flash else "sdpa"},
             torch_compile=name == TRL_COMPILED, use_cpu=not CUDA, dataloader_pin_memory=CUDA,
@@ -214,7 +216,7 @@ def score(stage, model, pairs, batch):
     """-> (which of the batch's pairs, their summed log-probs (m, 2)) for each forward."""
     for members, rows in micro_batches(stage, pairs, batch):
         rows = [row.to(DEVICE) for row in rows]
-        with torch.autocast(DEVICE.type, torch.bfloat16):
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=BF16):
             if stage in (PACKED, COMPILED, LIVE):
                 logps, response = model(rows[0]), rows[0].response
             else:
@@ -303,8 +305,9 @@ def run_profile(args, pairs):
                                              event.self_cpu_time_total)
     total = sum(share.values())
 
-    mlp = model.model.layers[0].mlp.gate_proj.weight.detach().to(torch.bfloat16)
-    x = torch.randn(pairs.lengths[batch].sum(), mlp.size(1), device=DEVICE, dtype=torch.bfloat16)
+    mlp = model.model.layers[0].mlp.gate_proj.weight.detach()
+    mlp = mlp.to(torch.bfloat16 if BF16 else torch.float32)
+    x = torch.randn(pairs.lengths[batch].sum(), mlp.size(1), device=DEVICE, dtype=mlp.dtype)
     rates = []
     for _ in range(20):
         start = clock()
@@ -325,7 +328,7 @@ def profile(args, pairs):
              f"A pair takes {found['seconds']:.3g} s. The floor is {floor:.3g} s, "
              f"{floor / found['seconds']:.0%} of that: {found['flops'] / 1e9:,.0f} GFLOP (each "
              "token once, nothing computed again) at "
-             f"{found['rate'] / 1e9:,.0f} GFLOP/s, the rate of a bf16 product of the MLP's size."]
+             f"{found['rate'] / 1e9:,.0f} GFLOP/s, the rate of a product of the MLP's size."]
     return lines, found
 
 
@@ -480,7 +483,8 @@ def hardware():
         name = lines[0].split(":")[1].strip() + (" with AMX" if "amx_bf16" in lines[1] else "")
     packages = filter(importlib.util.find_spec, ("torch", "transformers", "trl"))
     versions = [f"{package} {importlib.metadata.version(package)}" for package in packages]
-    return f"{name}; {', '.join(versions)}; bf16 autocast; {clock_used}"
+    precision = "bf16 autocast" if BF16 else "fp32"
+    return f"{name}; {', '.join(versions)}; {precision}; {clock_used}"
 
 
 def main():
