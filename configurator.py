@@ -15,6 +15,7 @@ type or is an error, and a config file runs in its own namespace.
 """
 import difflib
 import io
+import json
 import os
 import re
 import sys
@@ -137,6 +138,19 @@ def check_bounds(key, value, comment, where):
     elif span := re.match(rf"{NUMBER} to {NUMBER}", comment):
         if not float(span[1]) <= value <= float(span[2]):
             raise ValueError(f"{where}: {key} must be from {span[1]} to {span[2]} (got {value})")
+
+
+def check_same_run(settings, path):
+    """ValueError unless a run resumes with the settings in its train_config.json, but for those
+    that change only where and how it is computed, how far it goes and what it prints."""
+    with open(path, encoding="utf-8") as f:
+        before = json.load(f)
+    for key, value in settings.items():
+        if before.get(key, value) != value and not re.match(
+                "(out_dir|resume|dry_run|max_iters|epochs|export|wandb|sample|log_|eval_interval"
+                "|save_|device|parallel|compile|row_tokens|activation_)", key):
+            raise ValueError(f"resume: {path} has {key}={before[key]!r}, not {value!r}; give that, "
+                             "or start anew in another out_dir")
 
 
 def help_text(defaults, comments, source):

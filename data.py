@@ -185,8 +185,9 @@ class Tokenizer:
                 messages=turns, add_generation_prompt=add_generation_prompt,
                 bos_token=self.bos_token or "", eos_token=self.eos_token or "",
                 date_string="26 Jul 2024")   # fixed: not the day of the run
-        except jinja2.TemplateError as e:
-            raise ValueError(f"chat template: {e}") from None
+        except Exception as e:   # a template is a program
+            kind = "" if isinstance(e, jinja2.TemplateError) else f"{type(e).__name__}: "
+            raise ValueError(f"chat template: {kind}{e}".splitlines()[0]) from None
 
     def encode_prompt(self, turns):
         """Turns up to the response -> ids, the assistant's header last."""
@@ -240,6 +241,7 @@ def find_chat_template(folder, config, override):
     if override in TEMPLATES:
         return TEMPLATES[override]
     if override:
+        override = os.path.expanduser(override)
         if not os.path.exists(override):
             raise FileNotFoundError(f"chat_template: no file {override} "
                                     f"(or one of {', '.join(TEMPLATES)})")
@@ -298,18 +300,24 @@ def parse_row(row):
     """
     if not isinstance(row, dict):
         raise ValueError(f"a row must be an object with fields (got {kind_of(row)})")
+    turns, responses = parse_responses(row)
+    rewards = row.get("rewards")
+    if rewards is not None and (not isinstance(rewards, list) or len(rewards) != len(responses)
+                                or not all(type(r) in (int, float) and abs(r) < 1e30
+                                           for r in rewards)):
+        raise ValueError('"rewards" must be one number a response')
+    if rewards and sorted(rewards, reverse=True) != rewards:
+        raise ValueError('"rewards" must not rise: responses are in order, the best first')
+    return turns, responses, rewards
+
+
+def parse_responses(row):
+    """-> (turns, responses), preferred response first."""
     if "responses" in row:
-        responses, rewards = row["responses"], row.get("rewards")
+        responses = row["responses"]
         if not isinstance(responses, list) or not responses:
             raise ValueError(f'"responses" must be a list of strings (got {kind_of(responses)})')
-        responses = [text({"responses": r}, "responses") for r in responses]
-        if rewards is not None and (not isinstance(rewards, list) or len(rewards) != len(responses)
-                                    or not all(type(r) in (int, float) and abs(r) < 1e30
-                                               for r in rewards)):
-            raise ValueError('"rewards" must be one number a response')
-        if rewards and sorted(rewards, reverse=True) != rewards:
-            raise ValueError('"rewards" must not rise: responses are in order, the best first')
-        return prompt_turns(row), responses, rewards
+        return prompt_turns(row), [text({"responses": r}, "responses") for r in responses]
     for field in ("chosen", "rejected"):
         if field not in row:
             raise ValueError(f'no field "{field}" (got {", ".join(map(str, row)) or "none"})')
@@ -323,10 +331,10 @@ def parse_row(row):
         turns = chosen[:-1]
         if not turns or isinstance(row.get("prompt"), list):
             turns = prompt_turns(row)     # the lists hold the response only
-        return turns, [chosen[-1]["content"], rejected[-1]["content"]], None
+        return turns, [chosen[-1]["content"], rejected[-1]["content"]]
     chosen, rejected = text(row, "chosen"), text(row, "rejected")
     if "prompt" in row or "question" in row:
-        return prompt_turns(row), [chosen, rejected], None
+        return prompt_turns(row), [chosen, rejected]
     if not chosen.lstrip().startswith("Human:"):
         raise ValueError('no field "prompt", and "chosen" is not in hh-rlhf form; '
                          'add a prompt column')
@@ -337,7 +345,7 @@ def parse_row(row):
         raise Drop("no response turn")
     if chosen[:-1] != rejected[:-1]:
         raise Drop("prompts differ")
-    return chosen[:-1], [chosen[-1]["content"], rejected[-1]["content"]], None
+    return chosen[:-1], [chosen[-1]["content"], rejected[-1]["content"]]
 
 
 def prompt_turns(row):
@@ -425,6 +433,8 @@ def read_rows(source, split):
         csv.field_size_limit(2 ** 31 - 1)
         with open(source, encoding="utf-8-sig", errors="replace", newline="") as f:
             for row in (reader := csv.DictReader(f)):
+                if None in row:   # what is left over is under None
+                    row = ValueError("more cells than columns; quote text that has commas in it")
                 yield f"{source}:{reader.line_num}", row
     else:
         raise ValueError(f"{source}: unknown kind of file; "

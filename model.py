@@ -83,6 +83,9 @@ def config_from_dict(hf, where="config.json"):
               "num_attention_heads")
     if missing := [k for k in needed if hf.get(k) is None]:
         refuse(f"no {', '.join(missing)}; is this a decoder's config?")
+    for k in (*needed, "num_key_value_heads", "head_dim", "max_position_embeddings"):
+        if hf.get(k) is not None and (type(hf[k]) is not int or hf[k] < 1):
+            refuse(f"{k} must be a whole number above 0 (got {hf[k]!r})")
 
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     rope_type = rope.get("rope_type") or rope.get("type") or "default"
@@ -98,7 +101,7 @@ def config_from_dict(hf, where="config.json"):
         intermediate_size=hf["intermediate_size"], norm_eps=hf.get("rms_norm_eps", 1e-6),
         rope_theta=float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0),
         rope_scaling=rope if rope_type == "llama3" else None,
-        max_position_embeddings=hf.get("max_position_embeddings", 2048),
+        max_position_embeddings=hf.get("max_position_embeddings") or 2048,
         tie_word_embeddings=hf.get("tie_word_embeddings", False),
         mlp_bias=hf.get("mlp_bias", False), qkv_bias=bias or kind == "qwen2",
         o_bias=bias and kind != "qwen2", qk_norm=kind == "qwen3")
@@ -865,21 +868,15 @@ def save_pretrained(model, folder, hf_config, tokenizer_folder=None, dtype=torch
         weight_map |= {name: file for name, _ in part}
     if not write:
         return
-    for old in os.listdir(folder):   # an earlier export's weights would be opened with these
-        if old.endswith(".safetensors") and old not in weight_map.values():
-            os.remove(os.path.join(folder, old))
-    index = os.path.join(folder, "model.safetensors.index.json")
+    remove_earlier(folder, {"config.json", *weight_map.values()})
     if len(shards) > 1:
-        write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    elif os.path.exists(index):
-        os.remove(index)
+        write_json(os.path.join(folder, "model.safetensors.index.json"),
+                   {"metadata": {"total_size": total}, "weight_map": weight_map})
 
     name = str(dtype).removeprefix("torch.")
     hf_config = {k: v for k, v in hf_config.items() if k not in ("dtype", "torch_dtype")}
     write_json(os.path.join(folder, "config.json"),
                hf_config | {"dtype": name, "torch_dtype": name})
-    if os.path.exists(os.path.join(folder, "adapter_config.json")):   # of an earlier run
-        os.remove(os.path.join(folder, "adapter_config.json"))
     ids = {k: hf_config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id")
            if hf_config.get(k) is not None}
     copy_tokenizer(tokenizer_folder, folder, ids, chat_template, stop_ids)
@@ -900,11 +897,20 @@ def save_adapter(model, folder, base, rank, alpha, dropout, targets, tokenizer_f
         return
     write_atomically(os.path.join(folder, "adapter_model.safetensors"),
                      lambda t: save_file(tensors, t, {"format": "pt"}))
+    remove_earlier(folder, {"adapter_model.safetensors"})
     write_json(os.path.join(folder, "adapter_config.json"), {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": rank,
         "lora_alpha": alpha, "lora_dropout": dropout, "target_modules": targets, "bias": "none",
         "fan_in_fan_out": False, "inference_mode": True})
     copy_tokenizer(tokenizer_folder, folder, {}, chat_template, stop_ids)
+
+
+def remove_earlier(folder, keep):
+    """An earlier export's weights and configs would be opened with, or instead of, `keep`."""
+    configs = {"config.json", "adapter_config.json", "model.safetensors.index.json"}
+    for file in os.listdir(folder):
+        if (file.endswith(".safetensors") or file in configs) and file not in keep:
+            os.remove(os.path.join(folder, file))
 
 
 def copy_tokenizer(source_folder, folder, generation_config, chat_template=None, stop_ids=()):
@@ -954,7 +960,10 @@ def save_checkpoint(model, optimizer, folder, iter_num, write=True):
 
 def load_checkpoint(model, optimizer, path):
     state = training_state(model, optimizer)
-    dcp.load(state, checkpoint_id=path)
+    try:
+        dcp.load(state, checkpoint_id=path)
+    except (Exception, dcp.api.CheckpointException) as e:   # the latter is no Exception
+        raise ValueError(f"{path}: damaged ({str(e).splitlines()[0]}); delete it") from None
     set_state_dict(model, optimizer, model_state_dict=state["model"],
                    optim_state_dict=state["optimizer"], options=TRAINED_ONLY)
 

@@ -28,7 +28,7 @@ from tqdm import tqdm
 import data
 import mmpo
 import model as llama
-from configurator import configure, one_line_errors
+from configurator import check_same_run, configure, one_line_errors
 
 # -----------------------------------------------------------------------------
 # defaults: SmolLM2-135M on one GPU; the first words of a comment are the bounds of the value
@@ -81,8 +81,8 @@ batch_size = 128                  # > 0, pairs per step, over all ranks
 learning_rate = 5e-4              # >= 0, at its peak
 optimizer_state = "fp32"          # fp32 | 8bit: the latter takes pip install bitsandbytes
 weight_decay = 0.0                # >= 0, on matrices
-beta1 = 0.9                       # 0 to 1, AdamW
-beta2 = 0.999                     # 0 to 1, AdamW
+beta1 = 0.9                       # 0 to 0.99999, AdamW
+beta2 = 0.999                     # 0 to 0.99999, AdamW
 grad_clip = 1.0                   # >= 0, norm of the gradient at most; 0: never clip
 # schedule
 epochs = 5.0                      # > 0, passes over the pairs
@@ -112,6 +112,9 @@ progress_bar = master_process and sys.stderr.isatty()
 if device == "auto":
     device = ("cuda" if torch.cuda.is_available() else
               "mps" if torch.backends.mps.is_available() else "cpu")
+if (device == "cuda" and not torch.cuda.is_available()
+        or device == "mps" and not torch.backends.mps.is_available()):
+    raise ValueError(f"device: no {device} on this machine; try --device=auto")
 device = torch.device(device, ddp_local_rank if device == "cuda" else None)
 if device.type == "cuda":
     torch.cuda.set_device(device)
@@ -122,13 +125,18 @@ if parallel == "fsdp" and not ddp:
     raise ValueError("parallel: fsdp shards over several processes; start it with torchrun")
 if optimizer_state == "8bit" and (fsdp or not find_spec("bitsandbytes")):
     raise ValueError("optimizer_state: 8bit takes pip install bitsandbytes, and parallel=ddp")
+if wandb_log and not find_spec("wandb"):
+    raise ValueError("wandb_log: it takes pip install wandb")
 if objective == "ipo" and beta == 0:
     raise ValueError("beta: IPO divides by it; give a value above 0")
 if export_adapter and not lora_rank:
     raise ValueError("export_adapter: there is none without LoRA; give lora_rank")
+out_dir = os.path.expanduser(out_dir)
 start_iter, checkpoint = llama.last_checkpoint(out_dir)
 if resume and not checkpoint:
     raise ValueError(f"resume: no checkpoint in {out_dir}; start without --resume")
+if resume:
+    check_same_run(settings, os.path.join(out_dir, "train_config.json"))
 if checkpoint and not (resume or dry_run):
     raise ValueError(f"{checkpoint}: an unfinished run; go on with --resume=True, or delete it")
 if ddp:
@@ -158,6 +166,8 @@ log(f"nanoMMPO: {objective} on {ddp_world_size} x {device.type}, {dtype}; set: "
 
 # --- data: tokenized once, then read from the cache
 folder = first_on_each_node(llama.checkpoint_folder, init_from)
+if os.path.realpath(folder) == os.path.realpath(out_dir):
+    raise ValueError(f"out_dir: {out_dir} is init_from, and would be overwritten; give another")
 tokenizer = data.Tokenizer(folder, chat_template)
 tokenization = (tokenizer, max_length, max_prompt_length, bad_rows)
 train_pairs = first_on_each_node(data.load_pairs, dataset, train_split, *tokenization)
@@ -173,9 +183,10 @@ longest = max(train_pairs.lengths.sum(1).max(), held_out.lengths.sum(1).max())
 if longest > row_tokens:
     raise ValueError(f"row_tokens: {row_tokens} is less than the longest pair ({longest} tokens); "
                      "raise it, or lower max_length")
-if train_pairs.lengths.shape[1] == 2 and objective != "sft":
-    raise ValueError(f"{dataset}: one response a row, and {objective} compares at least two; "
-                     "train on it with --objective=sft")
+for source, pairs in ((dataset, train_pairs), (eval_dataset, held_out)):
+    if pairs.lengths.shape[1] == 2 and objective != "sft":
+        raise ValueError(f"{source}: one response a row, and {objective} compares at least two; "
+                         "train on it with --objective=sft")
 iters_per_epoch = math.ceil(len(train_pairs) / batch_size)
 max_iters = max_iters or math.ceil(epochs * iters_per_epoch)
 if start_iter > max_iters and resume:
@@ -260,8 +271,9 @@ if master_process:
     llama.write_json(os.path.join(out_dir, "train_config.json"), settings)
     metrics_path, past = os.path.join(out_dir, "metrics.jsonl"), []
     if resume:   # keep what was before the checkpoint; the steps after it are made again
-        past = [line for line in open(metrics_path) if json.loads(line)["iter"] < start_iter]
-        first_eval = json.loads(past[0])
+        past = [line for line in open(metrics_path)
+                if line.endswith("\n") and json.loads(line)["iter"] < start_iter]
+        first_eval = json.loads(past[0]) if past else None
     metrics_file = open(metrics_path, "w", buffering=1)
     metrics_file.writelines(past)
     if wandb_log:

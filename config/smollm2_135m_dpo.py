@@ -3,3 +3,4 @@
 out_dir = "out/smollm2_135m_dpo"
 objective = "dpo"
 learning_rate = 5e-4    # the authors' choice for DPO at 135M
+save_interval = 500

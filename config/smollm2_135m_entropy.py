@@ -3,3 +3,4 @@
 # python train.py config/smollm2_135m_entropy.py
 out_dir = "out/smollm2_135m_entropy"
 entropy_coef = 0.05
+save_interval = 500

@@ -3,3 +3,4 @@
 # python train.py config/smollm2_135m_no_length_norm.py
 out_dir = "out/smollm2_135m_no_length_norm"
 length_norm = False     # the weights saturate: length decides (README, "What the weights do")
+save_interval = 500

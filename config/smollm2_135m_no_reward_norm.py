@@ -3,3 +3,4 @@
 # python train.py config/smollm2_135m_no_reward_norm.py
 out_dir = "out/smollm2_135m_no_reward_norm"
 reward_norm = False
+save_interval = 500

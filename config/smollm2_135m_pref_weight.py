@@ -3,3 +3,4 @@
 # python train.py config/smollm2_135m_pref_weight.py
 out_dir = "out/smollm2_135m_pref_weight"
 pref_weight = 2.0
+save_interval = 500

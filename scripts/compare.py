@@ -5,7 +5,8 @@ $ python -m scripts.compare --model=HuggingFaceTB/SmolLM2-135M-Instruct --train=
       --eval=test.jsonl -- --epochs=2 --beta=0.05
 
 runs config/smollm2_135m.py, _authors.py, _dpo.py and _simpo.py (--configs names others) with what
-follows `--` added to each. A run that is already in --out is not repeated.
+follows `--` added to each. A run that is already in --out is not repeated, an interrupted one goes
+on from its last checkpoint.
 """
 import argparse
 import os
@@ -16,6 +17,7 @@ import time
 
 import torch
 
+import model as llama
 from configurator import one_line_errors
 from scripts.plot import plot, read_run
 
@@ -41,17 +43,21 @@ def main():
     for config in args.configs.split(","):
         name = os.path.basename(config).removesuffix(".py")
         run = os.path.join(args.out, name)
-        minutes = os.path.join(run, "minutes.txt")
-        if not os.path.exists(minutes):
+        record = os.path.join(run, "compare.json")
+        command = ["train.py", config, f"--init_from={args.model}", f"--dataset={args.train}",
+                   f"--eval_dataset={args.eval}", f"--out_dir={run}", *args.settings]
+        if not os.path.exists(record):
             t0 = time.time()
-            subprocess.run([sys.executable, "train.py", config, f"--init_from={args.model}",
-                            f"--dataset={args.train}", f"--eval_dataset={args.eval}",
-                            f"--out_dir={run}", *args.settings], check=True)
-            with open(minutes, "w") as f:
-                f.write(f"{(time.time() - t0) / 60:.1f}")
+            go_on = ["--resume=True"] if llama.last_checkpoint(run)[1] else []
+            if status := subprocess.run([sys.executable, *command, *go_on]).returncode:
+                sys.exit(status)   # it said why
+            llama.write_json(record, {"command": command, "minutes": (time.time() - t0) / 60})
+        made = llama.read_json(record)
+        if made["command"] != command:
+            raise ValueError(f"{run}: made by {' '.join(made['command'])}; give another --out")
         evals = [r for r in read_run(run)[1] if "eval/loss" in r]
         rows = rows or [("before", evals[0], "")]
-        rows.append((name, evals[-1], open(minutes).read()))
+        rows.append((name, evals[-1], f"{made['minutes']:.1f}"))
         runs.append(run)
 
     cuda = torch.cuda.is_available()

@@ -50,12 +50,16 @@ def main():
     for source in args.data:
         pairs = data.load_pairs(source, args.split, tokenizer, args.max_length,
                                 args.max_prompt_length)
+        n = pairs.lengths.shape[1] - 1
+        if n == 1:
+            raise ValueError(f"{source}: one response a row; q compares at least two")
         pairs = pairs.subset(np.random.default_rng(0).permutation(len(pairs))[:args.pairs])
+        r = torch.from_numpy(pairs.rewards) if len(pairs.rewards) else torch.linspace(0.9, 0.1, n)
         logps = summed_logps(model, pairs)
         means = logps / torch.from_numpy(pairs.lengths[:, 1:])
         for name, x in (("sum", logps), ("mean (`length_norm`)", means)):
-            s = x + mmpo.rewards(torch.tensor([0.9, 0.1]), x, args.beta)   # policy = reference
-            q_w, D = mmpo.posterior(x, s - x)[:, 0], s[:, 0] - s[:, 1]
+            s = x + mmpo.rewards(r, x, args.beta)   # policy = reference
+            q_w, D = mmpo.posterior(x, s - x)[:, 0], s[:, 0] - s[:, -1]
             saturated = ((q_w < 0.01) | (q_w > 0.99)).float().mean()
             print(f"| {source} | {name} | {(q_w > 0.5).float().mean():.2f} | {saturated:.2f} | "
                   f"{q_w.mean():.2f} | {D.abs().median():.2f} |")
