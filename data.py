@@ -15,7 +15,7 @@ Row formats, one example each (a hub dataset, or .jsonl, .jsonl.gz, .json, .parq
     {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello!",                 Anthropic/hh-rlhf
      "rejected": "\n\nHuman: ..."}
     {"prompt": "Hi", "responses": ["best", "middle", "worst"],       n responses, best first;
-     "rewards": [3, 2, 0]}                                           rewards may be left out
+     "rewards": [3, 2, 0]}                                           rewards: optional, in any row
 
 A row becomes a prompt and n responses as token ids, each response ending in its end-of-turn token.
 """
