@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
@@ -206,6 +207,10 @@ def attend(q, k, v, layout):
         return flex(q, k, v, block_mask=layout, enable_gqa=True)
     if isinstance(layout, list):
         return tree_attention(q, k, v, layout)
+    if layout is not None and q.is_cuda:   # cuDNN would plan anew for each length while generating
+        k, v = (x.repeat_interleave(q.size(1) // k.size(1), 1) for x in (k, v))
+        with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+            return F.scaled_dot_product_attention(q, k, v, layout)
     causal = layout is None and q.size(2) > 1
     return F.scaled_dot_product_attention(q, k, v, layout, is_causal=causal, enable_gqa=True)
 
@@ -437,6 +442,9 @@ def chunk_grad(entropy, logits, targets, lse, h, d_logps, d_h):
     grad = logps.exp().mul_(-d_logps[:, None])
     if entropy:   # dh / dlogits = -p (log p + h)
         grad -= d_h[:, None] * logps.exp() * (logps + h[:, None])
+    if logits.is_cuda:   # a part of the same kernel; scatter would need the fp32 gradient in memory
+        hit = torch.arange(logits.size(1), device=logits.device) == targets[:, None]
+        return torch.where(hit, grad + d_logps[:, None], grad).to(logits.dtype)
     return grad.scatter_add_(-1, targets[:, None], d_logps[:, None]).to(logits.dtype)
 
 
@@ -444,7 +452,7 @@ def fused(function, entropy, logits, *columns):
     """Memory traffic bounds these two. On a GPU: compiled, so logits are read twice, not ten times.
     On a CPU: a few tokens at a time, so that what is made of them stays in the cache."""
     if logits.is_cuda:
-        return compiled(function, dynamic=True)(entropy, logits, *columns)
+        return compiled(function, dynamic=None)(entropy, logits, *columns)   # V is not dynamic
     n = max(1, CACHED_LOGITS // logits.size(1))
     blocks = zip(logits.split(n), *(column.split(n) for column in columns))
     return torch.cat([function(entropy, *block) for block in blocks])
@@ -653,7 +661,7 @@ def memory_parts(model, row_tokens, dtype, optimizer_bytes=8):
     return {"weights": 4 * numel[True] + frozen_item * numel[False], "cast weights": casts,
             "gradients": 4 * numel[True], "optimizer": optimizer_bytes * numel[True],
             "activations": kept * row_tokens,
-            "logits, in chunks": CHUNK_LOGITS["cuda"] * (4 + 2 * item) + head_grad}
+            "logits, in chunks": CHUNK_LOGITS["cuda"] * 2 * item + head_grad}
 
 
 # -----------------------------------------------------------------------------

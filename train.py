@@ -248,7 +248,8 @@ def score(pairs, indices, title=None):
         with autocast:
             per_token_logps = raw_model(row)
         sums = mmpo.sum_by_response(per_token_logps, row.response, row.n_responses)
-        logps[members] = sums.view(-1, logps.size(1))
+        index = data.to_device(torch.from_numpy(members), device)
+        logps.index_copy_(0, index, sums.view(-1, logps.size(1)))
     if ddp:
         dist.all_reduce(logps)
     raw_model.train()

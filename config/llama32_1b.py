@@ -1,4 +1,4 @@
-# MMPO on Llama-3.2-1B with LoRA, one GPU (predicted 33 GiB);
+# MMPO on Llama-3.2-1B with LoRA, one GPU (predicted 32 GiB);
 # 7,670 steps, not yet timed.
 # python train.py config/llama32_1b.py
 # The authors' data, batch, learning rate, epochs and adapters; the method is this project's.

@@ -1,5 +1,5 @@
-# MMPO on Llama-3-8B with LoRA, one GPU (predicted 53 GiB; with
-# --activation_checkpointing=True 21 GiB); 7,670 steps, not yet timed.
+# MMPO on Llama-3-8B with LoRA, one GPU (predicted 52 GiB; with
+# --activation_checkpointing=True 20 GiB); 7,670 steps, not yet timed.
 # python train.py config/llama3_8b.py
 # The authors' data, batch, learning rate, epochs and adapters; the method is this project's.
 out_dir = "out/llama3_8b"

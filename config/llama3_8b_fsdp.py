@@ -1,4 +1,4 @@
-# MMPO on Llama-3-8B, all weights, sharded over eight GPUs (predicted 25 GiB each); not yet
+# MMPO on Llama-3-8B, all weights, sharded over eight GPUs (predicted 24 GiB each); not yet
 # timed.
 # torchrun --nproc_per_node=8 train.py config/llama3_8b_fsdp.py
 out_dir = "out/llama3_8b_fsdp"

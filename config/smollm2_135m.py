@@ -1,4 +1,4 @@
-# MMPO on SmolLM2-135M, all weights, one GPU (predicted 13 GiB); 2,875 steps, not yet
+# MMPO on SmolLM2-135M, all weights, one GPU (predicted 12 GiB); 2,875 steps, not yet
 # timed.
 # python train.py config/smollm2_135m.py
 # The authors' data, batch, learning rate and epochs (arXiv 2510.22881), this project's defaults for

@@ -1,4 +1,4 @@
-# MMPO on SmolLM2-360M, all weights, one GPU (predicted 24 GiB); 2,875 steps, not yet
+# MMPO on SmolLM2-360M, all weights, one GPU (predicted 23 GiB); 2,875 steps, not yet
 # timed.
 # python train.py config/smollm2_360m.py
 out_dir = "out/smollm2_360m"

@@ -11,8 +11,11 @@ smollm2=$1 train=$2 test=$3 llama=${4:-}
 python -m pytest -q test_mmpo.py -k gpu
 torchrun --nproc_per_node=1 train.py config/demo.py --parallel=fsdp --dtype=bfloat16 --max_iters=3
 
-# 2. beside TRL, one idea at a time, and by length (README, Efficiency)
-python -m scripts.bench --model="$smollm2" --data="$train" --json=out/bench_gpu.json
+# 2. one idea at a time, where the time goes, by length, and beside TRL (README, Efficiency)
+for part in ablation profile scaling $(python -c "import trl; print('trl')" || true); do
+    python -m scripts.bench --model="$smollm2" --data="$train" --only=$part \
+        --json="out/bench_gpu_$part.json"
+done
 
 # 3. MMPO, the authors' settings, DPO and SimPO, two epochs each (README, Results)
 python -m scripts.compare --model="$smollm2" --train="$train" --eval="$test" -- \
