@@ -15,7 +15,6 @@ type or is an error, and a config file runs in its own namespace.
 """
 import difflib
 import io
-import json
 import os
 import re
 import sys
@@ -140,17 +139,18 @@ def check_bounds(key, value, comment, where):
             raise ValueError(f"{where}: {key} must be from {span[1]} to {span[2]} (got {value})")
 
 
-def check_same_run(settings, path):
-    """ValueError unless a run resumes with the settings in its train_config.json, but for those
-    that change only where and how it is computed, how far it goes and what it prints."""
-    with open(path, encoding="utf-8") as f:
-        before = json.load(f)
+RESUME_MAY_CHANGE = (   # where and how a run is computed, how far it goes, what it writes
+    "out_dir", "resume", "dry_run", "max_iters", "epochs", "export_", "wandb_", "sample_", "log_",
+    "eval_interval", "save_", "device", "parallel", "compile", "row_tokens", "activation_")
+
+
+def check_same_run(settings, before):
+    """ValueError unless a run resumes with the settings it had `before`, but for RESUME_MAY_CHANGE
+    (beginnings of names)."""
     for key, value in settings.items():
-        if before.get(key, value) != value and not re.match(
-                "(out_dir|resume|dry_run|max_iters|epochs|export|wandb|sample|log_|eval_interval"
-                "|save_|device|parallel|compile|row_tokens|activation_)", key):
-            raise ValueError(f"resume: {path} has {key}={before[key]!r}, not {value!r}; give that, "
-                             "or start anew in another out_dir")
+        if before.get(key, value) != value and not key.startswith(RESUME_MAY_CHANGE):
+            raise ValueError(f"resume: the run has {key}={before[key]!r}, not {value!r}; give "
+                             "that, or start anew in another out_dir")
 
 
 def help_text(defaults, comments, source):

@@ -1614,7 +1614,8 @@ def test_mistakes_end_in_one_line(checkpoint, tmp_path):
              "empty": ["empty.jsonl", "0 usable pairs"], "half": ["half.jsonl:2", "invalid JSON"],
              "typo": ["typo.py", '"learning_rate"'], "objective": ["--objective", '"dpo"'],
              "weights": [no_weights, "no model.safetensors"], "itself": ["out_dir", "init_from"],
-             "device": ["device: no"], "single": ["single.jsonl", "one response"], "diverged": ["step", "not finite"]}
+             "device": ["device: no"], "single": ["single.jsonl", "one response"],
+             "diverged": ["step", "not finite"]}
     for name, process in train_all(checkpoint, tmp_path, jobs).items():
         *_, line = process.stderr.strip().splitlines()
         assert process.returncode != 0 and "Traceback" not in process.stderr, process.stderr
@@ -1755,7 +1756,7 @@ def test_smollm2_equals_transformers():
 
 
 def test_scripts(runs, tmp_path):
-    """plot draws a PNG of two runs; sample answers a prompt; weights takes three responses a row."""
+    """plot draws a PNG of two runs, sample answers a prompt, weights takes three responses a row."""
     pytest.importorskip("matplotlib")
     png = str(tmp_path / "curves.png")
     rows = write_rows(tmp_path / "n.jsonl", [{"prompt": "x", "responses": ["a", "b c", "d"]}] * 3)

@@ -109,11 +109,10 @@ ddp_world_size = int(os.environ.get("WORLD_SIZE", 1))
 fsdp = ddp and parallel == "fsdp"
 master_process = ddp_rank == 0
 progress_bar = master_process and sys.stderr.isatty()
-if device == "auto":
-    device = ("cuda" if torch.cuda.is_available() else
-              "mps" if torch.backends.mps.is_available() else "cpu")
-if (device == "cuda" and not torch.cuda.is_available()
-        or device == "mps" and not torch.backends.mps.is_available()):
+here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+if device == "auto":   # the first there is
+    device = next(name for name in here if here[name])
+if not here[device]:
     raise ValueError(f"device: no {device} on this machine; try --device=auto")
 device = torch.device(device, ddp_local_rank if device == "cuda" else None)
 if device.type == "cuda":
@@ -136,7 +135,7 @@ start_iter, checkpoint = llama.last_checkpoint(out_dir)
 if resume and not checkpoint:
     raise ValueError(f"resume: no checkpoint in {out_dir}; start without --resume")
 if resume:
-    check_same_run(settings, os.path.join(out_dir, "train_config.json"))
+    check_same_run(settings, llama.read_json(os.path.join(out_dir, "train_config.json")))
 if checkpoint and not (resume or dry_run):
     raise ValueError(f"{checkpoint}: an unfinished run; go on with --resume=True, or delete it")
 if ddp:
