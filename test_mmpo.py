@@ -1756,7 +1756,7 @@ def test_smollm2_equals_transformers():
 
 
 def test_scripts(runs, tmp_path):
-    """plot draws a PNG of two runs, sample answers a prompt, weights takes three responses a row."""
+    """plot draws a PNG of two runs, sample answers a prompt, weights takes n responses a row."""
     pytest.importorskip("matplotlib")
     png = str(tmp_path / "curves.png")
     rows = write_rows(tmp_path / "n.jsonl", [{"prompt": "x", "responses": ["a", "b c", "d"]}] * 3)
