@@ -13,6 +13,7 @@ A default's trailing comment documents it and, where it starts with one of these
 Differences from nanoGPT: an unknown key is an error wherever it is set, a value has the default's
 type or is an error, and a config file runs in its own namespace.
 """
+import ast
 import difflib
 import io
 import os
@@ -74,7 +75,8 @@ def run_config_file(path, known):
         raise FileNotFoundError(f"{path}: no such config file; settings are written --key=value")
     scope = dict(known)
     try:
-        exec(compile(open(path, encoding="utf-8").read(), path, "exec"), scope)
+        tree = ast.parse(open(path, encoding="utf-8").read(), path)
+        exec(compile(tree, path, "exec"), scope)
     except SyntaxError as e:
         raise ValueError(f"{path}:{e.lineno}: {e.msg}; "
                          "a config file is lines of key = value") from None
@@ -82,7 +84,9 @@ def run_config_file(path, known):
         line = traceback.extract_tb(e.__traceback__)[-1].lineno
         raise ValueError(f"{path}:{line}: {type(e).__name__}: {e}") from None
     scope.pop("__builtins__", None)
-    return {k: v for k, v in scope.items() if k not in known or v is not known[k]}
+    assigned = {node.id for node in ast.walk(tree)
+                if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    return {k: v for k, v in scope.items() if k not in known or k in assigned}
 
 
 def check_known(key, defaults, where):

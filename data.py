@@ -19,6 +19,7 @@ Row formats, one example each (a hub dataset, or .jsonl, .jsonl.gz, .json, .parq
 
 A row becomes a prompt and n responses as token ids, each response ending in its end-of-turn token.
 """
+import bisect
 import csv
 import gzip
 import hashlib
@@ -83,15 +84,18 @@ class Tokenizer:
         if not os.path.exists(path):
             raise FileNotFoundError(f"{folder}: no tokenizer.json; byte-level BPE checkpoints have "
                                     "one (Llama-3, SmolLM2, Qwen)")
-        raw = open(path, encoding="utf-8").read()
+        raw = open(path, encoding="utf-8", errors="replace").read()
         config_path = os.path.join(folder, "tokenizer_config.json")
         raw_config = "{}"
         if os.path.exists(config_path):
-            raw_config = open(config_path, encoding="utf-8").read()
+            raw_config = open(config_path, encoding="utf-8", errors="replace").read()
         try:
             spec, config = json.loads(raw), json.loads(raw_config)
         except json.JSONDecodeError as e:
             raise ValueError(f"{path}: not valid JSON ({e}); download it again") from None
+        if not (isinstance(spec, dict) and isinstance(spec.get("model"), dict)
+                and isinstance(config, dict)):
+            raise ValueError(f"{path}: not a tokenizer's file; download it again")
 
         pattern = split_pattern(spec.get("pre_tokenizer"), path)
         normalizer = spec.get("normalizer")
@@ -185,6 +189,9 @@ class Tokenizer:
                 messages=turns, add_generation_prompt=add_generation_prompt,
                 bos_token=self.bos_token or "", eos_token=self.eos_token or "",
                 date_string="26 Jul 2024")   # fixed: not the day of the run
+        except Refused as e:
+            reason = (str(e).splitlines() or ["no reason"])[0]
+            raise ValueError(f"the chat template refuses this row: {reason}") from None
         except Exception as e:   # a template is a program
             kind = "" if isinstance(e, jinja2.TemplateError) else f"{type(e).__name__}: "
             raise ValueError(f"chat template: {kind}{e}".splitlines()[0]) from None
@@ -207,6 +214,9 @@ class Tokenizer:
                                  "prompt; give another with --chat_template=FILE.jinja")
             ids = self.encode(full[len(prompt):])
             end = next((i for i, t in enumerate(ids) if t in self.special_ids), None)
+            if end == 0:
+                raise ValueError("chat template: no assistant header at the end of a prompt (it "
+                                 "ignores add_generation_prompt); give another with --chat_template")
             if end is None and self.eos_id is None:
                 raise ValueError("chat template: no end-of-turn token after a response and no "
                                  "eos_token")
@@ -220,6 +230,10 @@ class Tokenizer:
         """Ids that end a response: eos and what the template ends a turn with."""
         _, [response] = self.encode_responses([{"role": "user", "content": "a"}], ["b"])
         return {response[-1]} | ({self.eos_id} if self.eos_id is not None else set())
+
+
+class Refused(Exception):
+    """What a template raises for a conversation it can't render."""
 
 
 SHIELDED = re.compile("\ufdd0(\\d+)\ufdd1")   # noncharacters: never in valid text
@@ -272,7 +286,7 @@ def compile_template(text, where):
             return parser.parse_statements(["name:endgeneration"], drop_needle=True)
 
     def raise_exception(message):
-        raise jinja2.TemplateError(message)
+        raise Refused(message)
 
     env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                         extensions=["jinja2.ext.loopcontrols", Generation])
@@ -329,8 +343,10 @@ def parse_responses(row):
         if chosen[:-1] != rejected[:-1]:
             raise Drop("prompts differ")
         turns = chosen[:-1]
-        if not turns or isinstance(row.get("prompt"), list):
-            turns = prompt_turns(row)     # the lists hold the response only
+        if isinstance(row.get("prompt"), list):   # which the lists repeat, or go on from
+            prompt = check_turns(row["prompt"], "prompt")
+            turns = turns if turns[:len(prompt)] == prompt else prompt + turns
+        turns = with_system(row, turns) if turns else prompt_turns(row)
         return turns, [chosen[-1]["content"], rejected[-1]["content"]]
     chosen, rejected = text(row, "chosen"), text(row, "rejected")
     if "prompt" in row or "question" in row:
@@ -351,15 +367,20 @@ def parse_responses(row):
 def prompt_turns(row):
     """The turns before the response, from prompt (or question) and system."""
     if isinstance(row.get("prompt"), list):
-        return check_turns(row["prompt"], "prompt")
+        return with_system(row, check_turns(row["prompt"], "prompt"))
     prompt = text(row, "question" if "question" in row and "prompt" not in row else "prompt")
     if re.match(r"\s*Human:.*\n\nAssistant:\s*$", prompt, re.DOTALL):
         turns = hh_turns(prompt)[:-1]
     else:
         turns = [{"role": "user", "content": prompt}]
-    if row.get("system"):
-        turns = [{"role": "system", "content": text(row, "system")}] + turns
-    return turns
+    return with_system(row, turns)
+
+
+def with_system(row, turns):
+    """The row's system prompt, if it has one and turns don't start with one, and turns."""
+    if not row.get("system") or [t["role"] for t in turns[:1]] == ["system"]:
+        return turns
+    return [{"role": "system", "content": text(row, "system")}] + turns
 
 
 def hh_turns(dialogue):
@@ -674,8 +695,8 @@ def pack(lengths, row_tokens, world_size=1, shapes=(), equal_rows=False):
     """Trees of `lengths` (N,) tokens -> for each rank its packed rows, each an array of indices.
 
     Ranks get about equal tokens (longest first, each to the emptiest rank); a rank packs its trees
-    first-fit into rows of at most row_tokens. Where collate pads to fixed shapes, a row that fewer
-    tokens of the smallest shape would hold is cut into such rows. A rank without a tree gets one
+    best-fit into rows of at most row_tokens. Where collate pads to fixed shapes, a row that fewer
+    tokens of smaller shapes would hold is cut into such rows. A rank without a tree gets one
     empty row: all ranks must take part in a step. Ranks may get different numbers of rows, unless
     equal_rows (FSDP) asks for empty ones where there are fewer.
     """
@@ -687,7 +708,7 @@ def pack(lengths, row_tokens, world_size=1, shapes=(), equal_rows=False):
         load[r] += lengths[i]
     packed = []
     for members in ranks:
-        rows = first_fit(members, lengths, row_tokens)
+        rows = best_fit(members, lengths, row_tokens)
         if shapes and not equal_rows:
             rows = [part for row in rows for part in short_rows(row, lengths, shapes)]
         packed.append(rows)
@@ -696,24 +717,28 @@ def pack(lengths, row_tokens, world_size=1, shapes=(), equal_rows=False):
             for rows in packed]
 
 
-def first_fit(members, lengths, row_tokens):
-    """Indices `members` into lists of at most row_tokens, each to the first that has room."""
-    rows, room = [], []
+def best_fit(members, lengths, row_tokens):
+    """Indices `members` into lists of at most row_tokens, each to the fullest that has room."""
+    rows, room = [], []   # room: (free tokens, which row), sorted
     for i in members:
-        fits = next((j for j, free in enumerate(room) if lengths[i] <= free), None)
-        if fits is None:
+        at = bisect.bisect_left(room, (lengths[i],))
+        free, row = room.pop(at) if at < len(room) else (row_tokens, len(rows))
+        if row == len(rows):
             rows.append([])
-            room.append(row_tokens)
-            fits = -1
-        rows[fits].append(i)
-        room[fits] -= lengths[i]
+        rows[row].append(i)
+        bisect.insort(room, (free - lengths[i], row))
     return rows
 
 
 def short_rows(row, lengths, shapes):
-    """[row], or the rows of the smallest shape that hold its trees in fewer tokens."""
-    parts = first_fit(row, lengths, min(shapes)) if lengths[row].max() <= min(shapes) else [row]
-    return parts if len(parts) * min(shapes) < max(shapes) else [row]
+    """[row], or rows of the smaller shapes that hold its trees in fewer tokens, padding included."""
+    *smaller, size = sorted(shapes)
+    if not smaller or lengths[row].max() > smaller[-1]:
+        return [row]
+    parts = [short for part in best_fit(row, lengths, smaller[-1])
+             for short in short_rows(part, lengths, smaller)]
+    padded = sum(min(n for n in smaller if n >= lengths[part].sum()) for part in parts)
+    return parts if padded < size else [row]
 
 
 @dataclass

@@ -125,7 +125,8 @@ def simpo_loss(chosen_mean, rejected_mean, beta, gamma_beta_ratio):
 def orpo_loss(chosen_mean, rejected_mean, orpo_lambda):
     """-mean_w - lambda log sigmoid(log odds_w - log odds_l), odds = p/(1-p), log p = mean log-prob
     (Hong et al. 2024, eq. 6-7)."""
-    def log_odds(logp):   # log(1 - e^x) = log(-expm1(x)), accurate near 0
+    def log_odds(logp):   # log(1 - e^x) = log(-expm1(x)), accurate near 0, where rounding can end
+        logp = logp.clamp(max=-1e-7)
         return logp - torch.log(-torch.expm1(logp))
     return -chosen_mean - orpo_lambda * logsigmoid(log_odds(chosen_mean) - log_odds(rejected_mean))
 

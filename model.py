@@ -63,6 +63,9 @@ class LlamaConfig:
     qk_norm: bool = False               # Qwen3: an RMSNorm on every query and key head
 
 
+LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
 def config_from_dict(hf, where="config.json"):
     """config.json as a dict -> LlamaConfig. ValueError names the field that this file can't honour.
 
@@ -89,9 +92,14 @@ def config_from_dict(hf, where="config.json"):
             refuse(f"{k} must be a whole number above 0 (got {hf[k]!r})")
 
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        refuse(f"rope parameters must be an object (got {rope!r})")
     rope_type = rope.get("rope_type") or rope.get("type") or "default"
     if rope_type not in ("default", "llama3"):
         refuse(f'rope_type "{rope_type}" is not supported (default, llama3)')
+    for k in LLAMA3_ROPE if rope_type == "llama3" else ():
+        if type(rope.get(k)) not in (int, float) or rope[k] <= 0:
+            refuse(f"{k} of llama3's rope must be a number above 0 (got {rope.get(k)!r})")
     if rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0)) != 1.0:
         refuse("partial_rotary_factor is not supported")
     n_head, bias = hf["num_attention_heads"], hf.get("attention_bias", False)
@@ -219,29 +227,26 @@ def attend(q, k, v, layout):
 def tree_attention(q, k, v, trees):
     """The tree rule without a T x T mask: in a tree prompt + response 1 is causal, and each further
     response sees the prompt's keys and its own. trees: [prompt, response 1, .., n] tokens each.
-    Short trees in fp32 on a CPU, where bf16's backward is slow: 1.1x the speed."""
-    dtype = v.dtype
-    if v.device.type == "cpu" and max(map(sum, trees)) < 640:
-        q, k, v = q.float(), k.float(), v.float()
-    with torch.autocast(v.device.type, enabled=False):
-        return per_tree_attention(q, k, v, trees).to(dtype)
-
-
-def per_tree_attention(q, k, v, trees):
-    sizes = [n for prompt, first, *rest in trees for n in (prompt + first, *rest)]
-    segments = list(zip(*(x.split(sizes, dim=2) for x in (q, k, v))))
+    A short tree in fp32 on a CPU, where bf16's backward is slow: 1.1x the speed."""
     outputs = []
-    for prompt, _, *rest in trees:
-        stem_q, stem_k, stem_v = segments[len(outputs)]
-        outputs.append(F.scaled_dot_product_attention(
-            stem_q, stem_k, stem_v, is_causal=True, enable_gqa=True))
-        for n in rest:
-            q_i, k_i, v_i = segments[len(outputs)]
-            k_i = torch.cat((stem_k[:, :, :prompt], k_i), dim=2)
-            v_i = torch.cat((stem_v[:, :, :prompt], v_i), dim=2)
-            outputs.append(F.scaled_dot_product_attention(
-                q_i, k_i, v_i, causal_after(prompt, n, q.device), enable_gqa=True))
+    by_tree = (x.split([sum(tree) for tree in trees], dim=2) for x in (q, k, v))
+    for (prompt, first, *rest), *qkv in zip(trees, *by_tree):
+        if v.device.type == "cpu" and prompt + first + sum(rest) < 640:
+            qkv = [x.float() for x in qkv]
+        with torch.autocast(v.device.type, enabled=False):
+            outputs += [y.to(v.dtype) for y in attend_tree(*qkv, prompt, [prompt + first, *rest])]
     return torch.cat(outputs, dim=2)
+
+
+def attend_tree(q, k, v, prompt, sizes):
+    """-> the attention of prompt + response 1, and of each further response. sizes: their tokens."""
+    (stem_q, stem_k, stem_v), *branches = zip(*(x.split(sizes, dim=2) for x in (q, k, v)))
+    yield F.scaled_dot_product_attention(stem_q, stem_k, stem_v, is_causal=True, enable_gqa=True)
+    for q_i, k_i, v_i in branches:
+        k_i = torch.cat((stem_k[:, :, :prompt], k_i), dim=2)
+        v_i = torch.cat((stem_v[:, :, :prompt], v_i), dim=2)
+        mask = causal_after(prompt, q_i.size(2), q.device)
+        yield F.scaled_dot_product_attention(q_i, k_i, v_i, mask, enable_gqa=True)
 
 
 @lru_cache(maxsize=64)
@@ -329,6 +334,7 @@ class Llama(nn.Module):
         """torch.compile every block; they are alike, so one compilation serves all. `dynamic`: rows
         of any length."""
         torch._dynamo.config.optimize_ddp = False   # it would cut blocks; they are its buckets
+        torch._dynamo.config.recompile_limit = 16   # each shape, with and without gradient, LoRA
         for block in self.model.layers:
             block.compile(dynamic=dynamic)
 
@@ -420,7 +426,7 @@ def sample(logits, temperature, top_k, top_p, generator=None):
 # -----------------------------------------------------------------------------
 # log-probabilities without the logits
 
-CHUNK_LOGITS = {"cpu": 2 ** 25, "cuda": 2 ** 28}   # held at a time, in the dtype of the products
+CHUNK_LOGITS = {"cpu": 2 ** 26, "cuda": 2 ** 29}   # held at a time, in the dtype of the products
 CACHED_LOGITS = 2 ** 20                            # a CPU's, in fp32: more leave its cache
 
 
@@ -437,42 +443,46 @@ def chunk_logps(entropy, logits, targets):
 
 
 def chunk_grad(entropy, logits, targets, lse, h, d_logps, d_h):
-    """d loss / d logits (N, V), in their dtype. Overwrites the logits."""
-    logps = logits.float().sub_(lse[:, None])
-    grad = logps.exp().mul_(-d_logps[:, None])
+    """d loss / d logits (N, V), written over the logits."""
+    logps = logits.float() - lse[:, None]
+    grad = logps.exp() * -d_logps[:, None]
     if entropy:   # dh / dlogits = -p (log p + h)
         grad -= d_h[:, None] * logps.exp() * (logps + h[:, None])
     if logits.is_cuda:   # a part of the same kernel; scatter would need the fp32 gradient in memory
         hit = torch.arange(logits.size(1), device=logits.device) == targets[:, None]
-        return torch.where(hit, grad + d_logps[:, None], grad).to(logits.dtype)
-    return grad.scatter_add_(-1, targets[:, None], d_logps[:, None]).to(logits.dtype)
+        grad = torch.where(hit, grad + d_logps[:, None], grad)
+    else:
+        grad.scatter_add_(-1, targets[:, None], d_logps[:, None])
+    logits.copy_(grad)
 
 
 def fused(function, entropy, logits, *columns):
     """Memory traffic bounds these two. On a GPU: compiled, so logits are read twice, not ten times.
     On a CPU: a few tokens at a time, so that what is made of them stays in the cache."""
     if logits.is_cuda:
-        return compiled(function, dynamic=None)(entropy, logits, *columns)   # V is not dynamic
+        return [compiled(function, dynamic=None)(entropy, logits, *columns)]   # V is not dynamic
     n = max(1, CACHED_LOGITS // logits.size(1))
     blocks = zip(logits.split(n), *(column.split(n) for column in columns))
-    return torch.cat([function(entropy, *block) for block in blocks])
+    return [function(entropy, *block) for block in blocks]
 
 
 class TokenLogProbs(torch.autograd.Function):
     """Log-probabilities of `targets` (R,) under hidden states x (R, C) and head weight (V, C).
 
-    Works through the tokens in chunks and keeps one number a token, the log-sum-exp; backward
-    computes a chunk's logits again, so the (R, V) logits never exist. Returns logps and entropies,
-    (R,) fp32.
+    Works through the tokens in chunks, so the (R, V) logits never exist, and keeps one number a
+    token, the log-sum-exp, and the logits of the chunk it did last, with which backward starts; it
+    computes those of the others again. Returns logps and entropies, (R,) fp32.
     """
 
     @staticmethod
     def forward(ctx, x, weight, targets, entropy):
         dtype = compute_dtype(x)
-        w, out = weight.to(dtype), x.new_empty(len(x), 3, dtype=torch.float32)
+        w, out, ctx.logits = weight.to(dtype), x.new_empty(len(x), 3, dtype=torch.float32), None
         with torch.autocast(x.device.type, enabled=False):
-            for s in TokenLogProbs.chunks(x, weight):
-                out[s] = fused(chunk_logps, entropy, F.linear(x[s].to(dtype), w), targets[s])
+            for s in reversed(TokenLogProbs.chunks(x, weight)):
+                ctx.logits = None   # before the next chunk's
+                ctx.logits = F.linear(x[s].to(dtype), w)
+                out[s] = torch.cat(fused(chunk_logps, entropy, ctx.logits, targets[s]))
         logps, lse, h = (column.clone() for column in out.T)
         ctx.save_for_backward(x, w, targets, lse, h)
         ctx.weight_dtype, ctx.entropy = weight.dtype, entropy
@@ -482,14 +492,16 @@ class TokenLogProbs(torch.autograd.Function):
     def backward(ctx, d_logps, d_h):
         x, w, targets, lse, h = ctx.saved_tensors
         dx, dw = torch.empty_like(x), None
+        logits, ctx.logits = ctx.logits, None
         for s in TokenLogProbs.chunks(x, w):
             xs = x[s].to(w.dtype)
-            d_logits = fused(chunk_grad, ctx.entropy, F.linear(xs, w), targets[s], lse[s], h[s],
-                             d_logps[s], d_h[s])
-            dx[s] = d_logits @ w
+            logits = F.linear(xs, w) if logits is None else logits
+            fused(chunk_grad, ctx.entropy, logits, targets[s], lse[s], h[s], d_logps[s], d_h[s])
+            dx[s] = logits @ w
             if ctx.needs_input_grad[1]:   # summed over the chunks in fp32
-                part = d_logits.T @ xs
+                part = logits.T @ xs
                 dw = part.float() if dw is None else dw.add_(part)
+            logits = None
         if ctx.needs_input_grad[1]:
             dw = (torch.zeros_like(w) if dw is None else dw).to(ctx.weight_dtype)
         return dx, dw, None, None
@@ -531,22 +543,22 @@ class LoRALinear(nn.Linear):
         if not self.enabled:
             return y
         x = F.dropout(x, self.dropout, self.training).to(y.dtype)
-        low = F.linear(x, self.lora_A.to(y.dtype))
-        return y + self.scale * F.linear(low, self.lora_B.to(y.dtype))
+        low = self.scale * F.linear(x, self.lora_A.to(y.dtype))
+        return y + F.linear(low, self.lora_B.to(y.dtype))
 
     def merged_weight(self):
         return whole(self.weight).float() + self.scale * (whole(self.lora_B) @ whole(self.lora_A))
 
 
 def add_lora(model, rank, alpha, dropout, targets):
-    """Freeze the model and put adapters on every linear layer named in `targets`."""
+    """Freeze the model and put adapters on the blocks' linear layers named in `targets`."""
     model.requires_grad_(False)
-    found = [(parent, name, child) for parent in model.modules()
+    found = [(parent, name, child) for parent in model.model.layers.modules()
              for name, child in parent.named_children()
              if isinstance(child, nn.Linear) and name in targets]
     missing = set(targets) - {name for _, name, _ in found}
     if missing:
-        raise ValueError(f"lora_targets: no layer named {', '.join(sorted(missing))} in this model")
+        raise ValueError(f"lora_targets: no layer named {', '.join(sorted(missing))} in the blocks")
     for parent, name, child in found:
         setattr(parent, name, LoRALinear(child, rank, alpha, dropout))
 
@@ -623,47 +635,6 @@ def peak_flops(device):
     return next((peak for key, peak in peaks.items() if key in name), 0)
 
 
-def layer_bytes(model, item, stream):
-    """Bytes a token that a compiled block keeps for backward: its input, what attention adds to it,
-    queries, keys, values, the attention's output, gate, up, and the inputs of trained weights;
-    under LoRA's dropout one for each adapter, and its mask.
-    """
-    c, inputs = model.config, {}
-    shares = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
-    for path, layer in model.model.layers[0].named_modules():
-        name = path.split(".")[-1]
-        if isinstance(layer, LoRALinear) and layer.dropout:
-            inputs[name] = layer.in_features * (item + 1)
-        elif isinstance(layer, nn.Linear) and any(p.requires_grad for p in layer.parameters()):
-            inputs[shares.get(name, name)] = layer.in_features * item
-    attention = 2 * (c.n_head + c.n_kv_head) * c.head_dim
-    return ((stream + item) * c.n_embd + (attention + 2 * c.intermediate_size) * item
-            + sum(inputs.values()))
-
-
-def memory_parts(model, row_tokens, dtype, optimizer_bytes=8):
-    """Bytes that one rank needs at its peak, by part: an estimate, for a meta-device model too."""
-    c, item = model.config, dtype.itemsize
-    numel = {True: 0, False: 0}   # by requires_grad, on this rank
-    for p in model.parameters():
-        numel[p.requires_grad] += (p.to_local() if isinstance(p, DTensor) else p).numel()
-    sharded = isinstance(model.head_weight, DTensor)
-    block = sum(p.numel() for p in model.model.layers[0].parameters())
-    # autocast casts trained weights once a row; FSDP gathers a block, the next one, and the head
-    casts = (2 * block + 2 * model.head_weight.numel() if sharded else numel[True]) * item
-    stream = item if sharded or not model.model.norm.weight.requires_grad else 4
-    layer = layer_bytes(model, item, stream)
-    kept = c.n_layer * layer
-    if model.activation_checkpointing:   # a block's input, and one block computed again
-        kept = c.n_layer * stream * c.n_embd + layer
-    frozen_item = item if numel[True] < numel[False] else 4
-    head_grad = 4 * model.head_weight.numel() if model.head_weight.requires_grad else 0
-    return {"weights": 4 * numel[True] + frozen_item * numel[False], "cast weights": casts,
-            "gradients": 4 * numel[True], "optimizer": optimizer_bytes * numel[True],
-            "activations": kept * row_tokens,
-            "logits, in chunks": CHUNK_LOGITS["cuda"] * 2 * item + head_grad}
-
-
 # -----------------------------------------------------------------------------
 # weights on disk
 
@@ -700,9 +671,10 @@ def checkpoint_folder(name):
 
 
 def weights_fingerprint(folder):
-    """Changes when the weights do: name, size and time of each safetensors file."""
+    """Changes when the model does: config.json; name, size and time of each safetensors file."""
     files = sorted(set(tensor_files(folder).values()))
-    return [[os.path.realpath(f), os.stat(f).st_size, os.stat(f).st_mtime_ns] for f in files]
+    return [read_json(os.path.join(folder, "config.json")),
+            *([os.path.realpath(f), os.stat(f).st_size, os.stat(f).st_mtime_ns] for f in files)]
 
 
 def read_json(path):
@@ -829,10 +801,11 @@ def load_weights(model, folder):
                     p.copy_(tensor)
         except SafetensorError as e:
             raise ValueError(f"{path}: incomplete file ({e}); download it again") from None
-    head = whole(model.head_weight)
-    if tied_head is not None and not tied_head.to(head.device, head.dtype).equal(head):
-        raise ValueError(f"{folder}: lm_head.weight differs from embed_tokens.weight, but "
-                         "config.json ties them; set tie_word_embeddings to false")
+    if tied_head is not None:
+        head = whole(model.head_weight)
+        if not tied_head.to(head.device, head.dtype).equal(head):
+            raise ValueError(f"{folder}: lm_head.weight differs from embed_tokens.weight, but "
+                             "config.json ties them; set tie_word_embeddings to false")
 
 
 @torch.no_grad()
@@ -939,10 +912,7 @@ def copy_tokenizer(source_folder, folder, generation_config, chat_template=None,
         generation_config["eos_token_id"] = sorted(stop_ids)
     write_json(path, generation_config)
     if chat_template is not None:
-        def write(temporary):
-            with open(temporary, "w", encoding="utf-8", newline="") as f:
-                f.write(chat_template)
-        write_atomically(os.path.join(folder, "chat_template.jinja"), write)
+        write_text(os.path.join(folder, "chat_template.jinja"), chat_template)
 
 
 # checkpoints of a run: what is trained and AdamW's state; every rank writes and reads its part
@@ -962,6 +932,10 @@ def save_checkpoint(model, optimizer, folder, iter_num, write=True):
     path = os.path.join(folder, f"checkpoint-{iter_num:07d}")
     dcp.save(training_state(model, optimizer), checkpoint_id=path + ".tmp")
     if write:
+        parts = dcp.FileSystemReader(path + ".tmp").read_metadata().storage_data.values()
+        if not {part.relative_path for part in parts} <= set(os.listdir(path + ".tmp")):
+            raise OSError(f"{folder}: other machines' parts of a checkpoint are not here; all "
+                          "machines must share out_dir")
         os.replace(path + ".tmp", path)
         remove_checkpoints(folder, but=path)
 
@@ -994,10 +968,13 @@ def remove_checkpoints(folder, but=None):
 
 
 def write_json(path, value):
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path, text):
     def write(temporary):
-        with open(temporary, "w", encoding="utf-8") as f:
-            json.dump(value, f, indent=2, ensure_ascii=False)
-            f.write("\n")
+        with open(temporary, "w", encoding="utf-8", newline="") as f:
+            f.write(text)
     write_atomically(path, write)
 
 

@@ -134,13 +134,12 @@ out_dir = os.path.expanduser(out_dir)
 start_iter, checkpoint = llama.last_checkpoint(out_dir)
 if resume and not checkpoint:
     raise ValueError(f"resume: no checkpoint in {out_dir}; start without --resume")
-if resume:
-    check_same_run(settings, llama.read_json(os.path.join(out_dir, "train_config.json")))
 if checkpoint and not (resume or dry_run):
     raise ValueError(f"{checkpoint}: an unfinished run; go on with --resume=True, or delete it")
 if ddp:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                            timeout=timedelta(hours=2))   # while rank 0 tokenizes
+                            timeout=timedelta(hours=2),   # while rank 0 tokenizes
+                            device_id=device if device.type == "cuda" else None)
 torch.manual_seed(seed + ddp_rank)   # dropout differs between ranks, the order of pairs does not
 autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
@@ -178,6 +177,9 @@ if eval_dataset:
 else:
     train_pairs, held_out = data.hold_out(train_pairs, eval_pairs, seed)
 log(data.describe_example(train_pairs, tokenizer))
+settings["dataset_sha256"] = train_pairs.fingerprint()
+if resume:
+    check_same_run(settings, llama.read_json(os.path.join(out_dir, "train_config.json")))
 longest = max(train_pairs.lengths.sum(1).max(), held_out.lengths.sum(1).max())
 if longest > row_tokens:
     raise ValueError(f"row_tokens: {row_tokens} is less than the longest pair ({longest} tokens); "
@@ -193,7 +195,7 @@ if start_iter > max_iters and resume:
 eval_tokens = 2 * row_tokens           # rows without gradients take far less memory
 fixed_shapes = device.type == "cuda"   # few shapes, few compilations; a CPU takes any length
 compile = compile and (fixed_shapes or "compile" in overrides)
-train_shapes = (row_tokens // 4, row_tokens) if fixed_shapes else ()
+train_shapes = (row_tokens // 8, row_tokens // 4, row_tokens) if fixed_shapes else ()
 eval_shapes = (eval_tokens,) if fixed_shapes else ()
 log(f"{len(train_pairs):,} pairs, {len(held_out):,} held out; {max_iters} steps of {batch_size} "
     f"pairs, {iters_per_epoch} an epoch")
@@ -224,14 +226,10 @@ log(f"{init_from}: {sum(p.numel() for p in raw_model.parameters()):,} parameters
     f"{sum(p.numel() for p in trained):,} trained")
 stop_ids = tokenizer.stop_ids()
 if dry_run:
+    from scripts.memory import report
     step_tokens = train_pairs.lengths.sum() / len(train_pairs) * batch_size
-    parts = llama.memory_parts(raw_model, row_tokens, llama.DTYPES[dtype],
-                               8 if optimizer_state == "fp32" else 2)
-    parts["in all"] = sum(parts.values())
-    log(f"a step: {step_tokens:,.0f} tokens, about {step_tokens / row_tokens / ddp_world_size:.1f} "
-        f"rows of {row_tokens:,} tokens on each of {ddp_world_size} ranks; {max_iters:,} steps\n"
-        "memory of a rank, GiB (estimate):\n" + "\n".join(
-            f"{size / 2 ** 30:9.2f} {part}" for part, size in parts.items()))
+    log(report(raw_model, step_tokens, max_iters, row_tokens, ddp_world_size, llama.DTYPES[dtype],
+               optimizer_bytes=8 if optimizer_state == "fp32" else 2))
     sys.exit()
 
 
@@ -320,8 +318,7 @@ def normalized(R, group):
 
 uses_reference = objective in mmpo.USES_REFERENCE
 lengths = torch.from_numpy(train_pairs.lengths[:, 1:])            # (N, n) tokens of each response
-visited = np.unique(np.concatenate([data.batch_indices(len(train_pairs), batch_size, seed, i)
-                                    for i in range(min(max_iters, iters_per_epoch))]))
+visited = np.sort(data.batch_indices(len(train_pairs), max_iters * batch_size, seed, 0))
 ref_logps = torch.zeros(lengths.shape)
 if uses_reference:
     t0 = time.time()
@@ -348,11 +345,12 @@ knobs = dict(constants, pref_weight=pref_weight, gamma_beta_ratio=gamma_beta_rat
              orpo_lambda=orpo_lambda)
 
 
-def evaluate():
+def evaluate(iter_num):
     """Loss and metrics over the held-out pairs, and KL(reference || policy) in nats a token,
     estimated on the reference's own samples."""
-    ref = eval_ref_logps if uses_reference else None   # as in training
-    rows = score(held_out, everything), eval_lengths, ref, eval_R
+    logps = score(held_out, everything) if iter_num else eval_ref_logps   # at first they are equal
+    ref = eval_ref_logps if uses_reference else None                      # as in training
+    rows = logps, eval_lengths, ref, eval_R
     metrics = {"loss": mmpo.preference_loss(objective, *rows, **knobs).mean().item(),
                **mmpo.preference_metrics(*rows, **constants)}
     if kl_prompts:
@@ -411,7 +409,7 @@ for iter_num in tqdm(range(start_iter, max_iters + 1), "steps", disable=not prog
 
     if iter_num % eval_interval == 0 or iter_num == max_iters:
         check_finite(iter_num)
-        metrics = evaluate()
+        metrics = evaluate(iter_num)
         first_eval = first_eval or metrics
         record({"iter": iter_num} | metrics)
         log(f"eval {iter_num:5d} | " +

@@ -69,7 +69,7 @@ def train_defaults():
 
 
 GPU_ROW, STEP_PAIRS = (train_defaults()[name] for name in ("row_tokens", "batch_size"))
-GPU_SHAPES = GPU_ROW // 4, GPU_ROW
+GPU_SHAPES = GPU_ROW // 8, GPU_ROW // 4, GPU_ROW
 ROW_TOKENS, SHAPES = (GPU_ROW, GPU_SHAPES) if CUDA else (4096, ())   # memory
 
 # -----------------------------------------------------------------------------

@@ -51,7 +51,11 @@ def main():
         if not os.path.exists(args.instructions):
             raise FileNotFoundError(f"{args.instructions}: no such file; "
                                     "it holds [{\"instruction\": ..}, ..]")
-        asked = [row["instruction"] for row in llama.read_json(args.instructions)]
+        rows = llama.read_json(args.instructions)
+        if not all(isinstance(row, dict) and "instruction" in row for row in rows):
+            raise ValueError(f"{args.instructions}: it must hold [{{\"instruction\": ..}}, ..]")
+        os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
+        asked = [row["instruction"] for row in rows]
         outputs = []
         for i in range(0, len(asked), args.batch_size):
             outputs += answer([[{"role": "user", "content": q}]
