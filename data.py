@@ -215,8 +215,8 @@ class Tokenizer:
             ids = self.encode(full[len(prompt):])
             end = next((i for i, t in enumerate(ids) if t in self.special_ids), None)
             if end == 0:
-                raise ValueError("chat template: no assistant header at the end of a prompt (it "
-                                 "ignores add_generation_prompt); give another with --chat_template")
+                raise ValueError("chat template: it ignores add_generation_prompt, so a prompt has "
+                                 "no assistant header; give another with --chat_template")
             if end is None and self.eos_id is None:
                 raise ValueError("chat template: no end-of-turn token after a response and no "
                                  "eos_token")
@@ -731,7 +731,7 @@ def best_fit(members, lengths, row_tokens):
 
 
 def short_rows(row, lengths, shapes):
-    """[row], or rows of the smaller shapes that hold its trees in fewer tokens, padding included."""
+    """[row], or rows of the smaller shapes that hold its trees in fewer tokens with padding."""
     *smaller, size = sorted(shapes)
     if not smaller or lengths[row].max() > smaller[-1]:
         return [row]

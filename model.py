@@ -239,7 +239,7 @@ def tree_attention(q, k, v, trees):
 
 
 def attend_tree(q, k, v, prompt, sizes):
-    """-> the attention of prompt + response 1, and of each further response. sizes: their tokens."""
+    """-> the attention of prompt + response 1, then of each further response, of `sizes` tokens."""
     (stem_q, stem_k, stem_v), *branches = zip(*(x.split(sizes, dim=2) for x in (q, k, v)))
     yield F.scaled_dot_product_attention(stem_q, stem_k, stem_v, is_causal=True, enable_gqa=True)
     for q_i, k_i, v_i in branches:

@@ -849,6 +849,12 @@ def test_objectives(objective, n, length_norm):
                numeric_grad(lambda x: theirs(x).sum(), logps)) <= 1e-6
 
 
+def test_orpo_of_a_certain_response():
+    """A mean log-prob that rounding lifts to 0 or above has a finite loss."""
+    losses = mmpo.orpo_loss(torch.tensor([0.0, 1e-8]), torch.tensor([-1.0, -1.0]), 0.1)
+    assert losses.isfinite().all()
+
+
 def test_preference_metrics():
     """Metrics of two pairs made by hand, one learned and one not."""
     logps, ref = torch.tensor([[[-10.0, -30.0], [-40.0, -20.0]], [[-12.0, -28.0], [-38.0, -21.0]]])

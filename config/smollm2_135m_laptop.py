@@ -1,14 +1,15 @@
-# MMPO on SmolLM2-135M with LoRA, on a laptop's CPU: 7 minutes on two cores (Intel Xeon with AMX,
-# 500 tokens/s), 6 GB. Held-out loss from 0.53 to 0.41 on GPT-4-judged Alpaca.
+# MMPO on SmolLM2-135M with LoRA, on a laptop's CPU: 12 minutes on two cores (AMD EPYC with AVX2, in
+# fp32). On GPT-4-judged Alpaca the implicit reward accuracy gets to 0.58 on 256 held-out pairs.
 # python train.py config/smollm2_135m_laptop.py
 out_dir = "out/smollm2_135m_laptop"
 init_from = "HuggingFaceTB/SmolLM2-135M-Instruct"
 dataset = "HuggingFaceH4/ultrafeedback_binarized"
 eval_pairs = 256
-eval_interval = 20
-max_length = 256
-max_prompt_length = 128
+eval_interval = 40
+max_length = 160
+max_prompt_length = 96
 kl_samples = 8
+pref_weight = 40.0      # so few pairs turn with the contrastive term only (README, Results)
 lora_rank = 16          # adapters take less time and memory than all weights
 lora_alpha = 32
 lora_dropout = 0.0
