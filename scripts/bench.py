@@ -524,9 +524,13 @@ def main():
     pairs = pairs.subset(np.random.default_rng(42).permutation(len(pairs))[:args.pairs])
 
     prompt, chosen, rejected = pairs.lengths.mean(0)
+    batches, n = steps(args)
+    padded = sum(2 * len(b) * (pairs.lengths[b, 0] + pairs.lengths[b, 1:].max(1)).max()
+                 for b in batches[:n]) / pairs.lengths.sum()
     about = (f"{os.path.basename(args.model)}, {args.pairs} pairs of {args.data} (on average "
-             f"{prompt:.0f} + {chosen:.0f} + {rejected:.0f} tokens), batches of {args.batch}, "
-             f"median (min to max) of the rounds\n{hardware()}")
+             f"{prompt:.0f} + {chosen:.0f} + {rejected:.0f} tokens), batches of {args.batch}: "
+             f"{padded:.2f} times the tokens if padded, a prompt with each response; median (min "
+             f"to max) of the rounds\n{hardware()}")
     print(about, flush=True)
     record, report = {"about": about, "arguments": vars(args)}, []
     sides = {TRL: TRL, TRL_BEST: TRL_BEST, "this trainer": PACKED}
