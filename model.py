@@ -469,8 +469,8 @@ def fused(function, entropy, logits, *columns):
 class TokenLogProbs(torch.autograd.Function):
     """Log-probabilities of `targets` (R,) under hidden states x (R, C) and head weight (V, C).
 
-    Works through the tokens in chunks, so the (R, V) logits never exist, and keeps one number a
-    token, the log-sum-exp, and the logits of the chunk it did last, with which backward starts; it
+    Works through the tokens in chunks of at most CHUNK_LOGITS logits. It keeps one number a token,
+    the log-sum-exp, and the logits of the chunk it did last, with which backward starts; backward
     computes those of the others again. Returns logps and entropies, (R,) fp32.
     """
 
