@@ -84,14 +84,13 @@ class Tokenizer:
         if not os.path.exists(path):
             raise FileNotFoundError(f"{folder}: no tokenizer.json; byte-level BPE checkpoints have "
                                     "one (Llama-3, SmolLM2, Qwen)")
-        raw = open(path, encoding="utf-8", errors="replace").read()
         config_path = os.path.join(folder, "tokenizer_config.json")
-        raw_config = "{}"
-        if os.path.exists(config_path):
-            raw_config = open(config_path, encoding="utf-8", errors="replace").read()
         try:
+            raw, raw_config = open(path, encoding="utf-8").read(), "{}"
+            if os.path.exists(config_path):
+                raw_config = open(config_path, encoding="utf-8").read()
             spec, config = json.loads(raw), json.loads(raw_config)
-        except json.JSONDecodeError as e:
+        except (json.JSONDecodeError, UnicodeDecodeError) as e:
             raise ValueError(f"{path}: not valid JSON ({e}); download it again") from None
         if not (isinstance(spec, dict) and isinstance(spec.get("model"), dict)
                 and isinstance(config, dict)):

@@ -956,6 +956,15 @@ def test_other_tokenizers_are_refused(change, words, checkpoint, tmp_path):
     assert folder in str(e.value)
 
 
+def test_tokenizer_file_that_is_not_utf8(checkpoint, tmp_path):
+    """A damaged tokenizer file is an error, never read with other characters in it."""
+    folder = shutil.copytree(checkpoint, str(tmp_path / "model"))
+    with open(f"{folder}/tokenizer_config.json", "wb") as f:
+        f.write(b'{"eos_token": "\xff"}')
+    with pytest.raises(ValueError, match="not valid JSON"):
+        data.Tokenizer(folder)
+
+
 # -----------------------------------------------------------------------------
 # chat templates
 
