@@ -511,3 +511,4 @@ if ddp:
     dist.barrier()
     del model   # a DDP wrapper that outlives the process group can hang
     dist.destroy_process_group()
+    time.sleep(0.5)   # gloo's threads let go of FSDP's last tensors; after Python's end that aborts
