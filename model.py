@@ -565,7 +565,7 @@ class LoRALinear(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight, self.bias = base.weight, base.bias
-        self.scale, self.dropout = alpha / rank, dropout
+        self.alpha, self.scale, self.dropout = alpha, alpha / rank, dropout
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=base.weight.device))
         self.lora_B = nn.Parameter(torch.empty(base.out_features, rank, device=base.weight.device))
         self.init_adapter()
@@ -900,8 +900,8 @@ def save_pretrained(model, folder, hf_config, tokenizer_folder=None, dtype=torch
 
 
 @torch.no_grad()
-def save_adapter(model, folder, base, rank, alpha, dropout, targets, tokenizer_folder=None,
-                 chat_template=None, stop_ids=(), write=True):
+def save_adapter(model, folder, base, tokenizer_folder=None, chat_template=None, stop_ids=(),
+                 write=True):
     """Write the LoRA adapters alone: a folder that peft.PeftModel.from_pretrained opens on `base`.
 
     Sharded models as in save_pretrained.
@@ -915,9 +915,12 @@ def save_adapter(model, folder, base, rank, alpha, dropout, targets, tokenizer_f
     write_atomically(os.path.join(folder, "adapter_model.safetensors"),
                      lambda t: save_file(tensors, t, {"format": "pt"}))
     remove_earlier(folder, {"adapter_model.safetensors"})
+    layers = lora_layers(model)
+    some = next(iter(layers.values()))
     write_json(os.path.join(folder, "adapter_config.json"), {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": rank,
-        "lora_alpha": alpha, "lora_dropout": dropout, "target_modules": targets, "bias": "none",
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
+        "r": len(some.lora_A), "lora_alpha": some.alpha, "lora_dropout": some.dropout,
+        "target_modules": sorted({name.split(".")[-1] for name in layers}), "bias": "none",
         "fan_in_fan_out": False, "inference_mode": True})
     copy_tokenizer(tokenizer_folder, folder, {}, chat_template, stop_ids)
 

@@ -640,7 +640,7 @@ def test_lora(checkpoint, tmp_path):
     assert model(row).equal(trained) and gap(trained, base) > 1e-2
     llama.save_pretrained(model, str(tmp_path), config, checkpoint, torch.float32)
     assert gap(llama.from_pretrained(str(tmp_path))[0](row), trained) <= 1e-5
-    llama.save_adapter(model, str(tmp_path), checkpoint, 4, 8.0, 0.0, ALL_LINEAR)
+    llama.save_adapter(model, str(tmp_path), checkpoint)
     saved = load_file(tmp_path / "adapter_model.safetensors")   # as peft reads it, without peft
     merged, _ = llama.from_pretrained(checkpoint)
     for name in [n for n in before if n.split(".")[-2] in ALL_LINEAR]:
@@ -1846,8 +1846,10 @@ def test_peft_opens_the_adapter(checkpoint, tmp_path):
     llama.save_pretrained(model, str(tmp_path / "merged"), config, checkpoint, torch.float32)
     base = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     shutil.copytree(tmp_path / "merged", tmp_path / "adapter")
-    llama.save_adapter(model, str(tmp_path / "adapter"), checkpoint, 4, 8.0, 0.0, ALL_LINEAR)
+    llama.save_adapter(model, str(tmp_path / "adapter"), checkpoint)
     assert not {"config.json", "model.safetensors"} & set(os.listdir(tmp_path / "adapter"))
+    told = read_json(tmp_path / "adapter" / "adapter_config.json")
+    assert (told["r"], told["lora_alpha"], told["target_modules"]) == (4, 8.0, sorted(ALL_LINEAR))
     opened = peft.PeftModel.from_pretrained(base, str(tmp_path / "adapter"))
     tokens = tokens_of(2, 40)
     assert gap(opened(tokens).logits, transformers_logits(str(tmp_path / "merged"), tokens)) <= 1e-5

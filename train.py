@@ -496,9 +496,8 @@ for iter_num in tqdm(range(start_iter, max_iters + 1), "steps", disable=not prog
 answer("sample after")
 extras = dict(tokenizer_folder=folder, stop_ids=stop_ids, write=master_process,
               chat_template=tokenizer.template_text if chat_template else None)
-if lora_rank and export_adapter:
-    llama.save_adapter(raw_model, out_dir, init_from, lora_rank, lora_alpha, lora_dropout,
-                       lora_targets.split(","), **extras)
+if export_adapter:
+    llama.save_adapter(raw_model, out_dir, init_from, **extras)
 else:
     llama.save_pretrained(raw_model, out_dir, hf_config, dtype=llama.DTYPES[export_dtype], **extras)
 if master_process:

@@ -1,14 +1,15 @@
 """
 This trainer beside TRL's DPOTrainer: same model, pairs, batches and mathematics, in one run.
 
-$ python -m scripts.bench --data=pairs.jsonl                  # all parts, minutes on a CPU
+$ python -m scripts.bench --data=pairs.jsonl                  # the first three, minutes on a CPU
 $ python -m scripts.bench --data=pairs.jsonl --only=trl --pairs=32 --json=bench.json
 $ python -m scripts.bench --data=pairs.jsonl --only=ablation  # needs no TRL
 
 trl       TRL with its defaults, TRL at its best, this trainer
 ablation  one idea of this trainer at a time, on its own model code
 profile   where the time of a step goes, and the floor: its operations at a matmul's rate
-scaling   cost of a token by length, fill of packed rows, tokenizing, packing, two processes
+scaling   by --only=scaling: cost of a token by length, fill of packed rows, tokenizing, packing, two
+          processes
 
 DPO with beta 0.1, all weights, fp32 weights under bf16 autocast (fp32 where a CPU's bf16 is slow),
 fused AdamW, constant learning rate, gradient clipped at norm 1; the reference pass is timed apart.
@@ -249,8 +250,9 @@ def train_step(stage, model, optimizer, pairs, batch, ref_logps):
     return total_loss.item(), norm, logps
 
 
-def load(args, stage):
-    model, _ = llama.from_pretrained(args.model, DEVICE)
+def load(args, stage, config=None):
+    model = (llama.Llama(config).to(DEVICE) if config else
+             llama.from_pretrained(args.model, DEVICE)[0])
     if stage == COMPILED:
         model.compile_blocks(dynamic=not CUDA)           # a CPU's rows have any length
     return model, torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=0, fused=True)
@@ -280,8 +282,8 @@ def run_ours(stage, args, pairs):
 # -----------------------------------------------------------------------------
 # where the time of a step goes
 
-KINDS = {"matrix products": "::mm$|::addmm$|::bmm$|gemm|nvjet|cutlass",
-         "attention": "scaled_dot_product|flex_attention|flash|fmha|::where$",
+KINDS = {"attention": "::bmm$|softmax|scaled_dot_product|flex_attention|flash|fmha",
+         "matrix products": "::mm$|::addmm$|gemm|nvjet|cutlass",
          "AdamW and clipping": "adam|vector_norm|::mul_$|multi_tensor",
          "copies, casts, zeros":
              "::copy_$|::fill_$|::cat$|::empty|Memcpy|Memset|CatArray|triton_poi_fused__to_copy"}
@@ -341,15 +343,22 @@ def profile(args, pairs):
 # -----------------------------------------------------------------------------
 # scaling
 
+LENGTHS = 128, 256, 512, 1024, 2048
+BLOCK_8B = llama.LlamaConfig(vocab_size=4096, n_layer=1, n_head=32, n_kv_head=8, n_embd=4096,
+                             head_dim=128, intermediate_size=14336)   # one of Llama-3-8B's
 
-def run_lengths(args):
-    """-> seconds and model FLOPs a token for trees of 128 to 2,048: half prompt, two responses."""
+
+def run_lengths(args, lengths, config=None):
+    """-> seconds and model FLOPs a token for trees of `lengths` tokens: half prompt, two responses.
+
+    Of args.model, or of random weights of `config`.
+    """
     stage = COMPILED if args.compile else PACKED
-    model, optimizer = load(args, stage)
+    model, optimizer = load(args, stage, config)
     random = np.random.default_rng(0)
     tokens = ROW_TOKENS if CUDA else 2048
-    cost = {n: [] for n in (128, 256, 512, 1024, 2048)}
-    flops, lengths = {}, list(cost)
+    cost = {n: [] for n in lengths}
+    flops = {}
     warm_up = lengths if CUDA else [2048, 128]   # a GPU compiles, AdamW's state and memory appear
     for i, n in enumerate([*warm_up, *lengths * (3 if CUDA else 1)]):
         ids = random.integers(0, model.config.vocab_size, (tokens // n, n))
@@ -402,7 +411,8 @@ def run_ranks(args, ranks):
 
 def scaling(args):
     """-> the table, the numbers."""
-    (cost, flops), loader = fresh(run_lengths, args), fresh(run_loader, args)
+    (cost, flops), loader = fresh(run_lengths, args, LENGTHS), fresh(run_loader, args)
+    block_cost, block_flops = fresh(run_lengths, args, LENGTHS, BLOCK_8B)
     share = loader["loader"] / cost[256]
     several = (torch.cuda.device_count() if CUDA else os.cpu_count()) > 1
     gain = ceiling = float("nan")
@@ -413,17 +423,23 @@ def scaling(args):
         with ThreadPoolExecutor(2) as pool:
             ceiling = sum(pool.map(run_ranks, [args] * 2, [1] * 2)) / alone
     lines = ["| | measured | goal |", "|---|---|---|",
-             f"| ms a token, pairs of {', '.join(map(str, cost))} tokens | "
-             f"{', '.join(f'{1000 * s:.3g}' for s in cost.values())}: "
-             f"+{max(cost.values()) / min(cost.values()) - 1:.0%} (FLOPs: "
-             f"+{flops[2048] / flops[128] - 1:.0%}) | within 10% |",
+             by_length("ms a token", cost, flops),
+             by_length("the same, one block of Llama-3-8B", block_cost, block_flops),
              f"| fill of rows of {GPU_ROW:,} tokens | {loader['fill']:.1%} | 95% or more |",
              f"| tokenizing 60k pairs | {6e4 * loader['tokenize']:.0f} s | under 60 s a core |",
              f"| packing and collating, share of a step | {share:.2%} | under 2% |",
              f"| two processes against one, wall time | {gain:.2f}x (two runs that share nothing: "
              f"{ceiling:.2f}x) | 1.8x or more |"]
-    return lines, {"seconds_a_token": cost, "flops_a_token": flops, **loader, "two_processes": gain,
+    return lines, {"seconds_a_token": cost, "flops_a_token": flops, "seconds_block_8b": block_cost,
+                   "flops_block_8b": block_flops, **loader, "two_processes": gain,
                    "two_runs": ceiling}
+
+
+def by_length(what, cost, flops):
+    return (f"| {what}, pairs of {', '.join(map(str, cost))} tokens | "
+            f"{', '.join(f'{1000 * s:.3g}' for s in cost.values())}: "
+            f"+{max(cost.values()) / min(cost.values()) - 1:.0%} (FLOPs: "
+            f"+{max(flops.values()) / min(flops.values()) - 1:.0%}) | within 10% |")
 
 
 # -----------------------------------------------------------------------------
@@ -500,7 +516,7 @@ def main():
     parser.add_argument("--model", default=smollm2 if os.path.isdir(smollm2) else "assets/demo",
                         help="folder or hub id; default: SmolLM2 in the cache, or assets/demo")
     parser.add_argument("--data", default="assets/demo/train.jsonl", help="as train.py's dataset")
-    parser.add_argument("--pairs", type=int, default=512 if CUDA else 8)
+    parser.add_argument("--pairs", type=int, default=512 if CUDA else 4)
     parser.add_argument("--batch", type=int, default=32 if CUDA else 4, help="pairs a step")
     parser.add_argument("--max_length", type=int, default=512)
     parser.add_argument("--repeats", type=int,
@@ -510,7 +526,7 @@ def main():
     parser.add_argument("--only", choices=PARTS)
     parser.add_argument("--json", metavar="FILE", help="all numbers, for a program")
     args = parser.parse_args()
-    parts = [args.only] if args.only else PARTS
+    parts = [args.only] if args.only else PARTS[:-1]
     if "trl" in parts and not importlib.util.find_spec("trl"):
         sys.exit("error: pip install trl, or --only=ablation, which needs none")
     os.environ |= ENVIRONMENT
