@@ -348,8 +348,8 @@ BLOCK_8B = llama.LlamaConfig(vocab_size=4096, n_layer=1, n_head=32, n_kv_head=8,
                              head_dim=128, intermediate_size=14336)   # one of Llama-3-8B's
 
 
-def run_lengths(args, lengths, config=None):
-    """-> seconds and model FLOPs a token for trees of `lengths` tokens: half prompt, two responses.
+def run_lengths(args, config=None):
+    """-> seconds and model FLOPs a token for trees of LENGTHS tokens: half prompt, two responses.
 
     Of args.model, or of random weights of `config`.
     """
@@ -357,10 +357,9 @@ def run_lengths(args, lengths, config=None):
     model, optimizer = load(args, stage, config)
     random = np.random.default_rng(0)
     tokens = ROW_TOKENS if CUDA else 2048
-    cost = {n: [] for n in lengths}
-    flops = {}
-    warm_up = lengths if CUDA else [2048, 128]   # a GPU compiles, AdamW's state and memory appear
-    for i, n in enumerate([*warm_up, *lengths * (3 if CUDA else 1)]):
+    cost, flops = {n: [] for n in LENGTHS}, {}
+    warm_up = LENGTHS if CUDA else (2048, 128)   # a GPU compiles, AdamW's state and memory appear
+    for i, n in enumerate([*warm_up, *LENGTHS * (3 if CUDA else 1)]):
         ids = random.integers(0, model.config.vocab_size, (tokens // n, n))
         pairs = data.Pairs.from_rows([np.split(row, [n // 2, n * 3 // 4]) for row in ids])
         batch = np.arange(len(pairs))
@@ -411,8 +410,8 @@ def run_ranks(args, ranks):
 
 def scaling(args):
     """-> the table, the numbers."""
-    (cost, flops), loader = fresh(run_lengths, args, LENGTHS), fresh(run_loader, args)
-    block_cost, block_flops = fresh(run_lengths, args, LENGTHS, BLOCK_8B)
+    (cost, flops), loader = fresh(run_lengths, args), fresh(run_loader, args)
+    block_cost, block_flops = fresh(run_lengths, args, BLOCK_8B)
     share = loader["loader"] / cost[256]
     several = (torch.cuda.device_count() if CUDA else os.cpu_count()) > 1
     gain = ceiling = float("nan")
