@@ -14,11 +14,11 @@ References
 """
 import contextlib
 import glob
+import itertools
 import json
 import math
 import os
 import shutil
-import struct
 import warnings
 from dataclasses import dataclass
 from functools import lru_cache
@@ -30,7 +30,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions, get_state_dict, set_state_dict)
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -419,7 +418,7 @@ class Llama(nn.Module):
         tokens = [[0] * (longest - len(p)) + list(p) for p in prompts]
         tokens = torch.tensor(tokens, device=device)                                # (B, T)
         stop = torch.tensor(list(stop_ids), dtype=torch.long, device=device)
-        finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+        going_on, n_new = torch.ones(len(prompts), dtype=torch.bool, device=device), 0
         caches, new = [[] for _ in self.model.layers], []
         slots = torch.arange(longest + max_new_tokens, device=device)
         first, last = 0, longest
@@ -432,16 +431,13 @@ class Llama(nn.Module):
             logits = F.linear(x, self.head_weight).float()
             token = sample(logits, temperature, top_k, top_p, generator)            # (B,)
             new.append(token)
-            finished |= torch.isin(token, stop)
-            if finished.all() or len(new) == max_new_tokens:
+            n_new = n_new + going_on.long()                                         # (B,)
+            going_on &= ~torch.isin(token, stop)
+            if not going_on.any() or len(new) == max_new_tokens:
                 break
             tokens, first, last = token[:, None], last, last + 1
         self.train(was_training)
-        outputs = []
-        for ids in torch.stack(new, dim=1).tolist():
-            end = next((i + 1 for i, t in enumerate(ids) if t in set(stop_ids)), len(ids))
-            outputs.append(ids[:end])
-        return outputs
+        return [ids[:n] for ids, n in zip(torch.stack(new, dim=1).tolist(), n_new.tolist())]
 
 
 def sample(logits, temperature, top_k, top_p, generator=None):
@@ -552,8 +548,8 @@ class TokenLogProbs(torch.autograd.Function):
 # LoRA
 
 
-class LoRALinear(nn.Linear):
-    """A frozen linear layer plus (alpha / rank) B A x; A (rank, in), B (out, rank) train in fp32.
+class LoRALinear(nn.Module):
+    """A frozen linear layer plus (alpha / rank) B A x; A and B train in fp32.
 
     B starts at zero, so the layer starts as its base. With `enabled` off it is its base: the
     reference policy, for no memory.
@@ -562,28 +558,30 @@ class LoRALinear(nn.Linear):
     enabled = True
 
     def __init__(self, base, rank, alpha, dropout):
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = base.in_features, base.out_features
+        super().__init__()
         self.weight, self.bias = base.weight, base.bias
-        self.alpha, self.scale, self.dropout = alpha, alpha / rank, dropout
-        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=base.weight.device))
-        self.lora_B = nn.Parameter(torch.empty(base.out_features, rank, device=base.weight.device))
+        self.rank, self.alpha, self.dropout = rank, alpha, dropout
+        device = base.weight.device
+        self.lora_A = nn.Linear(base.in_features, rank, bias=False, device=device)
+        self.lora_B = nn.Linear(rank, base.out_features, bias=False, device=device)
         self.init_adapter()
 
+    @torch.no_grad()
     def init_adapter(self):
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        nn.init.zeros_(self.lora_B)
+        A = torch.empty(self.lora_A.weight.shape, device=self.lora_A.weight.device)
+        fill(self.lora_A.weight, nn.init.kaiming_uniform_(A, a=math.sqrt(5)))
+        nn.init.zeros_(self.lora_B.weight)
 
     def forward(self, x):
         y = F.linear(x, self.weight, self.bias)
-        if not self.enabled:
-            return y
-        x = F.dropout(x, self.dropout, self.training).to(y.dtype)
-        low = self.scale * F.linear(x, self.lora_A.to(y.dtype))
-        return y + F.linear(low, self.lora_B.to(y.dtype))
+        if self.enabled:
+            low = self.lora_A(F.dropout(x, self.dropout, self.training))
+            y = y + self.lora_B(low * (self.alpha / self.rank))
+        return y
 
     def merged_weight(self):
-        return whole(self.weight).float() + self.scale * (whole(self.lora_B) @ whole(self.lora_A))
+        A, B = whole(self.lora_A.weight), whole(self.lora_B.weight)
+        return whole(self.weight).float() + self.alpha / self.rank * (B @ A)
 
 
 def add_lora(model, rank, alpha, dropout, targets):
@@ -602,12 +600,13 @@ def add_lora(model, rank, alpha, dropout, targets):
 @contextlib.contextmanager
 def adapters_off(model):
     """The model as it was before LoRA, inside the with block."""
-    for layer in lora_layers(model).values():
+    layers = lora_layers(model).values()
+    for layer in layers:
         layer.enabled = False
     try:
         yield
     finally:
-        for layer in lora_layers(model).values():
+        for layer in layers:
             layer.enabled = True
 
 
@@ -627,24 +626,28 @@ def shard(model, device_type, param_dtype=None):
     policy = fsdp.MixedPrecisionPolicy(
         param_dtype=param_dtype, reduce_dtype=torch.float32,
         cast_forward_inputs=False)   # it would copy the KV cache and round the rotary angles
-    mesh = init_device_mesh(device_type, (torch.distributed.get_world_size(),))
-    options = {"mp_policy": policy, "mesh": mesh}
-    for block in model.model.layers:
-        fsdp.fully_shard(block, **options)
-    fsdp.fully_shard(model, **options)
-    for method in ("logits", "generate"):
-        fsdp.register_fsdp_forward_method(model, method)
+    world_size = torch.distributed.get_world_size()
+    mesh = torch.distributed.init_device_mesh(device_type, (world_size,))
+    for module in (*model.model.layers, model):
+        fsdp.fully_shard(module, mesh=mesh, mp_policy=policy)
+    fsdp.register_fsdp_forward_method(model, "generate")
 
 
-def reshard(model):
-    """Back to the fp32 shards: after a forward, FSDP's outermost weights stay gathered, in bf16."""
-    if hasattr(model, "reshard"):
-        model.reshard()
+def fill(parameter, tensor):
+    """Copy a tensor that every rank has into a parameter; a sharded one takes its part."""
+    if isinstance(parameter, DTensor):
+        tensor = distribute_tensor(tensor.to(parameter.device), parameter.device_mesh,
+                                   parameter.placements, src_data_rank=None)
+    parameter.copy_(tensor)
 
 
 def whole(tensor):
     """A tensor, put together on every rank if it is sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+# -----------------------------------------------------------------------------
+# what a step costs
 
 
 def step_flops(model, lengths):
@@ -677,6 +680,7 @@ def peak_flops(device):
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
                    "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model",
                    "chat_template.jinja")
+CONFIGS = ("config.json", "adapter_config.json", "model.safetensors.index.json")
 
 
 def checkpoint_folder(name):
@@ -723,51 +727,43 @@ def read_json(path):
 
 def tensor_files(folder):
     """{tensor name: safetensors file it is in} of a checkpoint. ValueError for a damaged one."""
-    index = os.path.join(folder, "model.safetensors.index.json")
+    index, shards = os.path.join(folder, "model.safetensors.index.json"), ["model.safetensors"]
     if os.path.exists(index):
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(f"{index}: no weight_map; download it again")
-        shards = sorted(set(weight_map.values()))
-        for shard in shards:
-            if not isinstance(shard, str) or os.path.basename(shard) != shard:
-                raise ValueError(f'{index}: shard "{shard}" is outside the model folder; refusing')
-    else:
-        shards = ["model.safetensors"]
-        if not os.path.exists(os.path.join(folder, shards[0])):
-            raise FileNotFoundError(f"{folder}: no model.safetensors and no index of shards; is "
-                                    "this a Hugging Face checkpoint with safetensors weights?")
+        shards = sorted(set(weight_map.values()), key=str)
+    elif not os.path.exists(os.path.join(folder, shards[0])):
+        raise FileNotFoundError(f"{folder}: no model.safetensors and no index of shards; is "
+                                "this a Hugging Face checkpoint with safetensors weights?")
     where = {}
     for shard in shards:
+        if os.path.basename(str(shard)) != shard:
+            raise ValueError(f'{index}: shard "{shard}" is outside the model folder; refusing')
         path = os.path.join(folder, shard)
         if not os.path.exists(path):
             raise FileNotFoundError(f"{path}: missing, but the index names it; download it again")
         for name in safetensors_names(path):
             if name in where:
-                raise ValueError(f"{path}: tensor {name} is also in {where[name]}; two checkpoints "
-                                 "in one folder?")
+                raise ValueError(f"{path}: tensor {name} appears twice, here and in {where[name]}")
             where[name] = path
     return where
 
 
 def safetensors_names(path):
-    """Tensor names in a safetensors header; a name twice, which the library allows, is an error."""
+    """Tensor names in a safetensors header; the library would drop all but one of the same name."""
     with open(path, "rb") as f:
         head = f.read(8)
-        if head.startswith(b"version "):
+        if head == b"version ":
             raise ValueError(f"{path}: Git LFS pointer, not weights; run git lfs pull")
-        size = struct.unpack("<Q", head)[0] if len(head) == 8 else -1
+        size = int.from_bytes(head, "little")
         if not 0 < size < 100_000_000:
             raise ValueError(f"{path}: not a safetensors file; download it again")
-        header = f.read(size)
-    try:
-        pairs = json.loads(header, object_pairs_hook=list)
-        names = [name for name, _ in pairs if name != "__metadata__"]
-    except (ValueError, TypeError):
-        raise ValueError(f"{path}: incomplete file; download it again") from None
-    if len(set(names)) < len(names):
-        raise ValueError(f"{path}: a tensor name appears twice in the header; refusing")
-    return names
+        try:
+            entries = json.loads(f.read(size), object_pairs_hook=list)
+            return [name for name, _ in entries if name != "__metadata__"]
+        except (ValueError, TypeError):
+            raise ValueError(f"{path}: incomplete file; download it again") from None
 
 
 def from_pretrained(name, device="cpu", dtype=torch.float32, prepare=None):
@@ -804,44 +800,30 @@ def load_weights(model, folder):
     expected = {n: p for n, p in model.named_parameters() if "lora_" not in n}
     where = {name: path for name, path in tensor_files(folder).items()
              if not name.endswith("rotary_emb.inv_freq")}   # old Llamas saved it; it is computed
-    missing, extra = sorted(expected.keys() - where.keys()), sorted(where.keys() - expected.keys())
-    if missing:
-        raise ValueError(f"{folder}: missing tensor {missing[0]} ({len(missing)} of "
-                         f"{len(expected)}); wrong config.json?")
-    if model.config.tie_word_embeddings and extra == ["lm_head.weight"]:
-        extra = []   # a redundant copy of the tied head: checked below
-    if extra:
-        raise ValueError(f"{folder}: unexpected tensor {extra[0]} ({len(extra)} in all); "
-                         "wrong config.json?")
-    tied_head = None
-    for path in sorted(set(where.values())):
+    tied = {"lm_head.weight"} & where.keys() if model.config.tie_word_embeddings else set()
+    for what, names in (("missing", expected.keys() - where.keys()),
+                        ("unexpected", where.keys() - expected.keys() - tied)):
+        if names:
+            raise ValueError(f"{folder}: {what} tensor {min(names)} ({len(names)} of "
+                             f"{len(expected)}); wrong config.json?")
+    last = sorted(where, key=lambda name: (name in tied, where[name]))   # a copy of the tied head
+    for path, names in itertools.groupby(last, where.get):
         try:
             with safe_open(path, framework="pt") as f:
-                for name in f.keys():
-                    if name not in where:
-                        continue
-                    tensor = f.get_tensor(name)
-                    if name not in expected:
-                        tied_head = tensor
-                        continue
-                    shape = tuple(expected[name].shape)
-                    if tuple(tensor.shape) != shape:
+                for name in names:
+                    p, tensor = expected.get(name, model.head_weight), f.get_tensor(name)
+                    if tensor.shape != p.shape:
                         raise ValueError(f"{path}: {name} has shape {tuple(tensor.shape)}, "
-                                         f"config.json asks for {shape}")
+                                         f"config.json asks for {tuple(p.shape)}")
                     if not tensor.isfinite().all():
                         raise ValueError(f"{path}: {name} holds NaN or infinite values; refusing")
-                    p = expected[name]
-                    if isinstance(p, DTensor):
-                        tensor = distribute_tensor(tensor.to(p.device), p.device_mesh, p.placements,
-                                                   src_data_rank=None)
-                    p.copy_(tensor)
+                    if name in tied and not tensor.to(p.device, p.dtype).equal(whole(p)):
+                        raise ValueError(
+                            f"{folder}: lm_head.weight differs from embed_tokens.weight, but "
+                            "config.json ties them; set tie_word_embeddings to false")
+                    fill(p, tensor)
         except SafetensorError as e:
             raise ValueError(f"{path}: incomplete file ({e}); download it again") from None
-    if tied_head is not None:
-        head = whole(model.head_weight)
-        if not tied_head.to(head.device, head.dtype).equal(head):
-            raise ValueError(f"{folder}: lm_head.weight differs from embed_tokens.weight, but "
-                             "config.json ties them; set tie_word_embeddings to false")
 
 
 @torch.no_grad()
@@ -856,47 +838,33 @@ def save_pretrained(model, folder, hf_config, tokenizer_folder=None, dtype=torch
     whole or not at all.
     A model sharded over ranks: call it on all, with `write` on one; a tensor is gathered at a time.
     """
+    from huggingface_hub import split_torch_state_dict_into_shards
     os.makedirs(folder, exist_ok=True)
-    reshard(model)
-    layers = {name + ".weight": layer for name, layer in lora_layers(model).items()}
-    shards, size, total = [[]], 0, 0
-    for name, p in model.named_parameters():
-        if "lora_" in name:
-            continue
-        nbytes = p.numel() * dtype.itemsize
-        if shards[-1] and size + nbytes > max_shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append((name, p))
-        size, total = size + nbytes, total + nbytes
-
-    weight_map = {}
-    for i, part in enumerate(shards):
-        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        file = file if len(shards) > 1 else "model.safetensors"
+    layers = lora_layers(model)
+    weights = {name: p for name, p in model.state_dict().items() if "lora_" not in name}
+    shapes = {name: torch.empty(p.shape, dtype=dtype, device="meta") for name, p in weights.items()}
+    split = split_torch_state_dict_into_shards(shapes, max_shard_size=max_shard_bytes)
+    for file, names in split.filename_to_tensors.items():
         tensors = {}
-        for name, p in part:
-            p = layers[name].merged_weight() if name in layers else whole(p)
+        for name in names:
+            layer = layers.get(name.removesuffix(".weight"))
+            p = layer.merged_weight() if layer else whole(weights[name])
             if write:
                 tensors[name] = p.to("cpu", dtype).contiguous()
         if write:
             write_atomically(os.path.join(folder, file),
                              lambda t: save_file(tensors, t, {"format": "pt"}))
-        weight_map |= {name: file for name, _ in part}
     if not write:
         return
-    remove_earlier(folder, {"config.json", *weight_map.values()})
-    if len(shards) > 1:
-        write_json(os.path.join(folder, "model.safetensors.index.json"),
-                   {"metadata": {"total_size": total}, "weight_map": weight_map})
-
     name = str(dtype).removeprefix("torch.")
-    hf_config = {k: v for k, v in hf_config.items() if k not in ("dtype", "torch_dtype")}
-    write_json(os.path.join(folder, "config.json"),
-               hf_config | {"dtype": name, "torch_dtype": name})
+    configs = {"config.json": hf_config | {"dtype": name, "torch_dtype": name}}
+    if split.is_sharded:
+        configs["model.safetensors.index.json"] = {"metadata": split.metadata,
+                                                   "weight_map": split.tensor_to_filename}
     ids = {k: hf_config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id")
            if hf_config.get(k) is not None}
-    copy_tokenizer(tokenizer_folder, folder, ids, chat_template, stop_ids)
+    finish_export(folder, split.filename_to_tensors, configs, ids, tokenizer_folder, chat_template,
+                  stop_ids)
 
 
 @torch.no_grad()
@@ -907,51 +875,47 @@ def save_adapter(model, folder, base, tokenizer_folder=None, chat_template=None,
     Sharded models as in save_pretrained.
     """
     os.makedirs(folder, exist_ok=True)
-    reshard(model)
-    tensors = {f"base_model.model.{name}.weight": whole(p).cpu().contiguous()
-               for name, p in model.named_parameters() if "lora_" in name}
+    tensors = {f"base_model.model.{name}": whole(p).cpu().contiguous()
+               for name, p in model.state_dict().items() if "lora_" in name}
     if not write:
         return
-    write_atomically(os.path.join(folder, "adapter_model.safetensors"),
-                     lambda t: save_file(tensors, t, {"format": "pt"}))
-    remove_earlier(folder, {"adapter_model.safetensors"})
+    file = "adapter_model.safetensors"
+    write_atomically(os.path.join(folder, file), lambda t: save_file(tensors, t, {"format": "pt"}))
     layers = lora_layers(model)
     some = next(iter(layers.values()))
-    write_json(os.path.join(folder, "adapter_config.json"), {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
-        "r": len(some.lora_A), "lora_alpha": some.alpha, "lora_dropout": some.dropout,
-        "target_modules": sorted({name.split(".")[-1] for name in layers}), "bias": "none",
-        "fan_in_fan_out": False, "inference_mode": True})
-    copy_tokenizer(tokenizer_folder, folder, {}, chat_template, stop_ids)
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
+              "r": some.rank, "lora_alpha": some.alpha, "lora_dropout": some.dropout,
+              "target_modules": sorted({name.split(".")[-1] for name in layers}), "bias": "none",
+              "fan_in_fan_out": False, "inference_mode": True}
+    finish_export(folder, [file], {"adapter_config.json": config}, {}, tokenizer_folder,
+                  chat_template, stop_ids)
 
 
-def remove_earlier(folder, keep):
-    """An earlier export's weights and configs would be opened with, or instead of, `keep`."""
-    configs = {"config.json", "adapter_config.json", "model.safetensors.index.json"}
+def finish_export(folder, weight_files, configs, generation_config, tokenizer_folder,
+                  chat_template=None, stop_ids=()):
+    """What goes with the weights: `configs`, tokenizer files as they are, generation config
+    (tokenizer_folder's if it has one), another chat template with its stop_ids. What an earlier
+    export left, and would be opened with these files or instead of them, goes."""
     for file in os.listdir(folder):
-        if (file.endswith(".safetensors") or file in configs) and file not in keep:
+        theirs = file.endswith(".safetensors") or file in CONFIGS
+        if theirs and file not in (*weight_files, *configs):
             os.remove(os.path.join(folder, file))
-
-
-def copy_tokenizer(source_folder, folder, generation_config, chat_template=None, stop_ids=()):
-    """Tokenizer files, generation config (`generation_config` where there is none) and chat
-    template as they are; another template brings its stop_ids. An earlier run's files go."""
-    for file in (*TOKENIZER_FILES, "generation_config.json") if source_folder else ():
-        source, target = os.path.join(source_folder, file), os.path.join(folder, file)
-        if os.path.realpath(source) == os.path.realpath(target):
-            continue
-        if os.path.exists(source):
-            write_atomically(target, lambda t: shutil.copyfile(source, t))
-        elif os.path.exists(target):
-            os.remove(target)
+    if tokenizer_folder and not os.path.samefile(tokenizer_folder, folder):
+        for file in (*TOKENIZER_FILES, "generation_config.json"):
+            source, target = os.path.join(tokenizer_folder, file), os.path.join(folder, file)
+            if os.path.exists(source):
+                write_atomically(target, lambda t: shutil.copyfile(source, t))
+            elif os.path.exists(target):
+                os.remove(target)
     path = os.path.join(folder, "generation_config.json")
     if os.path.exists(path):
         generation_config = read_json(path)
-    if chat_template is not None and stop_ids:
-        generation_config["eos_token_id"] = sorted(stop_ids)
-    write_json(path, generation_config)
     if chat_template is not None:
         write_text(os.path.join(folder, "chat_template.jinja"), chat_template)
+        if stop_ids:
+            generation_config["eos_token_id"] = sorted(stop_ids)
+    for file, content in (configs | {"generation_config.json": generation_config}).items():
+        write_json(os.path.join(folder, file), content)
 
 
 # checkpoints of a run: what is trained and AdamW's state; every rank writes and reads its part

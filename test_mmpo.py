@@ -1604,20 +1604,27 @@ def test_trained_model_opens_in_transformers(name, runs, checkpoint):
     assert theirs.encode("a fox, 12", add_special_tokens=False) == ours.encode("a fox, 12")
 
 
-def test_torchrun_equals_one_process(checkpoint, tmp_path):
+@pytest.mark.parametrize("lora", [False, True])
+def test_torchrun_equals_one_process(lora, checkpoint, tmp_path):
     """Two ranks, DDP or FSDP, or compiled blocks where there is a compiler, end at one process's
     weights; odd numbers of pairs don't hang."""
     args = [f"--dataset={write_rows(tmp_path / 'pairs.jsonl', word_rows(10))}", "--eval_pairs=3",
             "--batch_size=3", "--max_iters=5", "--learning_rate=1e-4"]
+    args += ["--lora_rank=4", "--lora_dropout=0", "--learning_rate=1e-3"] if lora else []
     jobs = {"one": args, "two-ddp": args, "two-fsdp": [*args, "--parallel=fsdp"]}
-    jobs |= {"compiled": [*args, "--compile=true"]} if shutil.which("g++") else {}
-    bf16 = [*jobs["two-fsdp"], "--dtype=bfloat16", "--activation_checkpointing=true"]
-    for name, process in train_all(checkpoint, tmp_path, jobs | {"two-bf16": bf16}).items():
+    jobs |= {"compiled": [*args, "--compile=true"]} if shutil.which("g++") and not lora else {}
+    two_bf16 = [*jobs["two-fsdp"], "--dtype=bfloat16", "--activation_checkpointing=true"]
+    for name, process in train_all(checkpoint, tmp_path, jobs | {"two-bf16": two_bf16}).items():
         assert process.returncode == 0, name + process.stderr
-    one, *others = (load_file(tmp_path / f"run-{name}" / "model.safetensors") for name in jobs)
+    one, *others, bf16 = (load_file(tmp_path / f"run-{name}" / "model.safetensors")
+                          for name in (*jobs, "two-bf16"))
     start = load_file(f"{checkpoint}/model.safetensors")
-    assert max((one[n] - start[n]).abs().max() for n in one) > 1e-4
+    changed = [n for n in one if not one[n].equal(start[n])]
+    assert len(changed) == (2 * 4 if lora else len(one))
+    assert max((one[n] - start[n]).abs().max() for n in changed) > 1e-4
     assert max((one[n] - two[n]).abs().max() for n in one for two in others) <= 1e-5
+    # exported from the fp32 shards, not from the bf16 weights that a forward leaves gathered
+    assert not any(bf16[n].bfloat16().float().equal(bf16[n]) for n in changed)
     for a, b in zip(*(metrics_of(tmp_path / f"run-{name}") for name in ("one", "two-ddp"))):
         names = [k for k in a if "/" in k or k in ("loss", "grad_norm", "lr")]
         assert [a[k] for k in names] == pytest.approx([b[k] for k in names], abs=1e-4)
@@ -1842,7 +1849,7 @@ def test_peft_opens_the_adapter(checkpoint, tmp_path):
     model, config = llama.from_pretrained(checkpoint)
     llama.add_lora(model, 4, 8.0, 0.0, ALL_LINEAR)
     for layer in llama.lora_layers(model).values():
-        torch.nn.init.normal_(layer.lora_B, std=0.3)
+        torch.nn.init.normal_(layer.lora_B.weight, std=0.3)
     llama.save_pretrained(model, str(tmp_path / "merged"), config, checkpoint, torch.float32)
     base = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     shutil.copytree(tmp_path / "merged", tmp_path / "adapter")

@@ -140,7 +140,7 @@ if ddp:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
                             timeout=timedelta(hours=2),   # while rank 0 tokenizes
                             device_id=device if device.type == "cuda" else None)
-torch.manual_seed(seed + ddp_rank)   # dropout differs between ranks, the order of pairs does not
+torch.manual_seed(seed)   # all ranks start with the same adapters
 autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
 
@@ -417,7 +417,7 @@ for iter_num in tqdm(range(start_iter, max_iters + 1), "steps", disable=not prog
     if iter_num == max_iters:
         break
     t0 = time.time()
-    torch.manual_seed(seed + ddp_rank + iter_num * ddp_world_size)   # dropout, also after a resume
+    torch.manual_seed(seed + ddp_rank + iter_num * ddp_world_size)   # dropout, another on each rank
 
     # the pairs of this step, their rewards, and the packed rows that fall to this rank
     batch = data.batch_indices(len(train_pairs), batch_size, seed, iter_num)

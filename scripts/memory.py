@@ -19,9 +19,11 @@ def layer_bytes(model, item, stream):
     shares = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
     for path, layer in model.model.layers[0].named_modules():
         name = path.split(".")[-1]
-        if isinstance(layer, llama.LoRALinear) and layer.dropout:
-            inputs[name] = layer.in_features * (item + 1)
-        elif isinstance(layer, nn.Linear) and any(p.requires_grad for p in layer.parameters()):
+        if isinstance(layer, llama.LoRALinear):
+            dropped = layer.dropout > 0
+            inputs[name if dropped else shares.get(name, name)] = (
+                layer.lora_A.in_features * (item + dropped))
+        elif isinstance(layer, nn.Linear) and layer.weight.requires_grad and "lora_" not in path:
             inputs[shares.get(name, name)] = layer.in_features * item
     attention = 2 * (c.n_head + c.n_kv_head) * c.head_dim
     return ((stream + item) * c.n_embd + (attention + 2 * c.intermediate_size) * item
