@@ -15,6 +15,7 @@ type or is an error, and a config file runs in its own namespace.
 """
 import ast
 import difflib
+import errno
 import io
 import os
 import re
@@ -179,8 +180,10 @@ def one_line_errors():
         last = traceback.extract_tb(trace)[-1] if trace else None
         if issubclass(kind, KeyboardInterrupt):
             print("interrupted", file=sys.stderr)
-        elif issubclass(kind, OSError) and error.filename and error.strerror:
-            print(f"error: {error.filename}: {error.strerror}", file=sys.stderr, flush=True)
+        elif issubclass(kind, OSError) and error.strerror and (error.filename
+                                                               or error.errno == errno.ENOSPC):
+            where = f"{error.filename}: " if error.filename else ""
+            print(f"error: {where}{error.strerror}", file=sys.stderr, flush=True)
         elif (issubclass(kind, (ValueError, OSError)) and last and last.line.startswith("raise ")
                 and os.path.dirname(os.path.abspath(last.filename)) in project):
             print(f"error: {error}", file=sys.stderr, flush=True)

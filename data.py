@@ -84,16 +84,11 @@ class Tokenizer:
         if not os.path.exists(path):
             raise FileNotFoundError(f"{folder}: no tokenizer.json; byte-level BPE checkpoints have "
                                     "one (Llama-3, SmolLM2, Qwen)")
-        config_path = os.path.join(folder, "tokenizer_config.json")
-        try:
-            raw, raw_config = open(path, encoding="utf-8").read(), "{}"
-            if os.path.exists(config_path):
-                raw_config = open(config_path, encoding="utf-8").read()
-            spec, config = json.loads(raw), json.loads(raw_config)
-        except (json.JSONDecodeError, UnicodeDecodeError) as e:
-            raise ValueError(f"{path}: not valid JSON ({e}); download it again") from None
-        if not (isinstance(spec, dict) and isinstance(spec.get("model"), dict)
-                and isinstance(config, dict)):
+        spec, config, special_map, added_tokens, generation = (
+            read_object(folder, f"{name}.json") for name in (
+                "tokenizer", "tokenizer_config", "special_tokens_map", "added_tokens",
+                "generation_config"))
+        if not isinstance(spec.get("model"), dict):
             raise ValueError(f"{path}: not a tokenizer's file; download it again")
 
         pattern = split_pattern(spec.get("pre_tokenizer"), path)
@@ -103,7 +98,13 @@ class Tokenizer:
                              f"{spec['model'].get('type')} is not supported")
         self.nfc = normalizer is not None
 
-        added = {t["content"]: t for t in spec.get("added_tokens") or []}
+        # tokenizer.json has them all, but in some checkpoints: what transformers reads then
+        added = {t["content"]: t | {"id": int(i)}
+                 for i, t in (config.get("added_tokens_decoder") or {}).items()}
+        if "added_tokens_decoder" not in config:
+            added = {c: {"id": i} for c, i in added_tokens.items()}
+            config = special_map | config
+        added |= {t["content"]: t for t in spec.get("added_tokens") or []}
         if odd := [c for c, t in added.items()
                    if t.get("lstrip") or t.get("rstrip") or t.get("single_word")]:
             raise ValueError(f"{path}: added token {odd[0]!r} strips its surroundings, "
@@ -137,13 +138,15 @@ class Tokenizer:
         named = {k: v.get("content") if isinstance(v, dict) else v for k, v in named.items()}
         self.bos_token, self.eos_token = named["bos_token"], named["eos_token"]
         self.eos_id = self.added.get(self.eos_token)
+        ends = generation.get("eos_token_id")
+        self.end_ids = {i for i in (ends if isinstance(ends, list) else [ends]) if type(i) is int}
         self.template_text = find_chat_template(folder, config, chat_template)
         markers = re.findall(r"<\|\w+\|>", TEMPLATES.get(chat_template, ""))
         if lacking := [m for m in markers if m not in self.special]:
             raise ValueError(f"chat_template: {chat_template} needs {lacking[0]}, which this "
                              "tokenizer lacks; give another template")
         self.template = compile_template(self.template_text, folder)
-        content = raw + raw_config + self.template_text
+        content = json.dumps([spec, config, special_map, added_tokens, self.template_text])
         self.fingerprint = hashlib.sha256(content.encode()).hexdigest()
 
     @staticmethod
@@ -226,9 +229,24 @@ class Tokenizer:
         return [{"role": t["role"], "content": self.shield(t["content"])} for t in turns]
 
     def stop_ids(self):
-        """Ids that end a response: eos and what the template ends a turn with."""
+        """Ids that end a response: eos, generation_config.json's, the template's end of turn."""
         _, [response] = self.encode_responses([{"role": "user", "content": "a"}], ["b"])
-        return {response[-1]} | ({self.eos_id} if self.eos_id is not None else set())
+        return self.end_ids | {response[-1]} | ({self.eos_id} - {None})
+
+
+def read_object(folder, name):
+    """A JSON object in a checkpoint's folder; {} where there is no such file."""
+    path = os.path.join(folder, name)
+    try:
+        with open(path, encoding="utf-8") as f:
+            value = json.load(f)
+    except FileNotFoundError:
+        return {}
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise ValueError(f"{path}: not valid JSON ({e}); download it again") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: not a JSON object; download it again")
+    return value
 
 
 class Refused(Exception):

@@ -33,7 +33,7 @@ def sum_by_response(per_token, response, n_responses):
 
 
 def rewards(r, ref_logps, beta):
-    """R(y, z) = r(y, z) + beta log pi_ref(z|x)  (mmpo.md, Objective).
+    """R(y, z) = r(y, z) + beta log pi_ref(z|x).
 
     r (n,) or (B, n): 0.9 for chosen, 0.1 for rejected in the authors' runs. ref_logps (B, n): sums,
     or means with length_norm. Returns (B, n).
@@ -164,19 +164,20 @@ def preference_loss(objective, logps, lengths, ref_logps=None, R=None, *, beta=0
 def preference_metrics(logps, lengths, ref_logps=None, R=None, *, beta=0.05, length_norm=True):
     """What is worth logging about B rows, a dict of floats, named as TRL names them.
 
-    rewards/*: implicit rewards, beta (log pi - log ref), or beta mean log pi without a reference.
+    rewards/*: implicit rewards, beta (log pi - log ref), or beta mean log pi without a reference;
+    accuracies don't depend on beta, which may be 0.
     weights/*: q of the chosen response, with R. accuracy/*: likelier chosen, by mean and by sum.
     With one response a row (SFT data) there is nothing to compare.
     """
     metrics = {"logps/chosen": logps[:, 0].mean()}
     if logps.size(1) > 1:
         means = logps / lengths
-        implicit = beta * (logps - ref_logps) if ref_logps is not None else beta * means
-        margins = implicit[:, 0] - implicit[:, -1]
+        gains = logps - ref_logps if ref_logps is not None else means
+        margins = gains[:, 0] - gains[:, -1]
         metrics |= {
             "logps/rejected": logps[:, -1].mean(),
             "rewards/accuracies": (margins > 0).float().mean(),
-            "rewards/margins": margins.mean(),
+            "rewards/margins": beta * margins.mean(),
             "accuracy/mean": (means[:, 0] > means[:, -1]).float().mean(),
             "accuracy/sum": (logps[:, 0] > logps[:, -1]).float().mean(),
         }

@@ -14,6 +14,7 @@ References
 """
 import contextlib
 import glob
+import hashlib
 import itertools
 import json
 import math
@@ -24,6 +25,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 from safetensors import SafetensorError, safe_open
@@ -80,7 +82,8 @@ def config_from_dict(hf, where="config.json"):
         refuse(f'hidden_act "{hf["hidden_act"]}" is not supported (silu)')
     if hf.get("quantization_config"):
         refuse("quantized weights are not supported; use the bf16 checkpoint")
-    if hf.get("sliding_window") and hf.get("use_sliding_window", kind == "mistral"):
+    window = hf.get("use_sliding_window", kind == "mistral") and hf.get("sliding_window", 4096)
+    if window or "sliding_attention" in (hf.get("layer_types") or ()):
         refuse("sliding-window attention is not supported; use a model with sliding_window null")
     needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
               "num_attention_heads")
@@ -90,6 +93,12 @@ def config_from_dict(hf, where="config.json"):
         if hf.get(k) is not None and (type(hf[k]) is not int or hf[k] < 1):
             refuse(f"{k} must be a whole number above 0 (got {hf[k]!r})")
 
+    def number(where, k, default=None):
+        value = where.get(k, default)
+        if type(value) not in (int, float) or value <= 0:
+            refuse(f"{k} must be a number above 0 (got {value!r})")
+        return value
+
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         refuse(f"rope parameters must be an object (got {rope!r})")
@@ -97,17 +106,16 @@ def config_from_dict(hf, where="config.json"):
     if rope_type not in ("default", "llama3"):
         refuse(f'rope_type "{rope_type}" is not supported (default, llama3)')
     for k in LLAMA3_ROPE if rope_type == "llama3" else ():
-        if type(rope.get(k)) not in (int, float) or rope[k] <= 0:
-            refuse(f"{k} of llama3's rope must be a number above 0 (got {rope.get(k)!r})")
+        number(rope, k)
     if rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0)) != 1.0:
         refuse("partial_rotary_factor is not supported")
     n_head, bias = hf["num_attention_heads"], hf.get("attention_bias", False)
     return LlamaConfig(
         vocab_size=hf["vocab_size"], n_layer=hf["num_hidden_layers"], n_embd=hf["hidden_size"],
         n_head=n_head, n_kv_head=hf.get("num_key_value_heads") or n_head,
-        head_dim=hf.get("head_dim") or hf["hidden_size"] // n_head,
-        intermediate_size=hf["intermediate_size"], norm_eps=hf.get("rms_norm_eps", 1e-6),
-        rope_theta=float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0),
+        head_dim=hf.get("head_dim") or (128 if kind == "qwen3" else hf["hidden_size"] // n_head),
+        intermediate_size=hf["intermediate_size"], norm_eps=number(hf, "rms_norm_eps", 1e-6),
+        rope_theta=number(rope if rope.get("rope_theta") else hf, "rope_theta", 10000.0),
         rope_scaling=rope if rope_type == "llama3" else None,
         max_position_embeddings=hf.get("max_position_embeddings") or 2048,
         tie_word_embeddings=hf.get("tie_word_embeddings", False),
@@ -156,7 +164,7 @@ def rotary(positions, config):
     blends the two where a wavelength fits 1 to 4 times into the original context.
     """
     exponent = torch.arange(0, config.head_dim, 2, device=positions.device) / config.head_dim
-    freq = config.rope_theta ** -exponent
+    freq = 1 / config.rope_theta ** exponent   # to the last bit as transformers has it
     if config.rope_scaling:
         s = config.rope_scaling
         low, high = s["low_freq_factor"], s["high_freq_factor"]
@@ -626,8 +634,7 @@ def shard(model, device_type, param_dtype=None):
     policy = fsdp.MixedPrecisionPolicy(
         param_dtype=param_dtype, reduce_dtype=torch.float32,
         cast_forward_inputs=False)   # it would copy the KV cache and round the rotary angles
-    world_size = torch.distributed.get_world_size()
-    mesh = torch.distributed.init_device_mesh(device_type, (world_size,))
+    mesh = dist.init_device_mesh(device_type, (dist.get_world_size(),))
     for module in (*model.model.layers, model):
         fsdp.fully_shard(module, mesh=mesh, mp_policy=policy)
     fsdp.register_fsdp_forward_method(model, "generate")
@@ -639,6 +646,11 @@ def fill(parameter, tensor):
         tensor = distribute_tensor(tensor.to(parameter.device), parameter.device_mesh,
                                    parameter.placements, src_data_rank=None)
     parameter.copy_(tensor)
+
+
+def rank_of_ranks():
+    """-> this process's rank and how many there are: 0 and 1 where it is alone."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def whole(tensor):
@@ -726,16 +738,18 @@ def read_json(path):
 
 
 def tensor_files(folder):
-    """{tensor name: safetensors file it is in} of a checkpoint. ValueError for a damaged one."""
+    """{tensor name: safetensors file it is in} of a checkpoint; one file goes before an index of
+    shards, as in transformers. ValueError for a damaged checkpoint."""
     index, shards = os.path.join(folder, "model.safetensors.index.json"), ["model.safetensors"]
-    if os.path.exists(index):
+    if not os.path.exists(os.path.join(folder, shards[0])):
+        if not os.path.exists(index):
+            raise FileNotFoundError(
+                f"{folder}: no model.safetensors and no index of shards; is this a Hugging Face "
+                "checkpoint? (pytorch_model.bin: open it in transformers and save_pretrained)")
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(f"{index}: no weight_map; download it again")
         shards = sorted(set(weight_map.values()), key=str)
-    elif not os.path.exists(os.path.join(folder, shards[0])):
-        raise FileNotFoundError(f"{folder}: no model.safetensors and no index of shards; is "
-                                "this a Hugging Face checkpoint with safetensors weights?")
     where = {}
     for shard in shards:
         if os.path.basename(str(shard)) != shard:
@@ -815,6 +829,9 @@ def load_weights(model, folder):
                     if tensor.shape != p.shape:
                         raise ValueError(f"{path}: {name} has shape {tuple(tensor.shape)}, "
                                          f"config.json asks for {tuple(p.shape)}")
+                    if tensor.dtype not in DTYPES.values():
+                        raise ValueError(f"{path}: {name} is {tensor.dtype}; quantized weights are "
+                                         "not supported, use the bf16 checkpoint")
                     if not tensor.isfinite().all():
                         raise ValueError(f"{path}: {name} holds NaN or infinite values; refusing")
                     if name in tied and not tensor.to(p.device, p.dtype).equal(whole(p)):
@@ -828,19 +845,19 @@ def load_weights(model, folder):
 
 @torch.no_grad()
 def save_pretrained(model, folder, hf_config, tokenizer_folder=None, dtype=torch.bfloat16,
-                    max_shard_bytes=5 * 1000 ** 3, chat_template=None, stop_ids=(), write=True):
+                    max_shard_bytes=5 * 1000 ** 3, chat_template=None, stop_ids=()):
     """Write a folder that transformers, vLLM and llama.cpp's converter open.
 
     config.json is the start checkpoint's (`hf_config`) with the new dtype; tokenizer files and
-    generation_config.json are copied from `tokenizer_folder` as they are; `chat_template` is the
-    text trained with, if it is not that folder's, and stop_ids what ends a turn in it. LoRA
-    adapters are merged into the weights. Shards of at most `max_shard_bytes`. Each file appears
-    whole or not at all.
-    A model sharded over ranks: call it on all, with `write` on one; a tensor is gathered at a time.
+    generation_config.json are copied from `tokenizer_folder`; `chat_template` is the text trained
+    with, if it is not that folder's; stop_ids, what ends a turn, become generation_config.json's
+    eos_token_id. LoRA adapters are merged into the weights. Shards of at most `max_shard_bytes`.
+    Each file appears whole or not at all.
+    Every rank calls it, the first writes; of a sharded model it gathers one tensor at a time.
     """
     from huggingface_hub import split_torch_state_dict_into_shards
     os.makedirs(folder, exist_ok=True)
-    layers = lora_layers(model)
+    write, layers = rank_of_ranks()[0] == 0, lora_layers(model)
     weights = {name: p for name, p in model.state_dict().items() if "lora_" not in name}
     shapes = {name: torch.empty(p.shape, dtype=dtype, device="meta") for name, p in weights.items()}
     split = split_torch_state_dict_into_shards(shapes, max_shard_size=max_shard_bytes)
@@ -852,8 +869,7 @@ def save_pretrained(model, folder, hf_config, tokenizer_folder=None, dtype=torch
             if write:
                 tensors[name] = p.to("cpu", dtype).contiguous()
         if write:
-            write_atomically(os.path.join(folder, file),
-                             lambda t: save_file(tensors, t, {"format": "pt"}))
+            write_tensors(os.path.join(folder, file), tensors)
     if not write:
         return
     name = str(dtype).removeprefix("torch.")
@@ -868,19 +884,18 @@ def save_pretrained(model, folder, hf_config, tokenizer_folder=None, dtype=torch
 
 
 @torch.no_grad()
-def save_adapter(model, folder, base, tokenizer_folder=None, chat_template=None, stop_ids=(),
-                 write=True):
+def save_adapter(model, folder, base, tokenizer_folder=None, chat_template=None, stop_ids=()):
     """Write the LoRA adapters alone: a folder that peft.PeftModel.from_pretrained opens on `base`.
 
-    Sharded models as in save_pretrained.
+    Every rank calls it, as save_pretrained.
     """
     os.makedirs(folder, exist_ok=True)
     tensors = {f"base_model.model.{name}": whole(p).cpu().contiguous()
                for name, p in model.state_dict().items() if "lora_" in name}
-    if not write:
+    if rank_of_ranks()[0] != 0:
         return
     file = "adapter_model.safetensors"
-    write_atomically(os.path.join(folder, file), lambda t: save_file(tensors, t, {"format": "pt"}))
+    write_tensors(os.path.join(folder, file), tensors)
     layers = lora_layers(model)
     some = next(iter(layers.values()))
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
@@ -894,8 +909,8 @@ def save_adapter(model, folder, base, tokenizer_folder=None, chat_template=None,
 def finish_export(folder, weight_files, configs, generation_config, tokenizer_folder,
                   chat_template=None, stop_ids=()):
     """What goes with the weights: `configs`, tokenizer files as they are, generation config
-    (tokenizer_folder's if it has one), another chat template with its stop_ids. What an earlier
-    export left, and would be opened with these files or instead of them, goes."""
+    (tokenizer_folder's if it has one) with what ends a turn, another chat template. What an
+    earlier export left, and would be opened with these files or instead of them, goes."""
     for file in os.listdir(folder):
         theirs = file.endswith(".safetensors") or file in CONFIGS
         if theirs and file not in (*weight_files, *configs):
@@ -910,10 +925,10 @@ def finish_export(folder, weight_files, configs, generation_config, tokenizer_fo
     path = os.path.join(folder, "generation_config.json")
     if os.path.exists(path):
         generation_config = read_json(path)
+    if stop_ids:
+        generation_config["eos_token_id"] = sorted(stop_ids) if len(stop_ids) > 1 else max(stop_ids)
     if chat_template is not None:
         write_text(os.path.join(folder, "chat_template.jinja"), chat_template)
-        if stop_ids:
-            generation_config["eos_token_id"] = sorted(stop_ids)
     for file, content in (configs | {"generation_config.json": generation_config}).items():
         write_json(os.path.join(folder, file), content)
 
@@ -929,28 +944,51 @@ def training_state(model, optimizer):
                     get_state_dict(model, optimizer, options=TRAINED_ONLY)))
 
 
-def save_checkpoint(model, optimizer, folder, iter_num, write=True):
-    """folder/checkpoint-0000400. Call it on all ranks, with `write` on one; the last checkpoint
-    goes when this one is whole."""
+def save_checkpoint(model, optimizer, folder, iter_num):
+    """folder/checkpoint-0000400, to which every rank writes its part; the last checkpoint goes when
+    this one is whole. OSError where it can't be written."""
     path = os.path.join(folder, f"checkpoint-{iter_num:07d}")
-    dcp.save(training_state(model, optimizer), checkpoint_id=path + ".tmp")
-    if write:
-        parts = dcp.FileSystemReader(path + ".tmp").read_metadata().storage_data.values()
-        if not {part.relative_path for part in parts} <= set(os.listdir(path + ".tmp")):
+    temporary, (rank, ranks) = path + ".tmp", rank_of_ranks()
+    try:
+        dcp.save(training_state(model, optimizer), checkpoint_id=temporary)
+        mine = [file for file in os.listdir(temporary) if file.startswith(f"__{rank}_")]
+        write_json(os.path.join(temporary, f"{rank}.sha256"),
+                   {file: sha256(os.path.join(temporary, file)) for file in mine})
+    except (Exception, dcp.api.CheckpointException) as e:   # the latter is no Exception
+        raise OSError(f"{path}: not written ({str(e).splitlines()[-1]}); is the disk full? An "
+                      "earlier checkpoint is intact: free space, then --resume=True") from None
+    if ranks > 1:
+        dist.barrier()
+    if rank == 0:
+        if len(glob.glob(os.path.join(glob.escape(temporary), "*.sha256"))) < ranks:
             raise OSError(f"{folder}: other machines' parts of a checkpoint are not here; all "
                           "machines must share out_dir")
-        os.replace(path + ".tmp", path)
+        os.replace(temporary, path)
         remove_checkpoints(folder, but=path)
 
 
 def load_checkpoint(model, optimizer, path):
+    """The reverse, for any number of ranks. ValueError where a byte is not as it was written."""
+    rank, ranks = rank_of_ranks()
+    for manifest in sorted(glob.glob(os.path.join(glob.escape(path), "*.sha256")))[rank::ranks]:
+        for file, digest in read_json(manifest).items():
+            if sha256(os.path.join(path, file)) != digest:
+                raise ValueError(f"{path}: {file} failed its sha256; delete the checkpoint")
     state = training_state(model, optimizer)
     try:
         dcp.load(state, checkpoint_id=path)
-    except (Exception, dcp.api.CheckpointException) as e:   # the latter is no Exception
-        raise ValueError(f"{path}: damaged ({str(e).splitlines()[0]}); delete it") from None
+    except (Exception, dcp.api.CheckpointException):
+        raise ValueError(f"{path}: damaged; delete the checkpoint") from None
     set_state_dict(model, optimizer, model_state_dict=state["model"],
                    optim_state_dict=state["optimizer"], options=TRAINED_ONLY)
+
+
+def sha256(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while piece := f.read(2 ** 24):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def checkpoints(folder, suffix=""):
@@ -968,6 +1006,13 @@ def remove_checkpoints(folder, but=None):
     for path in checkpoints(folder, "*"):   # half-written ones too
         if path != but:
             shutil.rmtree(path)
+
+
+def write_tensors(path, tensors):
+    try:
+        write_atomically(path, lambda t: save_file(tensors, t, {"format": "pt"}))
+    except SafetensorError as e:
+        raise OSError(f"{path}: not written ({e}); is the disk full?") from None
 
 
 def write_json(path, value):

@@ -525,9 +525,18 @@ def damage_config(**changes):
     return damage
 
 
-def damage_index(shard):
-    return damage_file("model.safetensors.index.json",
-                       json.dumps({"weight_map": {"a": shard}}).encode())
+def damage_index(content):
+    def damage(folder):
+        os.remove(f"{folder}/model.safetensors")
+        write_json(f"{folder}/model.safetensors.index.json", content)
+    return damage
+
+
+def mistral_of_old(folder):
+    """Mistral's window is 4,096 where config.json doesn't say."""
+    config = read_json(f"{folder}/config.json") | {"model_type": "mistral"}
+    del config["sliding_window"]
+    write_json(f"{folder}/config.json", config)
 
 
 def repeat_a_key(folder):
@@ -555,10 +564,13 @@ DAMAGE = {
     "empty": (damage_file("model.safetensors", b""), ".safetensors", "not a safetensors file"),
     "lfs": (damage_file("model.safetensors", LFS), ".safetensors", "Git LFS", "git lfs pull"),
     "duplicate": (repeat_a_key, ".safetensors", "twice"),
-    "outside": (damage_index("../x"), "index.json", '"../x"', "outside"),
-    "no_shard": (damage_index("model-2.safetensors"), "model-2.safetensors", "missing"),
-    "odd_index": (damage_index(None), "index.json"),
-    "no_index": (damage_file("model.safetensors.index.json", b"{}"), "index.json", "weight_map"),
+    "outside": (damage_index({"weight_map": {"a": "../x"}}), "index.json", '"../x"', "outside"),
+    "no_shard": (damage_index({"weight_map": {"a": "m-2.safetensors"}}), "m-2.saf", "missing"),
+    "odd_index": (damage_index({"weight_map": {"a": None}}), "index.json"),
+    "no_index": (damage_index({}), "index.json", "weight_map"),
+    "int8": (damage_tensors(lambda t: t.update({NORM: t[NORM].to(torch.int8)})), NORM, "int8"),
+    "fp8": (damage_tensors(lambda t: t.update({NORM: t[NORM].to(torch.float8_e4m3fn)})), NORM,
+            "quantized"),
     "no_weights": (lambda f: os.remove(f"{f}/model.safetensors"), "no model.safetensors"),
     "no_config": (lambda f: os.remove(f"{f}/config.json"), "no config.json"),
     "half_config": (damage_file("config.json", b'{"model_type": "lla'), "config.json", "JSON"),
@@ -568,6 +580,10 @@ DAMAGE = {
     "gemma": (damage_config(model_type="gemma"), "config.json", "gemma", "not supported"),
     "gelu": (damage_config(hidden_act="gelu"), "config.json", "gelu"),
     "window": (damage_config(model_type="mistral", sliding_window=4096), "config.json", "sliding"),
+    "hidden_window": (mistral_of_old, "config.json", "sliding"),
+    "layers_window": (damage_config(layer_types=["full_attention", "sliding_attention"]), "sliding"),
+    "no_eps": (damage_config(rms_norm_eps=None), "config.json", "rms_norm_eps", "None"),
+    "odd_theta": (damage_config(rope_parameters=None, rope_theta="1e4"), "config.json", "'1e4'"),
     "bits": (damage_config(quantization_config={"bits": 4}), "config.json", "quantized"),
     "no_size": (damage_config(vocab_size=None), "config.json", "vocab_size"),
     "odd_size": (damage_config(num_attention_heads="4"), "config.json", "num_attention_heads"),
@@ -583,6 +599,15 @@ def test_bad_checkpoint(name, checkpoint, tmp_path):
     with pytest.raises((ValueError, FileNotFoundError)) as e:
         llama.from_pretrained(folder)
     assert all(word in str(e.value) for word in [folder, *words]), str(e.value)
+
+
+def test_one_file_goes_before_an_index(checkpoint, tmp_path):
+    """Of model.safetensors and an index beside it the file is read, as transformers does."""
+    folder = shutil.copytree(checkpoint, str(tmp_path / "model"))
+    write_json(f"{folder}/model.safetensors.index.json", {"weight_map": {EMBED: "old.safetensors"}})
+    tokens = tokens_of(1, 9)
+    logits = llama.from_pretrained(folder)[0].logits(tokens)
+    assert gap(logits, transformers_logits(folder, tokens)) <= 1e-6
 
 
 # -----------------------------------------------------------------------------
@@ -606,13 +631,9 @@ def test_weights_fingerprint(checkpoint, tmp_path):
 
 def test_checkpoint_of_several_machines(tmp_path, monkeypatch):
     """A checkpoint that other ranks wrote to disks of their own is an error, not a surprise."""
-    save = llama.dcp.save
-
-    def save_elsewhere(state, checkpoint_id):
-        save(state, checkpoint_id=checkpoint_id)
-        os.remove(glob.glob(f"{checkpoint_id}/*.distcp")[0])
-    monkeypatch.setattr(llama.dcp, "save", save_elsewhere)
     model = tiny_model()
+    monkeypatch.setattr(llama, "rank_of_ranks", lambda: (0, 2))
+    monkeypatch.setattr(llama.dist, "barrier", lambda: None)
     with pytest.raises(OSError, match="must share out_dir"):
         llama.save_checkpoint(model, torch.optim.AdamW(model.parameters()), str(tmp_path), 3)
     assert llama.last_checkpoint(str(tmp_path)) == (0, None)
@@ -884,6 +905,8 @@ def test_preference_metrics():
         "weights/upweighted": 0.5, "weights/chosen": (1 / (1 + math.exp(-1)) + 0.5) / 2}, abs=1e-6)
     m = mmpo.preference_metrics(logps, lengths, beta=0.1)   # without a reference: beta mean log pi
     assert m["rewards/margins"] == pytest.approx(0.1 * (1 + 0) / 2) and "weights/chosen" not in m
+    m = mmpo.preference_metrics(logps, lengths, ref, beta=0.0)   # who gained more, without a scale
+    assert (m["rewards/accuracies"], m["rewards/margins"]) == (0.5, 0.0)
 
 
 def test_sum_by_response():
@@ -972,6 +995,30 @@ def test_other_tokenizers_are_refused(change, words, checkpoint, tmp_path):
     with pytest.raises((ValueError, FileNotFoundError), match=words) as e:
         data.Tokenizer(folder)
     assert folder in str(e.value)
+
+
+@pytest.mark.parametrize("style", ["new", "old"])
+def test_tokens_beside_tokenizer_json(style, checkpoint, tmp_path):
+    """Special tokens named in the files beside tokenizer.json alone count, as in transformers; what
+    ends an answer is taken from all that say so."""
+    from transformers import AutoTokenizer
+    folder = shutil.copytree(checkpoint, str(tmp_path / "model"))
+    config, n = read_json(f"{folder}/tokenizer_config.json"), data.Tokenizer(folder).n_vocab
+    if style == "new":
+        flags = dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized"), False)
+        config["added_tokens_decoder"] = {str(n): {"content": "<|new|>", "special": True, **flags}}
+    else:
+        names = {k: config.pop(k) for k in ("bos_token", "eos_token")}
+        write_json(f"{folder}/special_tokens_map.json", names)
+        write_json(f"{folder}/added_tokens.json", {"<|new|>": n})
+    write_json(f"{folder}/tokenizer_config.json", config)
+    write_json(f"{folder}/generation_config.json", {"eos_token_id": [7, 8]})
+    ours, theirs = data.Tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    text = "a<|new|>b<|im_end|> c"
+    assert ours.encode(text) == theirs.encode(text, add_special_tokens=False)
+    assert n in ours.encode(text)
+    assert (ours.bos_token, ours.eos_id) == (theirs.bos_token, theirs.eos_token_id)
+    assert ours.stop_ids() == {7, 8, theirs.eos_token_id}
 
 
 def test_tokenizer_file_that_is_not_utf8(checkpoint, tmp_path):
@@ -1593,7 +1640,7 @@ def test_training_lowers_the_loss(name, runs):
 @torch.no_grad()
 def test_trained_model_opens_in_transformers(name, runs, checkpoint):
     """What train.py writes opens in transformers: our logits, tokens and template."""
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, GenerationConfig
     out, tokens = f"{runs}/run-{name}", tokens_of(2, 40)
     logits = llama.from_pretrained(out)[0].logits(tokens)
     assert gap(transformers_logits(out, tokens), logits) <= 1e-6
@@ -1601,6 +1648,8 @@ def test_trained_model_opens_in_transformers(name, runs, checkpoint):
     theirs, ours = AutoTokenizer.from_pretrained(out), data.Tokenizer(out)
     assert theirs.apply_chat_template(CHATS[1], tokenize=False) == ours.render(CHATS[1])
     assert ("<|eot_id|>" in ours.render(CHATS[1])) == (name == "options")
+    ends = GenerationConfig.from_pretrained(out).eos_token_id
+    assert {ends} if type(ends) is int else set(ends) == ours.stop_ids()
     assert theirs.encode("a fox, 12", add_special_tokens=False) == ours.encode("a fox, 12")
 
 
@@ -1635,7 +1684,7 @@ import os, runpy, sys
 sys.path.insert(0, os.getcwd())
 replace = os.replace
 def dying(a, b):
-    if "checkpoint-" in b:
+    if "checkpoint-" in os.path.basename(b):
         WHEN
         os._exit(9)
     replace(a, b)
@@ -1668,10 +1717,15 @@ def test_resume(name, checkpoint, tmp_path):
         assert "error: resume: the run has dataset_sha256" in run("cut", "--resume=true").stderr
         write_rows(tmp_path / "pairs.jsonl", word_rows(20))
         damaged = shutil.copytree(f"{tmp_path}/lora-cut", f"{tmp_path}/lora-damaged")
-        for file in glob.glob(f"{damaged}/checkpoint*/*.distcp"):
-            os.truncate(file, 100)
+        [file] = glob.glob(f"{damaged}/checkpoint*/*.distcp")
+        with open(file, "r+b") as f:   # one bit, in the middle: torch would load it
+            f.seek(os.path.getsize(file) // 2)
+            [byte] = f.read(1)
+            f.seek(-1, os.SEEK_CUR)
+            f.write(bytes([byte ^ 64]))
         *_, line = run("damaged", "--resume=true").stderr.splitlines()
-        assert line.startswith(f"error: {damaged}/checkpoint-0000003: damaged"), line
+        assert line.startswith(f"error: {damaged}/checkpoint-0000003: "), line
+        assert "failed its sha256" in line
         assert run("torn", script=scripts[1]).returncode and os.listdir(f"{tmp_path}/{name}-torn")
         assert "no checkpoint" in run("torn", "--resume=true").stderr
     for process in (run("cut", "--resume=true"), run("whole")):
@@ -1703,6 +1757,29 @@ def test_reference_is_exact_and_cached(checkpoint, tmp_path):
     assert len(tables) == 2 and train(checkpoint, out, *args).returncode == 0
     _, step, last = metrics_of(out)
     assert abs(last["eval/rewards/margins"] + 0.1) <= 1e-6 >= abs(step["rewards/margins"] + 0.1)
+
+
+FULL = """
+import os, resource, runpy, sys
+sys.path.insert(0, os.getcwd())
+resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+def test_full_disk(checkpoint, tmp_path):
+    """What can't be written ends in one line; the earlier files stay, no half one does."""
+    (tmp_path / "full.py").write_text(FULL)
+    args = [f"--dataset={write_rows(tmp_path / 'pairs.jsonl', word_rows(10))}", "--eval_pairs=3",
+            "--max_iters=2"]
+    for name, more, where in (("checkpoint", ["--save_interval=1"], "checkpoint-0000001"),
+                              ("export", [], "model.safetensors")):
+        out = str(tmp_path / name)
+        process = train(checkpoint, out, *args, *more, script=str(tmp_path / "full.py"))
+        *_, line = process.stderr.splitlines()
+        assert process.returncode and "Traceback" not in process.stderr, process.stderr
+        assert line.startswith(f"error: {out}/{where}: not written") and "full" in line, line
+        assert not glob.glob(f"{out}/model*") and llama.last_checkpoint(out) == (0, None)
 
 
 def test_mistakes_end_in_one_line(checkpoint, tmp_path):

@@ -74,7 +74,7 @@ orpo_lambda = 0.1                 # >= 0, weight of ORPO's odds ratio
 # model
 lora_rank = 0                     # >= 0, 0 trains all weights
 lora_alpha = 64.0                 # > 0, LoRA's scale is alpha / rank
-lora_dropout = 0.01               # 0 to 1, on the adapters' input
+lora_dropout = 0.01               # 0 to 0.99, on the adapters' input
 lora_targets = "q_proj,k_proj,v_proj,o_proj"   # linear layers with adapters
 # optimizer
 batch_size = 128                  # > 0, pairs per step, over all ranks
@@ -204,7 +204,8 @@ log(f"{len(train_pairs):,} pairs, {len(held_out):,} held out; {max_iters} steps 
 def prepare(model):
     """Adapters and shards, while the model has shapes but no memory."""
     if lora_rank:
-        llama.add_lora(model, lora_rank, lora_alpha, lora_dropout, lora_targets.split(","))
+        targets = lora_targets.replace(" ", "").split(",")
+        llama.add_lora(model, lora_rank, lora_alpha, lora_dropout, targets)
     if fsdp:
         llama.shard(model, device.type, torch.bfloat16 if dtype == "bfloat16" else None)
 
@@ -390,7 +391,7 @@ def check_finite(iter_num):
 def step_line(iter_num, m):
     parts = [f"step {iter_num:5d}", f"loss {m['loss']:.4f}"]
     parts += [f"{short} {m[name]:.3f}" for name, short in (
-        ("rewards/accuracies", "accuracy"), ("weights/chosen", "q_w"), ("grad_norm", "norm"),
+        ("accuracy/mean", "accuracy"), ("weights/chosen", "q_w"), ("grad_norm", "norm"),
         ("mfu", "mfu")) if name in m]
     return " | ".join(parts + [f"lr {m['lr']:.1e}", f"{m['tokens_per_second']:,.0f} tok/s",
                                f"{m['seconds_left'] / 60:.1f} min left"])
@@ -490,11 +491,11 @@ for iter_num in tqdm(range(start_iter, max_iters + 1), "steps", disable=not prog
         record({"iter": iter_num} | metrics)
         log(step_line(iter_num, metrics))
     if save_interval and (iter_num + 1) % save_interval == 0 and iter_num + 1 < max_iters:
-        llama.save_checkpoint(raw_model, optimizer, out_dir, iter_num + 1, write=master_process)
+        llama.save_checkpoint(raw_model, optimizer, out_dir, iter_num + 1)
 
 # --- the aligned model, in Hugging Face layout
 answer("sample after")
-extras = dict(tokenizer_folder=folder, stop_ids=stop_ids, write=master_process,
+extras = dict(tokenizer_folder=folder, stop_ids=stop_ids,
               chat_template=tokenizer.template_text if chat_template else None)
 if export_adapter:
     llama.save_adapter(raw_model, out_dir, init_from, **extras)

@@ -46,11 +46,12 @@ def memory_parts(model, row_tokens, dtype, optimizer_bytes):
     if model.activation_checkpointing:   # a block's input, and one block computed again
         kept = c.n_layer * stream * c.n_embd + layer
     frozen_item = item if numel[True] < numel[False] else 4
+    logits = min(llama.CHUNK_LOGITS["cuda"], row_tokens * c.vocab_size)
     head_grad = 4 * model.head_weight.numel() if model.head_weight.requires_grad else 0
     return {"weights": 4 * numel[True] + frozen_item * numel[False], "cast weights": casts,
             "gradients": 4 * numel[True], "optimizer": optimizer_bytes * numel[True],
             "activations": kept * row_tokens,
-            "logits, in chunks": llama.CHUNK_LOGITS["cuda"] * item + head_grad}
+            "logits, in chunks": logits * item + head_grad}
 
 
 def report(model, step_tokens, max_iters, row_tokens, ranks, dtype, optimizer_bytes):
