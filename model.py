@@ -832,7 +832,7 @@ def load_weights(model, folder):
                     if tensor.dtype not in DTYPES.values():
                         raise ValueError(f"{path}: {name} is {tensor.dtype}; quantized weights are "
                                          "not supported, use the bf16 checkpoint")
-                    if not tensor.isfinite().all():
+                    if not torch.stack(torch.aminmax(tensor)).isfinite().all():   # one fast pass
                         raise ValueError(f"{path}: {name} holds NaN or infinite values; refusing")
                     if name in tied and not tensor.to(p.device, p.dtype).equal(whole(p)):
                         raise ValueError(
