@@ -588,8 +588,9 @@ class LoRALinear(nn.Module):
         return y
 
     def merged_weight(self):
-        A, B = whole(self.lora_A.weight), whole(self.lora_B.weight)
-        return whole(self.weight).float() + self.alpha / self.rank * (B @ A)
+        weight, A, B = (whole(p).cpu() for p in (self.weight, self.lora_A.weight,
+                                                 self.lora_B.weight))   # no TF32 on a CPU
+        return weight.float() + self.alpha / self.rank * (B @ A)
 
 
 def add_lora(model, rank, alpha, dropout, targets):

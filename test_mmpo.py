@@ -617,6 +617,30 @@ def test_one_file_goes_before_an_index(checkpoint, tmp_path):
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
+def test_hub_id(monkeypatch):
+    """Of a hub id only the files that are read are downloaded; a refusal says what to do."""
+    import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
+    hub = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json",
+           "tokenizer.json", "tokenizer_config.json", "generation_config.json", "README.md",
+           "special_tokens_map.json", "original/consolidated.00.pth", "pytorch_model.bin"]
+    taken = []
+
+    def download(name, allow_patterns):
+        taken.extend(huggingface_hub.utils.filter_repo_objects(hub, allow_patterns=allow_patterns))
+        return "folder"
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert llama.checkpoint_folder("meta-llama/Llama-3.2-1B") == "folder"
+    assert sorted(taken) == sorted(set(hub) - {"README.md", *hub[-2:]})
+    for kind, words in ((GatedRepoError, "accept its licence at huggingface.co/a/b"),
+                        (LocalEntryNotFoundError, "the hub can't be reached")):
+        def refuse(name, allow_patterns, error=kind.__new__(kind)):
+            raise error
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+        with pytest.raises(OSError, match=words):
+            llama.checkpoint_folder("a/b")
+
+
 def test_weights_fingerprint(checkpoint, tmp_path):
     """What the cached reference is keyed by changes with the weights, and with config.json."""
     folder = shutil.copytree(checkpoint, str(tmp_path / "model"))

@@ -53,7 +53,7 @@ wandb_project = "nanommpo"        # its project
 dataset = "HuggingFaceH4/ultrafeedback_binarized,HuggingFaceH4/orca_dpo_pairs"   # files, hub ids
 train_split = "train_prefs"       # of a hub dataset
 eval_dataset = ""                 # the same for held-out pairs; "": eval_pairs of dataset
-eval_split = "test_prefs"         # of a hub dataset
+eval_split = "test_prefs"         # of a hub eval_dataset
 eval_pairs = 256                  # > 0, held-out pairs used
 max_length = 2312                 # > 1, tokens of prompt + response at most
 max_prompt_length = 1800          # > 0, tokens of the prompt at most; its end is kept
@@ -319,6 +319,7 @@ def normalized(R, group):
 
 uses_reference = objective in mmpo.USES_REFERENCE
 lengths = torch.from_numpy(train_pairs.lengths[:, 1:])            # (N, n) tokens of each response
+# the pairs that max_iters steps reach: a part of the first epoch, or all
 visited = np.sort(data.batch_indices(len(train_pairs), max_iters * batch_size, seed, 0))
 ref_logps = torch.zeros(lengths.shape)
 if uses_reference:
@@ -383,6 +384,7 @@ def get_lr(iter_num):
 
 
 def check_finite(iter_num):
+    """An error if a step was skipped; asked where the CPU waits for the GPU anyway."""
     if skipped:
         raise ValueError(f"step {iter_num}, or since the last log line: the gradient is not "
                          "finite; weights not updated; lower learning_rate, or try --dtype=float32")
