@@ -1,6 +1,6 @@
 # MMPO on SmolLM2-135M with LoRA, on a laptop's CPU: 6 minutes on two cores of an AMD EPYC with
-# AVX-512's bf16, 12 with AVX2 only (in fp32). Measured on GPT-4-judged Alpaca pairs (README, Results), not on the dataset below: implicit
-# reward accuracy 0.58 on 256 held-out pairs.
+# AVX-512's bf16, 12 with AVX2 only (in fp32). Measured on GPT-4-judged Alpaca pairs (README,
+# Results), not on the dataset below: implicit reward accuracy 0.58 on 256 held-out pairs.
 # python train.py config/smollm2_135m_laptop.py
 out_dir = "out/smollm2_135m_laptop"
 init_from = "HuggingFaceTB/SmolLM2-135M-Instruct"
