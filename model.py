@@ -196,10 +196,10 @@ def tree_rule(tree, branch):
 
 
 def tree_layout(row):
-    """What `attend` needs for a packed row: a BlockMask for flex attention, else the trees."""
+    """What `attend` needs for a packed row: a BlockMask for flex attention, else the row itself."""
     device = row.tokens.device
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
-        return row.trees
+        return row
     T = len(row.tree)
     return compiled(create_block_mask)(tree_rule(row.tree, row.branch), None, None, T, T,
                                        device=str(device))
@@ -214,13 +214,13 @@ def compiled(function, dynamic=False):
 def attend(q, k, v, layout):
     """Softmax attention: q (B, n_head, T, hd), k and v (B, n_kv_head, S, hd) -> (B, n_head, T, hd).
 
-    layout: a BlockMask (trees on a GPU: flex attention), a list of trees (elsewhere: a loop), or,
-    without trees, a boolean mask (B, 1, T, S), or None for causal.
+    layout: a BlockMask (trees on a GPU: flex attention), a row (elsewhere: a loop over its trees),
+    or, without trees, a boolean mask (B, 1, T, S), or None for causal.
     """
     if isinstance(layout, BlockMask):
         flex = flex_attention if torch.compiler.is_compiling() else compiled(flex_attention)
         return flex(q, k, v, block_mask=layout, enable_gqa=True)
-    if isinstance(layout, list):
+    if layout is not None and not isinstance(layout, torch.Tensor):
         return tree_attention(q, k, v, layout)
     if layout is not None and q.is_cuda:   # cuDNN would plan anew for each length while generating
         k, v = (x.repeat_interleave(q.size(1) // k.size(1), 1) for x in (k, v))
@@ -230,14 +230,14 @@ def attend(q, k, v, layout):
     return F.scaled_dot_product_attention(q, k, v, layout, is_causal=causal, enable_gqa=True)
 
 
-@torch.compiler.disable
-def tree_attention(q, k, v, trees):
+@torch.compiler.disable   # nor may a compiled block look into row.trees: it would compile for each
+def tree_attention(q, k, v, row):
     """The tree rule without a T x T mask: in a tree prompt + response 1 is causal, and so is each
-    further response behind the prompt. trees: [prompt, response 1, .., n] tokens each."""
+    further response behind the prompt. row.trees: [prompt, response 1, .., n] tokens each."""
     outputs = []
-    by_tree = (x[0].split([sum(tree) for tree in trees], dim=1) for x in (q, k, v))
+    by_tree = (x[0].split([sum(tree) for tree in row.trees], dim=1) for x in (q, k, v))
     with torch.autocast(q.device.type, enabled=False):
-        for (prompt, first, *rest), *qkv in zip(trees, *by_tree):
+        for (prompt, first, *rest), *qkv in zip(row.trees, *by_tree):
             stem, *branches = zip(*(x.split([prompt + first, *rest], dim=1) for x in qkv))
             outputs.append(CausalAttention.apply(*stem))
             prompt_k, prompt_v = (x[:, :prompt] for x in stem[1:])
