@@ -821,8 +821,8 @@ def load_weights(model, folder):
         if names:
             raise ValueError(f"{folder}: {what} tensor {min(names)} ({len(names)} of "
                              f"{len(expected)}); wrong config.json?")
-    last = sorted(where, key=lambda name: (name in tied, where[name]))   # a copy of the tied head
-    for path, names in itertools.groupby(last, where.get):
+    order = sorted(where, key=lambda name: (name in tied, where[name]))   # by file, the tied last
+    for path, names in itertools.groupby(order, where.get):
         try:
             with safe_open(path, framework="pt") as f:
                 for name in names:
@@ -956,15 +956,16 @@ def save_checkpoint(model, optimizer, folder, iter_num):
         write_json(os.path.join(temporary, f"{rank}.sha256"),
                    {file: sha256(os.path.join(temporary, file)) for file in mine})
     except (Exception, dcp.api.CheckpointException) as e:   # the latter is no Exception
-        raise OSError(f"{path}: not written ({str(e).splitlines()[-1]}); is the disk full? An "
-                      "earlier checkpoint is intact: free space, then --resume=True") from None
+        why = (str(e).splitlines() or [type(e).__name__])[-1]
+        raise OSError(f"{path}: not written ({why}); is the disk full? An earlier checkpoint is "
+                      "intact: free space, then --resume=True") from None
     if ranks > 1:
         dist.barrier()
     if rank == 0:
         if len(glob.glob(os.path.join(glob.escape(temporary), "*.sha256"))) < ranks:
             raise OSError(f"{folder}: other machines' parts of a checkpoint are not here; all "
                           "machines must share out_dir")
-        os.replace(temporary, path)
+        rename(temporary, path)
         remove_checkpoints(folder, but=path)
 
 
@@ -1037,7 +1038,16 @@ def write_atomically(path, write):
         os.chmod(temporary, 0o666 & ~umask)   # safetensors leaves 0600: unreadable by others
         with open(temporary, "rb") as f:
             os.fsync(f.fileno())
-        os.replace(temporary, path)
+        rename(temporary, path)
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
+
+
+def rename(path, new_path):
+    """Also after a power cut the folder has one or the other."""
+    os.replace(path, new_path)
+    if os.name == "posix":
+        folder = os.open(os.path.dirname(os.path.abspath(new_path)), os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)

@@ -1754,6 +1754,7 @@ def test_resume(name, checkpoint, tmp_path):
         assert "failed its sha256" in line
         assert run("torn", script=scripts[1]).returncode and os.listdir(f"{tmp_path}/{name}-torn")
         assert "no checkpoint" in run("torn", "--resume=true").stderr
+        assert run("torn").returncode == 0 and not glob.glob(f"{tmp_path}/{name}-torn/checkpoint*")
     for process in (run("cut", "--resume=true"), run("whole")):
         assert process.returncode == 0, process.stderr
     cut, whole = (f"{tmp_path}/{name}-{out}" for out in ("cut", "whole"))

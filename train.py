@@ -267,6 +267,7 @@ def answer(title):
 first_eval = None
 if master_process:
     os.makedirs(out_dir, exist_ok=True)
+    llama.remove_checkpoints(out_dir, but=checkpoint)   # half-written ones
     llama.write_json(os.path.join(out_dir, "train_config.json"), settings)
     metrics_path, past = os.path.join(out_dir, "metrics.jsonl"), []
     if resume:   # keep what was before the checkpoint; the steps after it are made again
@@ -335,8 +336,11 @@ eval_ref_logps = reference_logps(held_out, everything)
 eval_R = normalized(reward_of(held_out, eval_lengths, eval_ref_logps), batch_size)
 kl_prompts = [held_out.ids(i)[0].tolist() for i in everything[:kl_samples]]
 if kl_prompts:
-    with autocast:
-        answers = raw_model.generate(kl_prompts, kl_tokens, stop_ids=stop_ids, seed=seed)
+    answers, at_once = [], max(1, row_tokens // (max(map(len, kl_prompts)) + kl_tokens))
+    for i in range(0, len(kl_prompts), at_once):   # no more memory than a training row
+        with autocast:
+            answers += raw_model.generate(kl_prompts[i:i + at_once], kl_tokens, stop_ids=stop_ids,
+                                          seed=seed + i)
     if ddp:
         dist.broadcast_object_list(answers)       # the same samples on every rank
     kl_pairs = data.Pairs.from_rows([[p, a] for p, a in zip(kl_prompts, answers)])
