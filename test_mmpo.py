@@ -1722,7 +1722,8 @@ runpy.run_path("train.py", run_name="__main__")
 @pytest.mark.parametrize("name", ["lora", "two-ddp", "two-fsdp"])
 def test_resume(name, checkpoint, tmp_path):
     """A run killed after its first checkpoint and resumed ends, bit for bit, as one that was not;
-    killed while it writes one, it has none. A run that was not finished is not overwritten."""
+    killed while it writes one, it has none. A run that was not finished is not overwritten. Two
+    ranks' shards go on in one process."""
     def run(out, *more, script="train.py"):
         return train(checkpoint, f"{tmp_path}/{name}-{out}", *args, *more, script=str(script))
 
@@ -1755,6 +1756,11 @@ def test_resume(name, checkpoint, tmp_path):
         assert run("torn", script=scripts[1]).returncode and os.listdir(f"{tmp_path}/{name}-torn")
         assert "no checkpoint" in run("torn", "--resume=true").stderr
         assert run("torn").returncode == 0 and not glob.glob(f"{tmp_path}/{name}-torn/checkpoint*")
+    alone = f"{tmp_path}/alone"
+    if name == "two-fsdp":
+        shutil.copytree(f"{tmp_path}/two-fsdp-cut", alone)
+        process = train(checkpoint, alone, *args, "--parallel=ddp", "--resume=true")
+        assert process.returncode == 0, process.stderr
     for process in (run("cut", "--resume=true"), run("whole")):
         assert process.returncode == 0, process.stderr
     cut, whole = (f"{tmp_path}/{name}-{out}" for out in ("cut", "whole"))
@@ -1762,6 +1768,9 @@ def test_resume(name, checkpoint, tmp_path):
     assert weights[0].keys() == weights[1].keys()
     assert all(weights[0][n].equal(weights[1][n]) for n in weights[0])
     assert not glob.glob(f"{cut}/checkpoint*")
+    if name == "two-fsdp":
+        one = load_file(f"{alone}/model.safetensors")
+        assert max((one[n] - weights[1][n]).abs().max() for n in weights[1]) <= 1e-5
     for a, b in zip(metrics_of(cut), metrics_of(whole), strict=True):
         assert all(a[k] == b[k] for k in ("iter", "loss", "grad_norm", "eval/loss") if k in b)
 
