@@ -167,6 +167,9 @@ def help_text(defaults, comments, source):
     return "\n".join(lines)
 
 
+DISK_FULL = ("ENOSPC", "EDQUOT", "EFBIG")   # such errors name no file
+
+
 def one_line_errors():
     """From here on a mistake of the user's ends in one line, a bug keeps its traceback.
 
@@ -180,8 +183,8 @@ def one_line_errors():
         last = traceback.extract_tb(trace)[-1] if trace else None
         if issubclass(kind, KeyboardInterrupt):
             print("interrupted", file=sys.stderr)
-        elif issubclass(kind, OSError) and error.strerror and (error.filename
-                                                               or error.errno == errno.ENOSPC):
+        elif issubclass(kind, OSError) and error.strerror and (
+                error.filename or errno.errorcode.get(error.errno) in DISK_FULL):
             where = f"{error.filename}: " if error.filename else ""
             print(f"error: {where}{error.strerror}", file=sys.stderr, flush=True)
         elif (issubclass(kind, (ValueError, OSError)) and last and last.line.startswith("raise ")

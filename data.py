@@ -84,9 +84,9 @@ class Tokenizer:
         if not os.path.exists(path):
             raise FileNotFoundError(f"{folder}: no tokenizer.json; byte-level BPE checkpoints have "
                                     "one (Llama-3, SmolLM2, Qwen)")
-        spec, config, special_map, added_tokens, generation = (
+        spec, config, special_map, added_tokens, model_config, generation = (
             read_object(folder, f"{name}.json") for name in (
-                "tokenizer", "tokenizer_config", "special_tokens_map", "added_tokens",
+                "tokenizer", "tokenizer_config", "special_tokens_map", "added_tokens", "config",
                 "generation_config"))
         if not isinstance(spec.get("model"), dict):
             raise ValueError(f"{path}: not a tokenizer's file; download it again")
@@ -98,13 +98,19 @@ class Tokenizer:
                              f"{spec['model'].get('type')} is not supported")
         self.nfc = normalizer is not None
 
-        # tokenizer.json has them all, but in some checkpoints: what transformers reads then
-        added = {t["content"]: t | {"id": int(i)}
-                 for i, t in (config.get("added_tokens_decoder") or {}).items()}
+        # tokenizer.json has all added tokens, but in some checkpoints: what transformers reads then
         if "added_tokens_decoder" not in config:
-            added = {c: {"id": i} for c, i in added_tokens.items()}
-            config = special_map | config
-        added |= {t["content"]: t for t in spec.get("added_tokens") or []}
+            config = config | special_map
+            special = token_names(list(special_map.values()))
+            config["added_tokens_decoder"] = {
+                i: {"content": c, "special": c in special} for c, i in added_tokens.items()}
+        try:
+            added = {t["content"]: t | {"id": int(i)}
+                     for i, t in config["added_tokens_decoder"].items()}
+            added |= {t["content"]: t for t in spec.get("added_tokens") or []}
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise ValueError(f"{folder}: a file of the tokenizer has added tokens that are none; "
+                             "download it again") from None
         if odd := [c for c, t in added.items()
                    if t.get("lstrip") or t.get("rstrip") or t.get("single_word")]:
             raise ValueError(f"{path}: added token {odd[0]!r} strips its surroundings, "
@@ -138,7 +144,7 @@ class Tokenizer:
         named = {k: v.get("content") if isinstance(v, dict) else v for k, v in named.items()}
         self.bos_token, self.eos_token = named["bos_token"], named["eos_token"]
         self.eos_id = self.added.get(self.eos_token)
-        ends = generation.get("eos_token_id")
+        ends = (model_config | generation).get("eos_token_id")
         self.end_ids = {i for i in (ends if isinstance(ends, list) else [ends]) if type(i) is int}
         self.template_text = find_chat_template(folder, config, chat_template)
         markers = re.findall(r"<\|\w+\|>", TEMPLATES.get(chat_template, ""))
@@ -229,9 +235,16 @@ class Tokenizer:
         return [{"role": t["role"], "content": self.shield(t["content"])} for t in turns]
 
     def stop_ids(self):
-        """Ids that end a response: eos, generation_config.json's, the template's end of turn."""
+        """Ids that end a response: eos, what the configs say, the template's end of turn."""
         _, [response] = self.encode_responses([{"role": "user", "content": "a"}], ["b"])
         return self.end_ids | {response[-1]} | ({self.eos_id} - {None})
+
+
+def token_names(value):
+    """The tokens that special_tokens_map.json names: strings, objects with "content", or lists."""
+    if isinstance(value, list):
+        return {name for v in value for name in token_names(v)}
+    return {value.get("content") if isinstance(value, dict) else value}
 
 
 def read_object(folder, name):

@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn as nn
+from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.state_dict import (
@@ -583,8 +584,9 @@ class LoRALinear(nn.Module):
     def forward(self, x):
         y = F.linear(x, self.weight, self.bias)
         if self.enabled:
-            low = self.lora_A(F.dropout(x, self.dropout, self.training))
-            y = y + self.lora_B(low * (self.alpha / self.rank))
+            A, B = self.lora_A.weight.to(y.dtype), self.lora_B.weight.to(y.dtype)
+            low = F.linear(F.dropout(x, self.dropout, self.training), A)
+            y = y + F.linear(low * (self.alpha / self.rank), B)
         return y
 
     def merged_weight(self):
@@ -830,7 +832,7 @@ def load_weights(model, folder):
                     if tensor.shape != p.shape:
                         raise ValueError(f"{path}: {name} has shape {tuple(tensor.shape)}, "
                                          f"config.json asks for {tuple(p.shape)}")
-                    if tensor.dtype not in DTYPES.values():
+                    if not tensor.is_floating_point() or tensor.element_size() == 1:
                         raise ValueError(f"{path}: {name} is {tensor.dtype}; quantized weights are "
                                          "not supported, use the bf16 checkpoint")
                     if not torch.stack(torch.aminmax(tensor)).isfinite().all():   # one fast pass
@@ -856,12 +858,12 @@ def save_pretrained(model, folder, hf_config, tokenizer_folder=None, dtype=torch
     Each file appears whole or not at all.
     Every rank calls it, the first writes; of a sharded model it gathers one tensor at a time.
     """
-    from huggingface_hub import split_torch_state_dict_into_shards
     os.makedirs(folder, exist_ok=True)
     write, layers = rank_of_ranks()[0] == 0, lora_layers(model)
     weights = {name: p for name, p in model.state_dict().items() if "lora_" not in name}
-    shapes = {name: torch.empty(p.shape, dtype=dtype, device="meta") for name, p in weights.items()}
-    split = split_torch_state_dict_into_shards(shapes, max_shard_size=max_shard_bytes)
+    split = split_state_dict_into_shards_factory(
+        weights, get_storage_size=lambda p: p.numel() * dtype.itemsize,
+        filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_bytes)
     for file, names in split.filename_to_tensors.items():
         tensors = {}
         for name in names:
@@ -950,15 +952,17 @@ def save_checkpoint(model, optimizer, folder, iter_num):
     this one is whole. OSError where it can't be written."""
     path = os.path.join(folder, f"checkpoint-{iter_num:07d}")
     temporary, (rank, ranks) = path + ".tmp", rank_of_ranks()
+    if rank == 0:   # of a run that was killed here; the other ranks wait in dcp.save
+        shutil.rmtree(temporary, ignore_errors=True)
     try:
         dcp.save(training_state(model, optimizer), checkpoint_id=temporary)
         mine = [file for file in os.listdir(temporary) if file.startswith(f"__{rank}_")]
+        mine += [".metadata"] * (rank == 0)
         write_json(os.path.join(temporary, f"{rank}.sha256"),
                    {file: sha256(os.path.join(temporary, file)) for file in mine})
-    except (Exception, dcp.api.CheckpointException) as e:   # the latter is no Exception
-        why = (str(e).splitlines() or [type(e).__name__])[-1]
-        raise OSError(f"{path}: not written ({why}); is the disk full? An earlier checkpoint is "
-                      "intact: free space, then --resume=True") from None
+    except FAILURES as e:
+        raise OSError(f"{path}: not written ({last_line(e)}); if the disk is full, free space; "
+                      "an earlier checkpoint is intact") from None
     if ranks > 1:
         dist.barrier()
     if rank == 0:
@@ -979,10 +983,18 @@ def load_checkpoint(model, optimizer, path):
     state = training_state(model, optimizer)
     try:
         dcp.load(state, checkpoint_id=path)
-    except (Exception, dcp.api.CheckpointException):
-        raise ValueError(f"{path}: damaged; delete the checkpoint") from None
+    except FAILURES as e:
+        raise ValueError(f"{path}: can't be loaded ({last_line(e)}); of another version of this "
+                         "code?") from None
     set_state_dict(model, optimizer, model_state_dict=state["model"],
                    optim_state_dict=state["optimizer"], options=TRAINED_ONLY)
+
+
+FAILURES = (Exception, dcp.api.CheckpointException)   # the latter is no Exception
+
+
+def last_line(error):
+    return (str(error).splitlines() or [type(error).__name__])[-1]
 
 
 def sha256(path):
@@ -1014,7 +1026,7 @@ def write_tensors(path, tensors):
     try:
         write_atomically(path, lambda t: save_file(tensors, t, {"format": "pt"}))
     except SafetensorError as e:
-        raise OSError(f"{path}: not written ({e}); is the disk full?") from None
+        raise OSError(f"{path}: not written ({e}); if the disk is full, free space") from None
 
 
 def write_json(path, value):
@@ -1045,9 +1057,11 @@ def write_atomically(path, write):
 
 
 def rename(path, new_path):
-    """Also after a power cut the folder has one or the other."""
+    """Also after a power cut the folder has one or the other, where its file system can do that."""
     os.replace(path, new_path)
-    if os.name == "posix":
+    with contextlib.suppress(OSError):
         folder = os.open(os.path.dirname(os.path.abspath(new_path)), os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)

@@ -1030,21 +1030,24 @@ def test_tokens_beside_tokenizer_json(style, checkpoint, tmp_path):
     from transformers import AutoTokenizer
     folder = shutil.copytree(checkpoint, str(tmp_path / "model"))
     config, n = read_json(f"{folder}/tokenizer_config.json"), data.Tokenizer(folder).n_vocab
+    write_json(f"{folder}/generation_config.json", {})
+    write_json(f"{folder}/config.json", read_json(f"{folder}/config.json") | {"eos_token_id": [7, 8]})
+    assert data.Tokenizer(folder).stop_ids() == {7, 8, data.Tokenizer(folder).eos_id}
     if style == "new":
         flags = dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized"), False)
         config["added_tokens_decoder"] = {str(n): {"content": "<|new|>", "special": True, **flags}}
     else:
-        names = {k: config.pop(k) for k in ("bos_token", "eos_token")}
+        names = {"bos_token": config.pop("bos_token"), "eos_token": {"content": "<|new|>"}}
         write_json(f"{folder}/special_tokens_map.json", names)
         write_json(f"{folder}/added_tokens.json", {"<|new|>": n})
     write_json(f"{folder}/tokenizer_config.json", config)
-    write_json(f"{folder}/generation_config.json", {"eos_token_id": [7, 8]})
+    write_json(f"{folder}/generation_config.json", {"eos_token_id": [7, 9]})
     ours, theirs = data.Tokenizer(folder), AutoTokenizer.from_pretrained(folder)
     text = "a<|new|>b<|im_end|> c"
     assert ours.encode(text) == theirs.encode(text, add_special_tokens=False)
-    assert n in ours.encode(text)
+    assert n in ours.encode(text) and n not in ours.encode(ours.shield(text))
     assert (ours.bos_token, ours.eos_id) == (theirs.bos_token, theirs.eos_token_id)
-    assert ours.stop_ids() == {7, 8, theirs.eos_token_id}
+    assert ours.stop_ids() == {7, 9, theirs.eos_token_id, data.Tokenizer(checkpoint).eos_id}
 
 
 def test_tokenizer_file_that_is_not_utf8(checkpoint, tmp_path):
@@ -1719,6 +1722,16 @@ runpy.run_path("train.py", run_name="__main__")
 """
 
 
+def flip_a_bit(path):
+    """In the middle of a file, where torch may load it without a word."""
+    with open(path, "r+b") as f:
+        middle = f.seek(0, os.SEEK_END) // 2
+        f.seek(middle)
+        [byte] = f.read(1)
+        f.seek(middle)
+        f.write(bytes([byte ^ 64]))
+
+
 @pytest.mark.parametrize("name", ["lora", "two-ddp", "two-fsdp"])
 def test_resume(name, checkpoint, tmp_path):
     """A run killed after its first checkpoint and resumed ends, bit for bit, as one that was not;
@@ -1744,15 +1757,11 @@ def test_resume(name, checkpoint, tmp_path):
         assert "error: resume: the run has dataset_sha256" in run("cut", "--resume=true").stderr
         write_rows(tmp_path / "pairs.jsonl", word_rows(20))
         damaged = shutil.copytree(f"{tmp_path}/lora-cut", f"{tmp_path}/lora-damaged")
-        [file] = glob.glob(f"{damaged}/checkpoint*/*.distcp")
-        with open(file, "r+b") as f:   # one bit, in the middle: torch would load it
-            f.seek(os.path.getsize(file) // 2)
-            [byte] = f.read(1)
-            f.seek(-1, os.SEEK_CUR)
-            f.write(bytes([byte ^ 64]))
-        *_, line = run("damaged", "--resume=true").stderr.splitlines()
-        assert line.startswith(f"error: {damaged}/checkpoint-0000003: "), line
-        assert "failed its sha256" in line
+        for file in ("__0_0.distcp", ".metadata"):
+            damaged = shutil.copytree(f"{tmp_path}/lora-cut", f"{tmp_path}/lora-damaged{file}")
+            flip_a_bit(f"{damaged}/checkpoint-0000003/{file}")
+            *_, line = run(f"damaged{file}", "--resume=true").stderr.splitlines()
+            assert line.startswith(f"error: {damaged}/checkpoint-0000003: {file} failed"), line
         assert run("torn", script=scripts[1]).returncode and os.listdir(f"{tmp_path}/{name}-torn")
         assert "no checkpoint" in run("torn", "--resume=true").stderr
         assert run("torn").returncode == 0 and not glob.glob(f"{tmp_path}/{name}-torn/checkpoint*")

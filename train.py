@@ -267,7 +267,6 @@ def answer(title):
 first_eval = None
 if master_process:
     os.makedirs(out_dir, exist_ok=True)
-    llama.remove_checkpoints(out_dir, but=checkpoint)   # half-written ones
     llama.write_json(os.path.join(out_dir, "train_config.json"), settings)
     metrics_path, past = os.path.join(out_dir, "metrics.jsonl"), []
     if resume:   # keep what was before the checkpoint; the steps after it are made again
