@@ -533,7 +533,7 @@ def main():
     args.max_prompt_length = args.max_length * 3 // 4
     pairs = data.load_pairs(args.data, "train", data.Tokenizer(args.model), args.max_length,
                             args.max_prompt_length)
-    args.pairs = min(args.pairs, len(pairs)) // args.batch * args.batch
+    args.pairs = min(max(args.pairs, args.batch), len(pairs)) // args.batch * args.batch
     if not args.pairs:
         sys.exit(f"error: {args.data}: {len(pairs)} pairs, less than a batch of {args.batch}")
     pairs = pairs.subset(np.random.default_rng(42).permutation(len(pairs))[:args.pairs])
