@@ -106,7 +106,7 @@ class Tokenizer:
                 i: {"content": c, "special": c in special} for c, i in added_tokens.items()}
         try:
             added = {t["content"]: t | {"id": int(i)}
-                     for i, t in config["added_tokens_decoder"].items()}
+                     for i, t in (config["added_tokens_decoder"] or {}).items()}
             added |= {t["content"]: t for t in spec.get("added_tokens") or []}
         except (AttributeError, KeyError, TypeError, ValueError):
             raise ValueError(f"{folder}: a file of the tokenizer has added tokens that are none; "

@@ -939,6 +939,7 @@ def finish_export(folder, weight_files, configs, generation_config, tokenizer_fo
 # checkpoints of a run: what is trained and AdamW's state; every rank writes and reads its part
 
 TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True, strict=False)
+FAILURES = (Exception, dcp.api.CheckpointException)   # the latter is no Exception
 warnings.filterwarnings("ignore", "torch.distributed is disabled")   # in one process, rightly so
 
 
@@ -988,9 +989,6 @@ def load_checkpoint(model, optimizer, path):
                          "code?") from None
     set_state_dict(model, optimizer, model_state_dict=state["model"],
                    optim_state_dict=state["optimizer"], options=TRAINED_ONLY)
-
-
-FAILURES = (Exception, dcp.api.CheckpointException)   # the latter is no Exception
 
 
 def last_line(error):

@@ -612,12 +612,6 @@ def test_one_file_goes_before_an_index(checkpoint, tmp_path):
     assert gap(logits, transformers_logits(folder, tokens)) <= 1e-6
 
 
-# -----------------------------------------------------------------------------
-# model: LoRA, checkpointing, compilation
-
-ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
 def test_hub_id(monkeypatch):
     """Of a hub id only the files that are read are downloaded; a refusal says what to do."""
     import huggingface_hub
@@ -640,6 +634,12 @@ def test_hub_id(monkeypatch):
         monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
         with pytest.raises(OSError, match=words):
             llama.checkpoint_folder("a/b")
+
+
+# -----------------------------------------------------------------------------
+# model: LoRA, checkpointing, compilation
+
+ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def test_weights_fingerprint(checkpoint, tmp_path):
@@ -1678,7 +1678,7 @@ def test_trained_model_opens_in_transformers(name, runs, checkpoint):
     assert theirs.apply_chat_template(CHATS[1], tokenize=False) == ours.render(CHATS[1])
     assert ("<|eot_id|>" in ours.render(CHATS[1])) == (name == "options")
     ends = GenerationConfig.from_pretrained(out).eos_token_id
-    assert {ends} if type(ends) is int else set(ends) == ours.stop_ids()
+    assert ({ends} if type(ends) is int else set(ends)) == ours.stop_ids()
     assert theirs.encode("a fox, 12", add_special_tokens=False) == ours.encode("a fox, 12")
 
 
@@ -1756,11 +1756,11 @@ def test_resume(name, checkpoint, tmp_path):
         write_rows(tmp_path / "pairs.jsonl", word_rows(20, seed=1))
         assert "error: resume: the run has dataset_sha256" in run("cut", "--resume=true").stderr
         write_rows(tmp_path / "pairs.jsonl", word_rows(20))
-        damaged = shutil.copytree(f"{tmp_path}/lora-cut", f"{tmp_path}/lora-damaged")
-        for file in ("__0_0.distcp", ".metadata"):
-            damaged = shutil.copytree(f"{tmp_path}/lora-cut", f"{tmp_path}/lora-damaged{file}")
-            flip_a_bit(f"{damaged}/checkpoint-0000003/{file}")
-            *_, line = run(f"damaged{file}", "--resume=true").stderr.splitlines()
+        for n, (file, damage) in enumerate((("__0_0.distcp", lambda path: os.truncate(path, 100)),
+                                            ("__0_0.distcp", flip_a_bit), (".metadata", flip_a_bit))):
+            damaged = shutil.copytree(f"{tmp_path}/lora-cut", f"{tmp_path}/lora-damaged{n}")
+            damage(f"{damaged}/checkpoint-0000003/{file}")
+            *_, line = run(f"damaged{n}", "--resume=true").stderr.splitlines()
             assert line.startswith(f"error: {damaged}/checkpoint-0000003: {file} failed"), line
         assert run("torn", script=scripts[1]).returncode and os.listdir(f"{tmp_path}/{name}-torn")
         assert "no checkpoint" in run("torn", "--resume=true").stderr
