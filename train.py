@@ -95,7 +95,7 @@ parallel = "ddp"                  # ddp | fsdp: every rank has the model, or its
 row_tokens = 16384                # > 0, tokens of a packed row: the unit of memory
 activation_checkpointing = False  # compute activations again in backward: less memory, more time
 device = "auto"                   # auto | cuda | cpu | mps
-dtype = "auto"                    # auto | bfloat16 | float32: of the computation; weights are fp32
+dtype = "auto"                    # auto | bfloat16 | float32: of products; what trains is fp32
 compile = True                    # torch.compile; on a CPU (g++, half a minute) only if set
 seed = 42                         # >= 0, of the order of pairs, dropout and samples
 # -----------------------------------------------------------------------------
@@ -103,7 +103,7 @@ one_line_errors()
 settings, overrides = configure(globals(), sys.argv[1:], __file__)
 
 # --- setup: one process, or one of torchrun's
-ddp = int(os.environ.get("RANK", -1)) != -1
+ddp = "RANK" in os.environ
 ddp_rank, ddp_local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
 ddp_world_size = int(os.environ.get("WORLD_SIZE", 1))
 fsdp = ddp and parallel == "fsdp"
@@ -120,6 +120,7 @@ if device.type == "cuda":
     torch.set_float32_matmul_precision("high")   # TF32 for what stays in fp32
 if dtype == "auto":   # a dry run is of a GPU
     dtype = "bfloat16" if dry_run or llama.fast_bfloat16(device) else "float32"
+settings["dtype"] = dtype   # another one would not be the same run
 if parallel == "fsdp" and not ddp:
     raise ValueError("parallel: fsdp shards over several processes; start it with torchrun")
 if optimizer_state == "8bit" and (fsdp or not find_spec("bitsandbytes")):
@@ -128,6 +129,8 @@ if wandb_log and not find_spec("wandb"):
     raise ValueError("wandb_log: it takes pip install wandb")
 if objective == "ipo" and beta == 0:
     raise ValueError("beta: IPO divides by it; give a value above 0")
+if min_lr > learning_rate:
+    raise ValueError(f"min_lr: {min_lr} is above learning_rate, {learning_rate}; lower it")
 if export_adapter and not lora_rank:
     raise ValueError("export_adapter: there is none without LoRA; give lora_rank")
 out_dir = os.path.expanduser(out_dir)
@@ -177,7 +180,7 @@ if eval_dataset:
 else:
     train_pairs, held_out = data.hold_out(train_pairs, eval_pairs, seed)
 log(data.describe_example(train_pairs, tokenizer))
-settings["dataset_sha256"] = train_pairs.fingerprint()
+settings |= {"dataset_sha256": train_pairs.fingerprint(), "eval_sha256": held_out.fingerprint()}
 if resume:
     check_same_run(settings, llama.read_json(os.path.join(out_dir, "train_config.json")))
 longest = max(train_pairs.lengths.sum(1).max(), held_out.lengths.sum(1).max())
@@ -204,7 +207,7 @@ log(f"{len(train_pairs):,} pairs, {len(held_out):,} held out; {max_iters} steps 
 def prepare(model):
     """Adapters and shards, while the model has shapes but no memory."""
     if lora_rank:
-        targets = lora_targets.replace(" ", "").split(",")
+        targets = lora_targets.replace(",", " ").split()
         llama.add_lora(model, lora_rank, lora_alpha, lora_dropout, targets)
     if fsdp:
         llama.shard(model, device.type, torch.bfloat16 if dtype == "bfloat16" else None)
@@ -228,7 +231,7 @@ log(f"{init_from}: {sum(p.numel() for p in raw_model.parameters()):,} parameters
 stop_ids = tokenizer.stop_ids()
 if dry_run:
     from scripts.memory import report
-    step_tokens = train_pairs.lengths.sum() / len(train_pairs) * batch_size
+    step_tokens = train_pairs.lengths.sum() / len(train_pairs) * min(batch_size, len(train_pairs))
     log(report(raw_model, step_tokens, max_iters, row_tokens, ddp_world_size, llama.DTYPES[dtype],
                optimizer_bytes=8 if optimizer_state == "fp32" else 2))
     sys.exit()
@@ -273,8 +276,8 @@ if master_process:
         past = [line for line in open(metrics_path)
                 if line.endswith("\n") and json.loads(line)["iter"] < start_iter]
         first_eval = json.loads(past[0]) if past else None
-    metrics_file = open(metrics_path, "w", buffering=1)
-    metrics_file.writelines(past)
+    llama.write_text(metrics_path, "".join(past))
+    metrics_file = open(metrics_path, "a", buffering=1)
     if wandb_log:
         import wandb
         wandb.init(project=wandb_project, name=os.path.basename(out_dir), config=settings)
@@ -332,6 +335,9 @@ R = reward_of(train_pairs, lengths, ref_logps)
 everything = np.arange(len(held_out))
 eval_lengths = torch.from_numpy(held_out.lengths[:, 1:])
 eval_ref_logps = reference_logps(held_out, everything)
+if first_eval and abs(eval_ref_logps[:, 0].mean() / first_eval["eval/logps/chosen"] - 1) > 0.01:
+    raise ValueError(f"resume: {init_from} isn't the model that the run began with; bring it back, "
+                     "or start anew in another out_dir")
 eval_R = normalized(reward_of(held_out, eval_lengths, eval_ref_logps), batch_size)
 kl_prompts = [held_out.ids(i)[0].tolist() for i in everything[:kl_samples]]
 if kl_prompts:

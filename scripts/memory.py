@@ -33,23 +33,21 @@ def layer_bytes(model, item, stream):
 def memory_parts(model, row_tokens, dtype, optimizer_bytes):
     """Bytes that one rank needs at its peak, by part: an estimate, for a meta-device model too."""
     c, item = model.config, dtype.itemsize
-    numel = {True: 0, False: 0}   # by requires_grad, on this rank
-    for p in model.parameters():
-        numel[p.requires_grad] += (p.to_local() if isinstance(p, DTensor) else p).numel()
+    mine = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
+    trained = sum(p.numel() for p in mine if p.requires_grad)
     sharded = isinstance(model.head_weight, DTensor)
     block = sum(p.numel() for p in model.model.layers[0].parameters())
     # autocast casts trained weights once a row; FSDP gathers a block, the next one, and the head
-    casts = (2 * block + 2 * model.head_weight.numel() if sharded else numel[True]) * item
+    casts = (2 * block + 2 * model.head_weight.numel() if sharded else trained * (item < 4)) * item
     stream = item if sharded or not model.model.norm.weight.requires_grad else 4
     layer = layer_bytes(model, item, stream)
     kept = c.n_layer * layer
     if model.activation_checkpointing:   # a block's input, and one block computed again
         kept = c.n_layer * stream * c.n_embd + layer
-    frozen_item = item if numel[True] < numel[False] else 4
     logits = min(llama.CHUNK_LOGITS["cuda"], row_tokens * c.vocab_size)
     head_grad = 4 * model.head_weight.numel() if model.head_weight.requires_grad else 0
-    return {"weights": 4 * numel[True] + frozen_item * numel[False], "cast weights": casts,
-            "gradients": 4 * numel[True], "optimizer": optimizer_bytes * numel[True],
+    return {"weights": sum(p.nbytes for p in mine), "cast weights": casts,
+            "gradients": 4 * trained, "optimizer": optimizer_bytes * trained,
             "activations": kept * row_tokens,
             "logits, in chunks": logits * item + head_grad}
 
@@ -58,7 +56,8 @@ def report(model, step_tokens, max_iters, row_tokens, ranks, dtype, optimizer_by
     """A run's size and memory, for people. dtype: of the computation."""
     parts = memory_parts(model, row_tokens, dtype, optimizer_bytes)
     parts["in all"] = sum(parts.values())
+    unit, name = (2 ** 30, "GiB") if parts["in all"] >= 2 ** 30 else (2 ** 20, "MiB")
     return (f"a step: {step_tokens:,.0f} tokens, about {step_tokens / row_tokens / ranks:.1f} rows "
             f"of {row_tokens:,} tokens on each of {ranks} ranks; {max_iters:,} steps\n"
-            "memory of a rank, GiB (estimate):\n" + "\n".join(
-                f"{size / 2 ** 30:9.2f} {part}" for part, size in parts.items()))
+            f"memory of a rank, {name} (estimate):\n" + "\n".join(
+                f"{size / unit:9.2f} {part}" for part, size in parts.items()))
