@@ -158,7 +158,7 @@ class RMSNorm(nn.Module):
 
 
 def rotary(positions, config):
-    """Positions (B, T) -> cos and sin (B, 1, T, head_dim), fp32, with Llama 3's frequency scaling.
+    """Positions (B, T) -> cos and sin (B, T, 1, head_dim), fp32, with Llama 3's frequency scaling.
 
     Llama 3 leaves short wavelengths alone, divides the frequency of long ones by `factor`, and
     blends the two where a wavelength fits 1 to 4 times into the original context.
@@ -171,13 +171,13 @@ def rotary(positions, config):
         turns = s["original_max_position_embeddings"] * freq / (2 * math.pi)
         blend = ((turns - low) / (high - low)).clamp(0, 1)   # 0: scaled, 1: as it is
         freq = blend * freq + (1 - blend) * freq / s["factor"]
-    angle = positions[:, None, :, None].float() * freq       # (B, 1, T, head_dim / 2)
+    angle = positions[:, :, None, None].float() * freq       # (B, T, 1, head_dim / 2)
     angle = torch.cat((angle, angle), dim=-1)
     return angle.cos(), angle.sin()
 
 
 def rotate(x, cos, sin):
-    """Turn each (i, i + head_dim/2) pair of x (B, heads, T, head_dim) by its position's angle."""
+    """Turn each (i, i + head_dim/2) pair of x (B, T, heads, head_dim) by its position's angle."""
     x1, x2 = x.chunk(2, dim=-1)
     return (x * cos + torch.cat((-x2, x1), dim=-1) * sin).to(x.dtype)
 
@@ -315,10 +315,10 @@ class Attention(nn.Module):
         B, T, C = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim)
         k = self.k_proj(x).view(B, T, -1, self.head_dim)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)   # (B, n_kv_head, T, hd)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim)                   # (B, T, n_kv_head, hd)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q.transpose(1, 2), *rope), rotate(k.transpose(1, 2), *rope)
+        q, k, v = (x.transpose(1, 2) for x in (rotate(q, *rope), rotate(k, *rope), v))
         if cache is not None:   # keys and values of earlier tokens, while generating
             if cache:
                 k, v = torch.cat((cache[0], k), dim=2), torch.cat((cache[1], v), dim=2)
@@ -877,8 +877,8 @@ def save_pretrained(model, folder, hf_config, tokenizer_folder=None, dtype=torch
             if write:
                 tensors[name] = p.to("cpu", dtype).contiguous()
                 if not all_finite(tensors[name]):
-                    raise ValueError(f"{folder}: {name} is beyond {dtype}'s range; export_dtype="
-                                     "bfloat16 or float32 can hold it")
+                    raise ValueError(f"{folder}: {name} is not finite in {dtype}; resume from a "
+                                     "checkpoint with --export_dtype=float32")
         if write:
             write_tensors(os.path.join(folder, file), tensors)
     if not write:
