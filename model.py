@@ -1005,8 +1005,11 @@ def last_line(error):
 
 
 def sha256(path):
+    digest = hashlib.sha256()
     with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+        while piece := f.read(2 ** 24):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def checkpoints(folder, suffix=""):
