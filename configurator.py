@@ -194,6 +194,7 @@ def one_line_errors():
                 and os.path.dirname(os.path.abspath(last.filename)) in project):
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:
-            sys.__excepthook__(kind, error, trace)
+            return sys.__excepthook__(kind, error, trace)
+        sys.unraisablehook = lambda _: None   # that line is the last, whatever objects end badly
 
     sys.excepthook = hook
