@@ -167,7 +167,7 @@ def preference_metrics(logps, lengths, ref_logps=None, R=None, *, beta=0.05, len
     rewards/*: implicit rewards, beta (log pi - log ref), or beta mean log pi without a reference;
     accuracies don't depend on beta, which may be 0.
     weights/*: q of the chosen response, with R. accuracy/*: likelier chosen, by mean and by sum.
-    With one response a row (SFT data) there is nothing to compare.
+    Rewards and accuracies compare the first response with the last; with one there is none.
     """
     metrics = {"logps/chosen": logps[:, 0].mean()}
     if logps.size(1) > 1:
@@ -184,5 +184,5 @@ def preference_metrics(logps, lengths, ref_logps=None, R=None, *, beta=0.05, len
         if R is not None:
             q = posterior(means if length_norm else logps, R)[:, 0]
             metrics["weights/chosen"] = q.mean()
-            metrics["weights/upweighted"] = (q > 0.5).float().mean()
+            metrics["weights/upweighted"] = (q > 1 / R.size(1)).float().mean()
     return {name: value.item() for name, value in metrics.items()}

@@ -1,7 +1,7 @@
 """
 The properties this project promises, a test each. CPU only, offline, about four minutes:
 
-$ pip install -r requirements.txt pytest transformers tokenizers
+$ pip install -r requirements.txt pytest transformers tokenizers peft matplotlib
 $ python -m pytest -q test_mmpo.py
 
 References are independent: transformers, tokenizers, a formula in float64, never the code itself.
@@ -1688,12 +1688,13 @@ def test_trained_model_opens_in_transformers(name, runs, checkpoint):
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_torchrun_equals_one_process(lora, checkpoint, tmp_path):
-    """Two ranks, DDP or FSDP, or compiled blocks where there is a compiler, end at one process's
-    weights; odd numbers of pairs don't hang."""
-    args = [f"--dataset={write_rows(tmp_path / 'pairs.jsonl', word_rows(10))}", "--eval_pairs=3",
-            "--batch_size=3", "--max_iters=5", "--learning_rate=1e-4"]
+    """Two ranks, DDP or FSDP, shorter rows, or compiled blocks where there is a compiler, end at
+    one process's weights and metrics; odd numbers of pairs don't hang."""
+    args = [f"--dataset={write_rows(tmp_path / 'pairs.jsonl', word_rows(16))}", "--eval_pairs=9",
+            "--batch_size=3", "--max_iters=5", "--learning_rate=1e-4", "--kl_samples=9"]
     args += ["--lora_rank=4", "--lora_dropout=0", "--learning_rate=1e-3"] if lora else []
     jobs = {"one": args, "two-ddp": args, "two-fsdp": [*args, "--parallel=fsdp"]}
+    jobs |= {} if lora else {"rows": [*args, "--row_tokens=150"]}
     jobs |= {"compiled": [*args, "--compile=true"]} if shutil.which("g++") and not lora else {}
     two_bf16 = [*jobs["two-fsdp"], "--dtype=bfloat16", "--activation_checkpointing=true"]
     for name, process in train_all(checkpoint, tmp_path, jobs | {"two-bf16": two_bf16}).items():

@@ -31,7 +31,7 @@ import model as llama
 from configurator import check_same_run, configure, one_line_errors
 
 # -----------------------------------------------------------------------------
-# defaults: SmolLM2-135M on one GPU; the first words of a comment are the bounds of the value
+# defaults: SmolLM2-135M on one GPU; a comment's first words (`> 0`, `a | b`, `0 to 1`) are checked
 # I/O
 out_dir = "out"                   # the aligned model, in Hugging Face layout, and metrics.jsonl
 init_from = "HuggingFaceTB/SmolLM2-135M-Instruct"   # the model to align: a folder or a hub id
@@ -99,7 +99,7 @@ dtype = "auto"                    # auto | bfloat16 | float32: of products; what
 compile = True                    # torch.compile; on a CPU (g++, half a minute) only if set
 seed = 42                         # >= 0, of the order of pairs, dropout and samples
 # -----------------------------------------------------------------------------
-one_line_errors()
+one_line_errors()   # a user's mistake ends in one line
 settings, overrides = configure(globals(), sys.argv[1:], __file__)
 
 # --- setup: one process, or one of torchrun's
@@ -109,18 +109,18 @@ ddp_world_size = int(os.environ.get("WORLD_SIZE", 1))
 fsdp = ddp and parallel == "fsdp"
 master_process = ddp_rank == 0
 progress_bar = master_process and sys.stderr.isatty()
-here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
 if device == "auto":   # the first there is
-    device = next(name for name in here if here[name])
-if not here[device]:
+    device = next(name for name in usable if usable[name])
+if not usable[device]:
     raise ValueError(f"device: no {device} on this machine; try --device=auto")
 device = torch.device(device, ddp_local_rank if device == "cuda" else None)
 if device.type == "cuda":
     torch.cuda.set_device(device)
     torch.set_float32_matmul_precision("high")   # TF32 for what stays in fp32
-if dtype == "auto":   # a dry run is of a GPU
+if dtype == "auto":   # a dry run predicts a GPU
     dtype = "bfloat16" if dry_run or llama.fast_bfloat16(device) else "float32"
-settings["dtype"] = dtype   # another one would not be the same run
+settings["dtype"] = dtype   # a resume with another is refused
 if parallel == "fsdp" and not ddp:
     raise ValueError("parallel: fsdp shards over several processes; start it with torchrun")
 if optimizer_state == "8bit" and (fsdp or not find_spec("bitsandbytes")):
@@ -188,7 +188,7 @@ if longest > row_tokens:
     raise ValueError(f"row_tokens: {row_tokens} is less than the longest pair ({longest} tokens); "
                      "raise it, or lower max_length")
 for source, pairs in ((dataset, train_pairs), (eval_dataset, held_out)):
-    if pairs.lengths.shape[1] == 2 and objective != "sft":
+    if pairs.lengths.shape[1] == 2 and objective != "sft":   # a prompt and one response
         raise ValueError(f"{source}: one response a row, and {objective} compares at least two; "
                          "train on it with --objective=sft")
 iters_per_epoch = math.ceil(len(train_pairs) / batch_size)
@@ -203,7 +203,7 @@ eval_shapes = (eval_tokens,) if fixed_shapes else ()
 log(f"{len(train_pairs):,} pairs, {len(held_out):,} held out; {max_iters} steps of {batch_size} "
     f"pairs, {iters_per_epoch} an epoch")
 
-# --- model: trained weights are fp32; under LoRA the frozen ones are kept as they are computed with
+# --- model: trained weights are fp32; under LoRA the frozen ones have the products' dtype
 def prepare(model):
     """Adapters and shards, while the model has shapes but no memory."""
     if lora_rank:
@@ -243,7 +243,7 @@ def score(pairs, indices, title=None):
     raw_model.eval()
     logps = torch.zeros(len(indices), pairs.lengths.shape[1] - 1, device=device)
     rows = data.pack(pairs.lengths[indices].sum(1), eval_tokens, ddp_world_size, eval_shapes,
-                     fsdp)[ddp_rank]
+                     equal_rows=fsdp)[ddp_rank]
     for members in tqdm(rows, title, disable=not (title and progress_bar)):
         row = data.collate(pairs, indices[members], eval_shapes).to(device)
         with autocast:
@@ -322,7 +322,7 @@ def normalized(R, group):
 
 uses_reference = objective in mmpo.USES_REFERENCE
 lengths = torch.from_numpy(train_pairs.lengths[:, 1:])            # (N, n) tokens of each response
-# the pairs that max_iters steps reach: a part of the first epoch, or all
+# the pairs that max_iters steps reach, as one batch of that size: a part of the first epoch, or all
 visited = np.sort(data.batch_indices(len(train_pairs), max_iters * batch_size, seed, 0))
 ref_logps = torch.zeros(lengths.shape)
 if uses_reference:
@@ -335,25 +335,26 @@ R = reward_of(train_pairs, lengths, ref_logps)
 everything = np.arange(len(held_out))
 eval_lengths = torch.from_numpy(held_out.lengths[:, 1:])
 eval_ref_logps = reference_logps(held_out, everything)
+# rounding moves this by less than 1%, another model by more
 if first_eval and abs(eval_ref_logps[:, 0].mean() / first_eval["eval/logps/chosen"] - 1) > 0.01:
     raise ValueError(f"resume: {init_from} isn't the model that the run began with; bring it back, "
                      "or start anew in another out_dir")
 eval_R = normalized(reward_of(held_out, eval_lengths, eval_ref_logps), batch_size)
 kl_prompts = [held_out.ids(i)[0].tolist() for i in everything[:kl_samples]]
 if kl_prompts:
-    answers, at_once = [], max(1, row_tokens // (max(map(len, kl_prompts)) + kl_tokens))
-    for i in range(0, len(kl_prompts), at_once):   # no more memory than a training row
+    answers = []
+    for i in range(0, len(kl_prompts), 8):        # their keys and values take memory
         with autocast:
-            answers += raw_model.generate(kl_prompts[i:i + at_once], kl_tokens, stop_ids=stop_ids,
+            answers += raw_model.generate(kl_prompts[i:i + 8], kl_tokens, stop_ids=stop_ids,
                                           seed=seed + i)
     if ddp:
         dist.broadcast_object_list(answers)       # the same samples on every rank
     kl_pairs = data.Pairs.from_rows([[p, a] for p, a in zip(kl_prompts, answers)])
     kl_ref_logps = score(kl_pairs, np.arange(len(kl_pairs)))
 
-constants = dict(beta=beta, length_norm=length_norm)
-knobs = dict(constants, pref_weight=pref_weight, gamma_beta_ratio=gamma_beta_ratio,
-             orpo_lambda=orpo_lambda)
+metric_knobs = dict(beta=beta, length_norm=length_norm)
+loss_knobs = dict(metric_knobs, pref_weight=pref_weight, gamma_beta_ratio=gamma_beta_ratio,
+                  orpo_lambda=orpo_lambda)
 
 
 def evaluate(iter_num):
@@ -362,8 +363,8 @@ def evaluate(iter_num):
     logps = score(held_out, everything) if iter_num else eval_ref_logps   # at first they are equal
     ref = eval_ref_logps if uses_reference else None                      # as in training
     rows = logps, eval_lengths, ref, eval_R
-    metrics = {"loss": mmpo.preference_loss(objective, *rows, **knobs).mean().item(),
-               **mmpo.preference_metrics(*rows, **constants)}
+    metrics = {"loss": mmpo.preference_loss(objective, *rows, **loss_knobs).mean().item(),
+               **mmpo.preference_metrics(*rows, **metric_knobs)}
     if kl_prompts:
         kl = kl_ref_logps - score(kl_pairs, np.arange(len(kl_pairs)))
         metrics["kl"] = (kl.sum() / kl_pairs.lengths[:, 1:].sum()).item()
@@ -374,8 +375,7 @@ def evaluate(iter_num):
 matrices = [p for p in trained if p.dim() >= 2]
 vectors = [p for p in trained if p.dim() < 2]
 groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=vectors, weight_decay=0.0)]
-fused = optimizer_state == "fp32"
-if fused:
+if optimizer_state == "fp32":
     optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=True)
 else:
     from bitsandbytes.optim import AdamW8bit
@@ -393,19 +393,18 @@ def get_lr(iter_num):
 
 
 def check_finite(iter_num):
-    """An error if a step was skipped; asked where the CPU waits for the GPU anyway."""
+    """An error if a step was skipped. Reading `skipped` waits for the GPU, as a log line does."""
     if skipped:
         raise ValueError(f"step {iter_num}, or since the last log line: the gradient is not "
                          "finite; weights not updated; lower learning_rate, or try --dtype=float32")
 
 
 def step_line(iter_num, m):
-    parts = [f"step {iter_num:5d}", f"loss {m['loss']:.4f}"]
-    parts += [f"{short} {m[name]:.3f}" for name, short in (
-        ("accuracy/mean", "accuracy"), ("weights/chosen", "q_w"), ("grad_norm", "norm"),
-        ("mfu", "mfu")) if name in m]
-    return " | ".join(parts + [f"lr {m['lr']:.1e}", f"{m['tokens_per_second']:,.0f} tok/s",
-                               f"{m['seconds_left'] / 60:.1f} min left"])
+    names = {"accuracy": "accuracy/mean", "q_w": "weights/chosen", "norm": "grad_norm",
+             "mfu": "mfu"}
+    some = "".join(f" | {short} {m[name]:.3f}" for short, name in names.items() if name in m)
+    return (f"step {iter_num:5d} | loss {m['loss']:.4f}{some} | lr {m['lr']:.1e} | "
+            f"{m['tokens_per_second']:,.0f} tok/s | {m['seconds_left'] / 60:.1f} min left")
 
 
 # --- training loop
@@ -414,7 +413,7 @@ if resume:
     llama.load_checkpoint(raw_model, optimizer, checkpoint)
     log(f"going on from {checkpoint}")
 training_time = 0.0
-since_log = Counter()                         # tokens, FLOPs, seconds; this rank's rows and fill
+since_log = Counter()                         # tokens, FLOPs, seconds; size and tokens of its rows
 skipped = torch.zeros((), device=device)      # steps without an update
 peak_flops = llama.peak_flops(device) * ddp_world_size
 for iter_num in tqdm(range(start_iter, max_iters + 1), "steps", disable=not progress_bar):
@@ -435,16 +434,16 @@ for iter_num in tqdm(range(start_iter, max_iters + 1), "steps", disable=not prog
     batch = data.batch_indices(len(train_pairs), batch_size, seed, iter_num)
     batch_lengths, batch_ref_logps = lengths[batch], ref_logps[batch]
     batch_R = normalized(R[batch], len(batch))
+    on_device = [data.to_device(x, device) for x in (batch_lengths, batch_ref_logps, batch_R)]
     rows = data.pack(train_pairs.lengths[batch].sum(1), row_tokens, ddp_world_size, train_shapes,
-                     fsdp)[ddp_rank]
+                     equal_rows=fsdp)[ddp_rank]
     batch_logps = torch.zeros(batch_lengths.shape, device=device)
     total_loss = torch.zeros((), device=device)
 
     for micro_step, members in enumerate(rows):
         row = data.collate(train_pairs, batch[members], train_shapes).to(device)
-        index = torch.from_numpy(members)
-        index, row_lengths, row_ref_logps, row_R = (data.to_device(x, device) for x in (
-            index, batch_lengths[index], batch_ref_logps[index], batch_R[index]))
+        index = data.to_device(torch.from_numpy(members), device)
+        row_lengths, row_ref_logps, row_R = (x[index] for x in on_device)
         since_log["row"] += row.tokens.numel()
         since_log["filled"] += train_pairs.lengths[batch[members]].sum()
         if ddp and not fsdp:   # gradients meet in the last micro-step only
@@ -454,7 +453,8 @@ for iter_num in tqdm(range(start_iter, max_iters + 1), "steps", disable=not prog
         per_token_logps = scored[0] if entropy_coef > 0 else scored
         logps = mmpo.sum_by_response(per_token_logps, row.response, row.n_responses)
         logps = logps.view(-1, lengths.size(1))
-        losses = mmpo.preference_loss(objective, logps, row_lengths, row_ref_logps, row_R, **knobs)
+        losses = mmpo.preference_loss(objective, logps, row_lengths, row_ref_logps, row_R,
+                                      **loss_knobs)
         total_loss += losses.detach().sum() / len(batch)   # without the entropy term, as evaluated
         if entropy_coef > 0:
             losses = losses - entropy_coef * mmpo.entropy_bonus(
@@ -467,10 +467,11 @@ for iter_num in tqdm(range(start_iter, max_iters + 1), "steps", disable=not prog
     for group in optimizer.param_groups:
         group["lr"] = lr
     grad_norm = llama.whole(torch.nn.utils.clip_grad_norm_(trained, grad_clip or math.inf))
-    # a gradient that is not finite changes no weight: fused AdamW skips it, nobody waits here
+    # a gradient that is not finite changes no weight: fused AdamW reads found_inf (as GradScaler
+    # sets it) and skips the step, so nobody waits here
     optimizer.found_inf = 1 - grad_norm.isfinite().float()
     skipped += optimizer.found_inf
-    if not fused:
+    if optimizer_state == "8bit":   # which does not skip
         check_finite(iter_num)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -484,9 +485,10 @@ for iter_num in tqdm(range(start_iter, max_iters + 1), "steps", disable=not prog
             dist.all_reduce(total_loss)
         metrics = {"loss": total_loss.item(), **mmpo.preference_metrics(
             batch_logps.cpu(), batch_lengths, batch_ref_logps if uses_reference else None,
-            batch_R if objective == "mmpo" else None, **constants)}
-    since_log["seconds"] += time.time() - t0
-    training_time += time.time() - t0
+            batch_R if objective == "mmpo" else None, **metric_knobs)}
+    seconds = time.time() - t0   # after .item(), which waits for the GPU
+    since_log["seconds"] += seconds
+    training_time += seconds
     if iter_num % log_interval == 0:
         metrics |= {"grad_norm": grad_norm.item(), "lr": lr,
                     "tokens_per_second": since_log["tokens"] / since_log["seconds"],
