@@ -166,8 +166,8 @@ def preference_metrics(logps, lengths, ref_logps=None, R=None, *, beta=0.05, len
 
     rewards/*: implicit rewards, beta (log pi - log ref), or beta mean log pi without a reference;
     accuracies don't depend on beta, which may be 0.
-    weights/*: q of the chosen response, with R. accuracy/*: likelier chosen, by mean and by sum.
-    Rewards and accuracies compare the first response with the last; with one there is none.
+    weights/*: q of the chosen response, with R; upweighted is q > 1/n. accuracy/*: likelier chosen,
+    by mean and by sum. All but weights/* compare the first response with the last.
     """
     metrics = {"logps/chosen": logps[:, 0].mean()}
     if logps.size(1) > 1:

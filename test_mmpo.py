@@ -640,12 +640,6 @@ def test_hub_id(monkeypatch):
             llama.checkpoint_folder("a/b")
 
 
-# -----------------------------------------------------------------------------
-# model: LoRA, checkpointing, compilation
-
-ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
 def test_weights_fingerprint(checkpoint, tmp_path):
     """What the cached reference is keyed by changes with the weights, and with config.json."""
     folder = shutil.copytree(checkpoint, str(tmp_path / "model"))
@@ -657,6 +651,12 @@ def test_weights_fingerprint(checkpoint, tmp_path):
     os.utime(f"{folder}/model.safetensors", (0, 0))
     found.append(llama.weights_fingerprint(folder))
     assert found[0] != found[1] != found[2]
+
+
+# -----------------------------------------------------------------------------
+# model: LoRA, checkpointing, compilation
+
+ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def test_checkpoint_of_several_machines(tmp_path, monkeypatch):

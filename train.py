@@ -413,7 +413,7 @@ if resume:
     llama.load_checkpoint(raw_model, optimizer, checkpoint)
     log(f"going on from {checkpoint}")
 training_time = 0.0
-since_log = Counter()                         # tokens, FLOPs, seconds; size and tokens of its rows
+since_log = Counter()                         # tokens, FLOPs, seconds; this rank's slots and tokens
 skipped = torch.zeros((), device=device)      # steps without an update
 peak_flops = llama.peak_flops(device) * ddp_world_size
 for iter_num in tqdm(range(start_iter, max_iters + 1), "steps", disable=not progress_bar):
@@ -486,7 +486,7 @@ for iter_num in tqdm(range(start_iter, max_iters + 1), "steps", disable=not prog
         metrics = {"loss": total_loss.item(), **mmpo.preference_metrics(
             batch_logps.cpu(), batch_lengths, batch_ref_logps if uses_reference else None,
             batch_R if objective == "mmpo" else None, **metric_knobs)}
-    seconds = time.time() - t0   # after .item(), which waits for the GPU
+    seconds = time.time() - t0   # of a step with a log line: after .item(), which waits for the GPU
     since_log["seconds"] += seconds
     training_time += seconds
     if iter_num % log_interval == 0:
