@@ -1,200 +1,535 @@
 """
-The nanoGPT way of configuring a run: flat names with defaults at the top of a script, a Python file
-that overrides some of them, `--key=value` that overrides both.
+What stands between a user and the code: errors in one line, files, settings, resuming a run.
 
-    python train.py config/demo.py --beta=0.1 --max_iters=1e3 --compile=false
+Settings work the nanoGPT way: flat names with defaults at the top of a script, Python files that
+override some of them, and `--key=value`, which overrides both.
 
-A default's trailing comment documents it and, where it starts with one of these, bounds it:
+    python train.py config/demo.py --beta=0.1 --max_iters=1e3 --compile=false --resume
 
-    objective = "mmpo"     # mmpo | dpo | sft: the loss        one of these words
-    beta = 0.05            # >= 0, weight of ...               a bound: > >= < <= and a number
-    dropout = 0.0          # 0 to 1, LoRA's dropout            both ends included
+A setting is a top-level `name = value` above the script's call of `configure`, where the value is a
+number, text, True or False. Its trailing comment is its help. A comment that begins with words
+separated by bars lists the values that are allowed:
 
-Differences from nanoGPT: an unknown key is an error wherever it is set, a value has the default's
-type or is an error, and a config file runs in its own namespace.
+    objective = "mmpo"     # mmpo | dpo | sft: the loss
+
+Three things differ from nanoGPT. An unknown name is an error wherever it is set, a value has the
+default's type or is an error, and a config file runs in a namespace of its own. It may import,
+define functions, and use names that begin with an underscore: those are not settings.
 """
 import ast
+import contextlib
 import difflib
 import errno
+import glob
+import hashlib
 import io
+import json
+import math
 import os
 import re
+import shutil
 import sys
 import tokenize
 import traceback
+import warnings
+from dataclasses import dataclass
+from types import ModuleType
+
+import numpy as np
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions, get_state_dict, set_state_dict)
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+
+# -----------------------------------------------------------------------------
+# errors
 
 
-def configure(namespace, argv, source):
+class UserError(Exception):
+    """A mistake that the user can mend: `where: what (got); how to mend it`, in one line."""
+
+
+def require(condition, message):
+    if not condition:
+        raise UserError(message)
+
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)   # the system names no file with these
+
+
+def one_line_errors():
+    """From here on a UserError, and what the system says about a file, ends the program in one
+    line. Everything else is a bug and keeps its traceback."""
+    def hook(kind, error, trace):
+        if issubclass(kind, UserError):
+            message = f"error: {error}"
+        elif issubclass(kind, OSError) and (error.filename or error.errno in DISK_FULL):
+            where = f"{error.filename}: " if error.filename else ""
+            message = f"error: {where}{error.strerror}"
+        elif issubclass(kind, KeyboardInterrupt):
+            message = "interrupted"
+        else:
+            return sys.__excepthook__(kind, error, trace)
+        print(message, file=sys.stderr, flush=True)
+        # objects that are torn down badly after this must not print below that line
+        sys.unraisablehook = lambda _: None
+
+    sys.excepthook = hook
+
+
+# -----------------------------------------------------------------------------
+# files
+
+
+@contextlib.contextmanager
+def reading(path, what):
+    """Whatever goes wrong while a file is taken apart becomes one line that names the file.
+
+    A file that isn't what it claims to be fails in endless ways: a missing key, a list where an
+    object should be, nesting that is too deep, a panic of a library written in Rust (which is a
+    BaseException). Checks one by one never end, so this is the boundary. --debug=True shows the
+    traceback.
+    """
+    try:
+        yield
+    except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as e:
+        if isinstance(e, OSError) and e.errno:   # the system's own words: no such file, disk full
+            raise
+        raise UserError(f"{path}: not {what} ({type(e).__name__}: {first_line(e)}); "
+                        "is it damaged?") from e
+
+
+def first_line(error):
+    """The first line of an error's message, for a message of one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def parse_json(text):
+    """json.loads, but a key that appears twice in one object is an error. Raises ValueError."""
+    def no_duplicates(pairs):
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("a key appears twice in one object")
+        return dict(pairs)
+    try:
+        return json.loads(text, object_pairs_hook=no_duplicates)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def read_json(path):
+    """The object in a JSON file. Raises UserError unless the file holds one JSON object."""
+    with open(path, encoding="utf-8") as f, reading(path, "valid JSON"):
+        value = parse_json(f.read())
+    require(isinstance(value, dict), f"{path}: not a JSON object; download it again")
+    return value
+
+
+def write_json(path, value):
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path, text):
+    temporary = f"{path}.tmp{os.getpid()}"
+    try:
+        with open(temporary, "w", encoding="utf-8", newline="") as f:
+            f.write(text)
+        publish(temporary, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(temporary)
+
+
+def publish(temporary, path):
+    """Give a finished file or folder its name. At any moment, also in a power cut, there is the old
+    one or the new one, whole, as far as the file system can promise that."""
+    if os.path.isfile(temporary):
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)   # safetensors leaves 0600, which others can't read
+        with open(temporary, "rb") as f:
+            os.fsync(f.fileno())
+    os.replace(temporary, path)
+    with contextlib.suppress(OSError):        # some file systems can't sync a folder
+        folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def sha256(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while piece := f.read(2 ** 24):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def cache_path(kind, key, code):
+    """Where something computed from `key` (anything that json can write) is kept.
+
+    code: the files of this project that compute it. Who edits them gets it computed again.
+    """
+    digest = hashlib.sha256(json.dumps(key).encode())
+    for file in code:
+        digest.update(sha256(os.path.join(HERE, file)).encode())
+    folder = os.environ.get("NANOMMPO_CACHE") or os.path.expanduser("~/.cache/nanommpo")
+    return os.path.join(folder, f"{kind}-{digest.hexdigest()[:24]}.npz")
+
+
+def save_cache(path, **arrays):
+    """np.savez, whole or not at all. A cache that can't be written costs time, not the run."""
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(f"{path}.tmp{os.getpid()}", "wb") as f:
+            np.savez(f, **arrays)
+        publish(f.name, path)
+    except OSError as e:
+        print(f"note: {path} not written ({e.strerror}); this will be computed again next time")
+
+
+# -----------------------------------------------------------------------------
+# settings
+
+
+@dataclass
+class Setting:
+    value: int | float | bool | str    # the default
+    comment: str                       # its help
+    group: str                         # the heading it stands under
+
+
+def read_settings(source):
+    """{name: Setting} of a script: its top-level assignments above the call of `configure`.
+
+    Raises UserError that names the line of an assignment that is no setting, rather than lose it.
+    """
+    with open(source, encoding="utf-8") as f:
+        text = f.read()
+    comments = {token.start[0]: token for token in
+                tokenize.generate_tokens(io.StringIO(text).readline)
+                if token.type == tokenize.COMMENT}
+    settings = {}
+    for node in ast.parse(text, source).body:
+        if any(isinstance(n, ast.Call) and getattr(n.func, "id", "") == "configure"
+               for n in ast.walk(node)):
+            break
+        if not isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
+            continue
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        name = " = ".join(map(ast.unparse, targets))
+        if all(n.id.startswith("_") for t in targets for n in ast.walk(t)
+               if isinstance(n, ast.Name)):
+            continue
+        try:
+            value = ast.literal_eval(node.value)
+        except Exception:
+            value = None
+        require(type(value) in (int, float, bool, str) and name.isidentifier()
+                and not isinstance(node, ast.AugAssign),
+                f"{source}:{node.lineno}: {name} can't be a setting; above `configure` a value is "
+                "a number, text, True or False, written out (begin the name with _ if it is "
+                "something else)")
+        above = [comments[line].string for line in range(node.lineno, 0, -1)
+                 if line in comments and comments[line].start[1] == 0]
+        group = next((c for c in above if not c.startswith("# ---")), "#")
+        trailing = comments.get(node.end_lineno)
+        settings[name] = Setting(value, trailing.string.lstrip("# ") if trailing else "",
+                                 group.lstrip("# "))
+    return settings
+
+
+def configure(namespace, argv, source, choices={}, above_zero="", at_least_zero="", below_one=""):
     """Override the defaults in `namespace` (a script's globals()) by argv -> (settings, overrides).
 
-    argv: config files, applied in order, and --key=value, which win wherever they stand. source:
-    the script's path, whose comments hold the bounds. Raises ValueError or FileNotFoundError with a
-    message for the user. `--help` prints every key with its default and comment, and exits.
+    argv: config files, applied in order, and --key=value, which win wherever they stand.
+    source: the script's path. choices: {name: allowed words} where the comment doesn't list them.
+    The last three are names of settings, separated by spaces, whose numbers are bounded.
+    `--help` prints every setting and exits; `--debug` keeps tracebacks.
+    Raises UserError that says where the mistake is.
     """
-    comments = setting_comments(source)
-    defaults = {key: namespace[key] for key in comments}
+    known = read_settings(source)
+    bounds = (("above 0", above_zero.split(), lambda x: x > 0),
+              ("0 or more", at_least_zero.split(), lambda x: x >= 0),
+              ("from 0 to below 1", below_one.split(), lambda x: 0 <= x < 1))
     if "--help" in argv or "-h" in argv:
-        print(help_text(defaults, comments, source))
+        print(help_text(known, source))
         sys.exit(0)
     overrides = {}
-    for arg in sorted(argv, key=lambda arg: arg.startswith("--")):
+    for arg in sorted(argv, key=lambda arg: arg.startswith("--")):   # the files first
         if arg.startswith("--"):
             key, equals, value = arg[2:].partition("=")
-            if not equals:
-                raise ValueError(f"{arg}: settings are written --key=value (--help lists them)")
-            found, where = {key: value}, f"--{key}"
+            found, where = {key: value if equals else None}, f"--{key}"
         else:
+            defaults = {name: setting.value for name, setting in known.items()}
             found, where = run_config_file(arg, defaults | overrides), arg
         for key, value in found.items():
-            check_known(key, defaults, where)
-            overrides[key] = coerce(key, value, defaults[key], comments[key], where)
+            check_known(key, known, where)
+            words = choices.get(key) or words_of(known[key].comment)
+            value = coerce(key, value, known[key].value, words, where)
+            for bound, names, holds in bounds:
+                require(key not in names or holds(value),
+                        f"{where}: {key} must be {bound} (got {value})")
+            overrides[key] = value
     namespace.update(overrides)
-    return defaults | overrides, overrides
+    if overrides.get("debug"):
+        sys.excepthook = sys.__excepthook__
+    return {name: setting.value for name, setting in known.items()} | overrides, overrides
 
 
-def setting_comments(source):
-    """{key: trailing comment} of the script's top-level `name = literal  # comment` lines.
-
-    Reading stops at the first line that is neither such an assignment, an import nor a comment
-    after the defaults began: the defaults are one block.
-    """
-    comments = {}
-    for line in open(source, encoding="utf-8"):
-        setting = re.match(r"([a-z][a-z0-9_]*) = (?=[-\d\"'TF])", line)
-        if setting:
-            found = [t.string for t in tokenize.generate_tokens(io.StringIO(line).readline)
-                     if t.type == tokenize.COMMENT]
-            comments[setting[1]] = found[0].lstrip("# ").rstrip() if found else ""
-        elif comments and not line.startswith("#") and line.strip():
-            break
-    return comments
+PATHS = ("init_from", "dataset", "eval_dataset", "chat_template")   # settings that name files
 
 
 def run_config_file(path, known):
-    """The names a config file sets. It sees the current settings, so it can compute with them."""
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"{path}: no such config file; settings are written --key=value")
+    """The settings that a config file makes. It sees the current ones, so it can compute with them.
+
+    What the file names and is not found from here is looked for beside the checkout, so that
+    config/demo.py runs from any folder.
+    """
+    path = beside_the_checkout(path)
+    require(os.path.exists(path),
+            f"{path}: no such config file; settings are written --key=value")
     scope = dict(known)
+    with open(path, encoding="utf-8") as f:
+        text = f.read()
     try:
-        tree = ast.parse(open(path, encoding="utf-8").read(), path)
+        tree = ast.parse(text, path)
         exec(compile(tree, path, "exec"), scope)
     except SyntaxError as e:
-        raise ValueError(f"{path}:{e.lineno}: {e.msg}; "
-                         "a config file is lines of key = value") from None
+        raise UserError(f"{path}:{e.lineno}: {e.msg}; a config file is Python") from e
     except Exception as e:
         line = traceback.extract_tb(e.__traceback__)[-1].lineno
-        raise ValueError(f"{path}:{line}: {type(e).__name__}: {e}") from None
-    scope.pop("__builtins__", None)
+        raise UserError(f"{path}:{line}: {type(e).__name__}: {first_line(e)}") from e
     assigned = {node.id for node in ast.walk(tree)
                 if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-    return {k: v for k, v in scope.items() if k not in known or k in assigned}
+    found = {key: value for key, value in scope.items()
+             if (key not in known or key in assigned) and not key.startswith("_")
+             and not isinstance(value, ModuleType) and not callable(value)}
+    for key in found.keys() & PATHS:
+        if isinstance(found[key], str):
+            found[key] = ",".join(beside_the_checkout(p.strip()) for p in found[key].split(","))
+    return found
 
 
-def check_known(key, defaults, where):
-    if key not in defaults:
-        near = difflib.get_close_matches(key, defaults, n=1)
-        hint = f'did you mean "{near[0]}"?' if near else "--help lists the settings"
-        raise ValueError(f'{where}: unknown setting "{key}"; {hint}')
+def beside_the_checkout(path):
+    there = os.path.join(HERE, path)
+    return there if path and not os.path.exists(path) and os.path.exists(there) else path
 
 
-def coerce(key, value, default, comment, where):
-    """value (a command line's string, or anything from a config file) as the default's type."""
+# what other trainers (TRL, nanoGPT, LLaMA-Factory) call it, and what it is here
+ELSEWHERE = {
+    "lr": "learning_rate", "bf16": "dtype", "fp16": "dtype", "torch_dtype": "dtype",
+    "per_device_train_batch_size": "batch_size", "micro_batch_size": "pack_tokens",
+    "gradient_accumulation_steps": "pack_tokens", "row_tokens": "pack_tokens",
+    "num_train_epochs": "epochs", "num_epochs": "epochs", "max_steps": "max_iters",
+    "warmup_ratio": "warmup", "warmup_steps": "warmup", "warmup_iters": "warmup",
+    "output_dir": "out_dir", "model": "init_from", "model_name_or_path": "init_from",
+    "dataset_name": "dataset", "data": "dataset", "logging_steps": "log_interval",
+    "eval_steps": "eval_interval", "save_steps": "save_interval", "max_grad_norm": "grad_clip",
+    "loss_type": "objective", "loss": "objective", "gradient_checkpointing":
+    "activation_checkpointing", "use_peft": "lora_rank", "lora_r": "lora_rank",
+    "lora_target_modules": "lora_targets", "optim": "optimizer_state", "report_to": "wandb_log",
+    "resume_from_checkpoint": "resume", "simpo_gamma": "gamma_beta_ratio",
+    "max_seq_length": "max_length", "max_completion_length": "max_length", "backend": "device"}
+GLOBAL_BATCH = ("; batch_size is the global batch in pairs, however many GPUs there are, and "
+                "pack_tokens bounds the memory, so nothing is accumulated by hand")
+
+
+def check_known(key, known, where):
+    if key in known:
+        return
+    hint = "--help lists the settings"
+    if ELSEWHERE.get(key) in known:
+        hint = f"here it is {ELSEWHERE[key]}"
+        hint += GLOBAL_BATCH if ELSEWHERE[key] in ("batch_size", "pack_tokens") else ""
+    elif near := difflib.get_close_matches(key, known, n=1):
+        hint = f'did you mean "{near[0]}"?'
+    raise UserError(f'{where}: unknown setting "{key}"; {hint}')
+
+
+KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
+
+def words_of(comment):
+    """The allowed values that a comment begins with, `mmpo | dpo | sft: ..`; [] if it lists none.
+    """
+    found = re.match(r"[\w.-]+(?: \| [\w.-]+)+", comment)
+    return found[0].split(" | ") if found else []
+
+
+def coerce(key, value, default, words, where):
+    """value (a command line's text, None for a bare --key, or anything from a config file) as the
+    type of the default, or one of `words` if there are any."""
     want = type(default)
-    problem = ValueError(f"{where}: {key} must be {KINDS[want]} (got {value!r})")
+    if value is None:   # a bare --key is --key=True
+        require(want is bool or "true" in words,
+                f"{where}: settings are written --key=value (--help lists them)")
+        value = True
+    if words:
+        value = str(value).lower()
+        near = difflib.get_close_matches(value, words, n=1)
+        require(value in words, f'{where}: {key} must be one of {", ".join(words)} (got "{value}")'
+                + (f'; did you mean "{near[0]}"?' if near else ""))
+        return value
+    problem = UserError(f"{where}: {key} must be {KINDS[want]} (got {value!r})")
     if want is bool:
         value = {"true": True, "1": True, "false": False, "0": False}.get(str(value).lower())
         if value is None:
             raise problem
     elif want in (int, float):
-        if isinstance(value, bool):
-            raise problem
         try:
             number = float(value)
         except (TypeError, ValueError, OverflowError):
             raise problem from None
-        if number != number or abs(number) == float("inf") or want is int and number != int(number):
+        if (isinstance(value, bool) or not math.isfinite(number)
+                or want is int and number != int(number)):
             raise problem
         value = want(number)
     elif not isinstance(value, str):
         raise problem
-    check_bounds(key, value, comment, where)
     return value
 
 
-KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-CHOICE = re.compile(r"([\w.-]+(?: \| [\w.-]+)+)")
-NUMBER = r"(-?\d+(?:\.\d+)?(?:e-?\d+)?)"
-
-
-def check_bounds(key, value, comment, where):
-    """ValueError if value breaks what the comment starts with: choices, a bound or a range."""
-    if choices := CHOICE.match(comment):
-        words = choices[1].split(" | ")
-        if value not in words:
-            near = difflib.get_close_matches(str(value), words, n=1)
-            raise ValueError(f'{where}: {key} must be one of {", ".join(words)} (got "{value}")'
-                             + (f'; did you mean "{near[0]}"?' if near else ""))
-    elif bound := re.match(rf"(>=|<=|>|<) {NUMBER}", comment):
-        sign, limit = bound[1], float(bound[2])
-        if not {">": value > limit, ">=": value >= limit,
-                "<": value < limit, "<=": value <= limit}[sign]:
-            raise ValueError(f"{where}: {key} must be {sign} {bound[2]} (got {value})")
-    elif span := re.match(rf"{NUMBER} to {NUMBER}", comment):
-        if not float(span[1]) <= value <= float(span[2]):
-            raise ValueError(f"{where}: {key} must be from {span[1]} to {span[2]} (got {value})")
-
-
-RESUME_MAY_CHANGE = (   # where and how a run is computed, how far it goes, what it writes
-    "out_dir", "resume", "dry_run", "max_iters", "epochs", "export_", "wandb_", "sample_", "log_",
-    "eval_interval", "save_", "device", "parallel", "compile", "row_tokens", "activation_")
-
-
-def check_same_run(settings, before):
-    """ValueError unless a run resumes with the settings it had `before`, but for RESUME_MAY_CHANGE
-    (beginnings of names)."""
-    for key, value in settings.items():
-        if before.get(key, value) == value or key.startswith(RESUME_MAY_CHANGE):
-            continue
-        wrong = f"the run has {key}={before[key]!r}, not {value!r}; give that"
-        if key.endswith("_sha256"):
-            wrong = f"{key.removesuffix('_sha256')} rows have changed; bring the old ones back"
-        raise ValueError(f"resume: {wrong}, or start anew in another out_dir")
-
-
-def help_text(defaults, comments, source):
-    name = os.path.basename(source)
-    lines = [f"usage: python {name} [config/file.py ...] [--key=value ...]", ""]
-    for key, value in defaults.items():
-        shown = f'"{value}"' if isinstance(value, str) else value
-        lines.append(f"  --{key + '=' + str(shown):<40} {comments[key]}")
+def help_text(known, source):
+    lines = [f"usage: python {os.path.basename(source)} [config/file.py ..] [--key=value ..]"]
+    group = None
+    for name, setting in known.items():
+        if setting.group != group:
+            group = setting.group
+            lines += ["", group]
+        shown = f'"{setting.value}"' if isinstance(setting.value, str) else setting.value
+        lines.append(f"  --{name + '=' + str(shown):<40} {setting.comment}")
     return "\n".join(lines)
 
 
-DISK_FULL = ("ENOSPC", "EDQUOT", "EFBIG")   # such errors name no file
+# -----------------------------------------------------------------------------
+# processes
 
 
-def one_line_errors():
-    """From here on a mistake of the user's ends in one line, a bug keeps its traceback.
+def rank_and_size():
+    """This process's rank and how many there are: 0 and 1 where it is alone."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
-    What tells them apart: a ValueError or OSError that a `raise` statement of this project threw is
-    a message written for the user, and so is what the system says about a file.
+
+def first_on_each_node(function, *args):
+    """function(*args), which downloads or tokenizes: by local rank 0 of each machine first. Then
+    the other ranks find the result in the cache."""
+    wait = dist.is_initialized()
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if wait and not first:
+        dist.barrier()
+    result = function(*args)
+    if wait and first:
+        dist.barrier()
+    return result
+
+
+# -----------------------------------------------------------------------------
+# resuming a run: its checkpoints, and what may change when it goes on
+#
+# A checkpoint is a folder, checkpoint-0000400, with what is trained and AdamW's state in torch's
+# distributed format. Every rank writes its part, and any number of ranks can read them.
+
+TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True, strict=False)
+FAILURES = (Exception, dcp.api.CheckpointException)   # the latter is no Exception
+warnings.filterwarnings("ignore", "torch.distributed is disabled")   # said in a single process
+
+
+def training_state(model, optimizer):
+    return dict(zip(("model", "optimizer"),
+                    get_state_dict(model, optimizer, options=TRAINED_ONLY)))
+
+
+def save_checkpoint(model, optimizer, folder, iter_num):
+    """Write folder/checkpoint-<iter_num>. When it is whole, the one before it is deleted.
+
+    Every file's sha256 is kept beside it, since torch loads flipped bits without a word. Raises
+    UserError where the checkpoint can't be written.
     """
-    here = os.path.dirname(os.path.abspath(__file__))
-    project = (here, os.path.join(here, "scripts"))
+    path = os.path.join(folder, f"checkpoint-{iter_num:07d}")
+    temporary, (rank, ranks) = path + ".tmp", rank_and_size()
+    if rank == 0:   # of a run that was killed here; the other ranks wait in dcp.save
+        shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        dcp.save(training_state(model, optimizer), checkpoint_id=temporary)
+        mine = [file for file in os.listdir(temporary) if file.startswith(f"__{rank}_")]
+        mine += [".metadata"] * (rank == 0)
+        write_json(os.path.join(temporary, f"{rank}.sha256"),
+                   {file: sha256(os.path.join(temporary, file)) for file in mine})
+    except FAILURES as e:
+        raise UserError(f"{path}: not written ({last_line(e)}); if the disk is full, free space; "
+                        "an earlier checkpoint is intact") from e
+    if ranks > 1:
+        dist.barrier()
+    if rank == 0:
+        require(len(manifests(temporary)) == ranks, f"{folder}: other machines' parts of a "
+                "checkpoint are not here; all machines must share out_dir")
+        publish(temporary, path)
+        remove_checkpoints(folder, but=path)
 
-    def hook(kind, error, trace):
-        last = traceback.extract_tb(trace)[-1] if trace else None
-        if issubclass(kind, KeyboardInterrupt):
-            print("interrupted", file=sys.stderr)
-        elif issubclass(kind, OSError) and error.strerror and (
-                error.filename or errno.errorcode.get(error.errno) in DISK_FULL):
-            where = f"{error.filename}: " if error.filename else ""
-            print(f"error: {where}{error.strerror}", file=sys.stderr, flush=True)
-        elif (issubclass(kind, (ValueError, OSError)) and last and last.line.startswith("raise ")
-                and os.path.dirname(os.path.abspath(last.filename)) in project):
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        else:
-            return sys.__excepthook__(kind, error, trace)
-        sys.unraisablehook = lambda _: None   # that line is the last, whatever objects end badly
 
-    sys.excepthook = hook
+def load_checkpoint(model, optimizer, path):
+    """The reverse. Raises UserError where a byte is not as it was written."""
+    rank, ranks = rank_and_size()
+    for manifest in manifests(path)[rank::ranks]:
+        for file, digest in read_json(manifest).items():
+            require(sha256(os.path.join(path, file)) == digest,
+                    f"{path}: {file} failed its sha256; delete the checkpoint")
+    state = training_state(model, optimizer)
+    try:
+        dcp.load(state, checkpoint_id=path)
+    except FAILURES as e:
+        raise UserError(f"{path}: can't be loaded ({last_line(e)}); is it of another version of "
+                        "this code?") from e
+    set_state_dict(model, optimizer, model_state_dict=state["model"],
+                   optim_state_dict=state["optimizer"], options=TRAINED_ONLY)
+
+
+def manifests(path):
+    return sorted(glob.glob(os.path.join(glob.escape(path), "*.sha256")))
+
+
+def last_line(error):
+    return (str(error).splitlines() or [type(error).__name__])[-1]
+
+
+def checkpoints(folder, suffix=""):
+    pattern = "checkpoint-" + "[0-9]" * 7 + suffix
+    return sorted(glob.glob(os.path.join(glob.escape(folder), pattern)))
+
+
+def last_checkpoint(folder):
+    """-> (its step, its path), or (0, None)."""
+    found = checkpoints(folder)
+    return (int(found[-1][-7:]), found[-1]) if found else (0, None)
+
+
+def remove_checkpoints(folder, but=None):
+    for path in checkpoints(folder, "*"):   # half-written ones too
+        if path != but:
+            shutil.rmtree(path)
+
+
+# What may change when a run resumes (beginnings of names): where and how it is computed, how far it
+# goes, what it writes.
+RESUME_MAY_CHANGE = (
+    "out_dir", "resume", "dry_run", "debug", "max_iters", "epochs", "export_", "wandb_", "sample_",
+    "log_", "eval_interval", "save_", "device", "parallel", "compile", "pack_tokens", "activation_")
+COMPARED_BY_CONTENT = ("init_from", "dataset", "eval_dataset")   # by their .._sha256
+
+
+def check_same_run(settings, before):
+    """UserError unless a run resumes with the settings it had `before`, but for RESUME_MAY_CHANGE.
+    """
+    for key, value in settings.items():
+        if (before.get(key, value) == value or key in COMPARED_BY_CONTENT
+                or key.startswith(RESUME_MAY_CHANGE)):
+            continue
+        wrong = f"the run has {key}={before[key]!r}, not {value!r}; give that"
+        if key.endswith("_sha256"):
+            wrong = f"{key.removesuffix('_sha256')} has changed; bring the old one back"
+        raise UserError(f"resume: {wrong}, or start anew in another out_dir")

@@ -14,22 +14,14 @@ before training. No reference model runs beside the policy.
 Two words that papers mix: a *reward* here is the input r_i; DPO's and SimPO's "implicit reward" is
 beta times a log-ratio, computed from the policy, and is called so below.
 
-Shapes: B pairs (rows), n responses a row, the chosen one first (n = 2 for pairs). Log-probs are
+Shapes: B pairs, n responses each, the chosen one first (n = 2, or more). Log-probs are
 summed over a response's tokens unless a docstring says mean; `lengths` counts those tokens.
 """
 import torch
 from torch.nn.functional import logsigmoid
 
 # -----------------------------------------------------------------------------
-# log-probs and rewards: constants of a run
-
-
-def sum_by_response(per_token, response, n_responses):
-    """Sum of per_token (R,) over each response, (n_responses,) fp32.
-
-    response (R,) says whose a token is.
-    """
-    return per_token.new_zeros(n_responses).index_add(0, response, per_token)
+# rewards: constants of a run
 
 
 def rewards(r, ref_logps, beta):
@@ -42,7 +34,7 @@ def rewards(r, ref_logps, beta):
 
 
 def normalize(R, group=0):
-    """Min-max of R (B, n) over groups of `group` consecutive rows (0: all of them): R is in [0, 1].
+    """Min-max of R (B, n) over groups of `group` consecutive pairs (0: all of them): R is in [0, 1].
 
     R <- (R - min + 1e-6) / (max - min + 1e-6). The authors' group is a micro-batch of 2 pairs.
     """
@@ -90,8 +82,8 @@ def entropy_bonus(per_token_logps, per_token_entropy, response, lengths, length_
     running = per_token_logps.cumsum(0)
     before = torch.cat((running.new_zeros(1), running))[ends - counts]    # sum before a response
     prefix_logps = running - before[response]
-    H = sum_by_response(per_token_entropy.detach() * prefix_logps + per_token_entropy, response,
-                        len(counts))
+    terms = per_token_entropy.detach() * prefix_logps + per_token_entropy
+    H = terms.new_zeros(len(counts)).index_add(0, response, terms)
     return (H / counts if length_norm else H).view(lengths.shape).mean(-1)
 
 
@@ -134,12 +126,13 @@ def orpo_loss(chosen_mean, rejected_mean, orpo_lambda):
 # -----------------------------------------------------------------------------
 # what train.py calls
 
-USES_REFERENCE = ("mmpo", "dpo", "ipo")
+# each objective, and whether its loss reads the reference, in ref_logps or in R
+OBJECTIVES = {"mmpo": True, "dpo": True, "ipo": True, "simpo": False, "orpo": False, "sft": False}
 
 
 def preference_loss(objective, logps, lengths, ref_logps=None, R=None, *, beta=0.05,
                     length_norm=True, pref_weight=0.0, gamma_beta_ratio=1.6, orpo_lambda=0.1):
-    """Loss of each row, (B,), from summed log-probs (B, n), token counts (B, n) and the constants.
+    """Loss of each pair, (B,), from summed log-probs (B, n), token counts (B, n) and the constants.
 
     DPO, SimPO, IPO and ORPO compare the first response (chosen) with the last (rejected).
     """
@@ -157,12 +150,12 @@ def preference_loss(objective, logps, lengths, ref_logps=None, R=None, *, beta=0
         return simpo_loss(means[:, 0], means[:, -1], beta, gamma_beta_ratio)
     if objective == "orpo":
         return orpo_loss(means[:, 0], means[:, -1], orpo_lambda)
-    raise ValueError(f'unknown objective "{objective}" (mmpo, dpo, simpo, ipo, orpo, sft)')
+    raise ValueError(f'no line for the objective "{objective}" in preference_loss')
 
 
 @torch.no_grad()
 def preference_metrics(logps, lengths, ref_logps=None, R=None, *, beta=0.05, length_norm=True):
-    """What is worth logging about B rows, a dict of floats, named as TRL names them.
+    """What is worth logging about B pairs, a dict of floats, named as TRL names them.
 
     rewards/*: implicit rewards, beta (log pi - log ref), or beta mean log pi without a reference;
     accuracies don't depend on beta, which may be 0.

@@ -1,43 +1,42 @@
 """
-A Llama-family decoder in one file: the network, its weights on disk, text generation.
+A Llama-family decoder in one file: the network, then LoRA and sharding, then weights on disk.
 
-Names are Hugging Face's, parameter by parameter, and the rotary embedding is the split-half one, so
-no weight is renamed or permuted on the way in or out.
+The parameters have Hugging Face's names and the rotary embedding is the split-half one, so that no
+weight is renamed or permuted on its way in or out.
 
 References
 1) Llama: Touvron et al. 2023, arXiv 2302.13971; Llama 3: Grattafiori et al. 2024, arXiv 2407.21783
 2) RMSNorm: Zhang and Sennrich 2019, arXiv 1910.07467; SwiGLU: Shazeer 2020, arXiv 2002.05202
-3) Rotary embedding: Su et al. 2021, arXiv 2104.09864
-   Grouped-query attention: Ainslie et al. 2023, arXiv 2305.13245
+3) rotary embedding: Su et al. 2021, arXiv 2104.09864
+   grouped-query attention: Ainslie et al. 2023, arXiv 2305.13245
 4) LoRA: Hu et al. 2021, arXiv 2106.09685
 5) the reference implementation: transformers/models/llama/modeling_llama.py
 """
 import contextlib
-import glob
 import hashlib
 import itertools
 import json
 import math
 import os
 import shutil
-import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions, get_state_dict, set_state_dict)
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
+
+from configurator import (
+    UserError, first_line, publish, rank_and_size, read_json, reading, require, write_json,
+    write_text)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -65,58 +64,57 @@ class LlamaConfig:
     qk_norm: bool = False               # Qwen3: an RMSNorm on every query and key head
 
 
+# Fields of config.json that change what the network computes: the values that this file honours,
+# None for a field that is missing, and a hint for all others.
+HONOURED = {
+    "model_type": (("llama", "mistral", "qwen2", "qwen3"), "llama, mistral, qwen2, qwen3"),
+    "hidden_act": (("silu", None), "silu"),
+    "rope_type": (("default", "llama3", None), "default, llama3"),
+    "partial_rotary_factor": ((1.0, None), "1.0"),
+    "sliding_window": ((None,), "use a model without sliding windows"),
+    "quantization_config": ((None, {}), "use the bf16 checkpoint, not quantized weights"),
+}
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+         "num_attention_heads")
+OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings")
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 def config_from_dict(hf, where="config.json"):
-    """config.json as a dict -> LlamaConfig. ValueError names the field that this file can't honour.
+    """config.json as a dict -> LlamaConfig. UserError names the field that this file can't honour.
 
-    transformers 5 writes rope_parameters, older versions rope_theta and rope_scaling: both work.
+    transformers 5 writes rope_parameters, older versions rope_theta and rope_scaling. Both work.
     """
-    def refuse(what):
-        raise ValueError(f"{where}: {what}")
-
-    kind = hf.get("model_type")
-    if kind not in ("llama", "mistral", "qwen2", "qwen3"):
-        refuse(f'model_type "{kind}" is not supported (llama, mistral, qwen2, qwen3)')
-    if hf.get("hidden_act", "silu") != "silu":
-        refuse(f'hidden_act "{hf["hidden_act"]}" is not supported (silu)')
-    if hf.get("quantization_config"):
-        refuse("quantized weights are not supported; use the bf16 checkpoint")
-    window = hf.get("use_sliding_window", kind == "mistral") and hf.get("sliding_window", 4096)
-    if window or "sliding_attention" in (hf.get("layer_types") or ()):
-        refuse("sliding-window attention is not supported; use a model with sliding_window null")
-    needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-              "num_attention_heads")
-    if missing := [k for k in needed if hf.get(k) is None]:
-        refuse(f"no {', '.join(missing)}; is this a decoder's config?")
-    for k in (*needed, "num_key_value_heads", "head_dim", "max_position_embeddings"):
-        if hf.get(k) is not None and (type(hf[k]) is not int or hf[k] < 1):
-            refuse(f"{k} must be a whole number above 0 (got {hf[k]!r})")
-
-    def number(where, k, default=None):
-        value = where.get(k, default)
-        if type(value) not in (int, float) or value <= 0:
-            refuse(f"{k} must be a number above 0 (got {value!r})")
-        return value
-
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        refuse(f"rope parameters must be an object (got {rope!r})")
-    rope_type = rope.get("rope_type") or rope.get("type") or "default"
-    if rope_type not in ("default", "llama3"):
-        refuse(f'rope_type "{rope_type}" is not supported (default, llama3)')
-    for k in LLAMA3_ROPE if rope_type == "llama3" else ():
-        number(rope, k)
-    if rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0)) != 1.0:
-        refuse("partial_rotary_factor is not supported")
+    require(isinstance(rope, dict), f"{where}: rope parameters must be an object (got {rope!r})")
+    kind, rope_type = hf.get("model_type"), rope.get("rope_type") or rope.get("type")
+    # Qwen names a window that use_sliding_window switches off. Mistral's is 4,096 where its config
+    # doesn't say.
+    window = hf.get("use_sliding_window", kind == "mistral") and hf.get("sliding_window", 4096)
+    if "sliding_attention" in (hf.get("layer_types") or ()):
+        window = "in some layers"
+    partial = rope.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
+    found = hf | {"rope_type": rope_type, "sliding_window": window or None,
+                  "partial_rotary_factor": partial}
+    for field, (values, hint) in HONOURED.items():
+        require(found.get(field) in values,
+                f'{where}: {field} "{found.get(field)}" is not supported ({hint})')
+
+    theta, eps = rope.get("rope_theta") or hf.get("rope_theta", 1e4), hf.get("rms_norm_eps", 1e-6)
+    whole_numbers = {field: hf.get(field) for field in SIZES}
+    whole_numbers |= {field: hf[field] for field in OPTIONAL_SIZES if hf.get(field) is not None}
+    numbers = {"rope_theta": theta, "rms_norm_eps": eps}
+    numbers |= {field: rope.get(field) for field in LLAMA3_ROPE if rope_type == "llama3"}
+    for field, value in (whole_numbers | numbers).items():
+        kinds, name = ((int, float), "number") if field in numbers else ((int,), "whole number")
+        require(type(value) in kinds and value > 0,
+                f"{where}: {field} must be a {name} above 0 (got {value!r})")
     n_head, bias = hf["num_attention_heads"], hf.get("attention_bias", False)
     return LlamaConfig(
         vocab_size=hf["vocab_size"], n_layer=hf["num_hidden_layers"], n_embd=hf["hidden_size"],
         n_head=n_head, n_kv_head=hf.get("num_key_value_heads") or n_head,
         head_dim=hf.get("head_dim") or (128 if kind == "qwen3" else hf["hidden_size"] // n_head),
-        intermediate_size=hf["intermediate_size"], norm_eps=number(hf, "rms_norm_eps", 1e-6),
-        rope_theta=number(rope if rope.get("rope_theta") else hf, "rope_theta", 10000.0),
+        intermediate_size=hf["intermediate_size"], norm_eps=eps, rope_theta=theta,
         rope_scaling=rope if rope_type == "llama3" else None,
         max_position_embeddings=hf.get("max_position_embeddings") or 2048,
         tie_word_embeddings=hf.get("tie_word_embeddings", False),
@@ -129,22 +127,23 @@ def config_from_dict(hf, where="config.json"):
 
 
 def compute_dtype(x):
-    """What matrix products of x are computed in: autocast's dtype if it is on, else x's."""
+    """The dtype that a matrix product of x runs in: autocast's if it is on, else that of x."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def fast_bfloat16(device):
-    """Whether matrix products in bf16 are faster than in fp32. On a CPU that knows neither AVX-512
-    nor AMX they take ten times as long."""
+    """Whether matrix products are faster in bf16 than in fp32. On a CPU that computes bf16 neither
+    in AVX-512 nor in AMX they take five to ten times as long."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type != "cpu" or (torch.backends.mkldnn.is_available()
-                                    and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return (device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()
+            or torch.cpu._is_amx_tile_supported())
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, in fp32 whatever the dtype of x; out in what the next product takes."""
+    """x / rms(x) * weight, computed in fp32. Returns the dtype in which the next matrix product
+    runs, which saves a cast."""
 
     def __init__(self, dim, eps):
         super().__init__()
@@ -160,16 +159,16 @@ class RMSNorm(nn.Module):
 def rotary(positions, config):
     """Positions (B, T) -> cos and sin (B, T, 1, head_dim), fp32, with Llama 3's frequency scaling.
 
-    Llama 3 leaves short wavelengths alone, divides the frequency of long ones by `factor`, and
-    blends the two where a wavelength fits 1 to 4 times into the original context.
+    Llama 3 leaves the frequencies of short wavelengths alone and divides those of long ones by
+    `factor`. It blends the two where a wavelength fits 1 to 4 times into the original context.
     """
     exponent = torch.arange(0, config.head_dim, 2, device=positions.device) / config.head_dim
-    freq = 1 / config.rope_theta ** exponent   # to the last bit as transformers has it
+    freq = 1 / config.rope_theta ** exponent   # in this order transformers' bits come out
     if config.rope_scaling:
         s = config.rope_scaling
         low, high = s["low_freq_factor"], s["high_freq_factor"]
         turns = s["original_max_position_embeddings"] * freq / (2 * math.pi)
-        blend = ((turns - low) / (high - low)).clamp(0, 1)   # 0: scaled, 1: as it is
+        blend = ((turns - low) / (high - low)).clamp(0, 1)   # 0: divide, 1: leave alone
         freq = blend * freq + (1 - blend) * freq / s["factor"]
     angle = positions[:, :, None, None].float() * freq       # (B, T, 1, head_dim / 2)
     angle = torch.cat((angle, angle), dim=-1)
@@ -182,47 +181,52 @@ def rotate(x, cos, sin):
     return (x * cos + torch.cat((-x2, x1), dim=-1) * sin).to(x.dtype)
 
 
-# Attention over packed trees. A preference row is a tree, [prompt | response 1 | .. | response n]:
-# the prompt is computed once, every response continues it, no response sees another. A batch row is
-# trees laid end to end. A query sees a key of its own tree, not after itself, that is in the prompt
-# (branch 0) or in its own response. The way to compute that is chosen in tree_layout.
+# Attention over packed trees. A preference pair is a tree, [prompt | response 1 | .. | response n]:
+# the prompt is computed once, and every response continues it without seeing the others. A pack is
+# such trees laid end to end (data.Pack). A token sees an earlier token of its own tree if that one
+# is in the prompt (branch 0) or in its own response. README has the picture.
 
 
 def tree_rule(tree, branch):
-    """tree, branch (T,) -> the rule as a function of batch, head, query and key indices."""
+    """That rule as a function of batch, head, query and key index. tree, branch: (T,)."""
     def rule(b, h, q, k):
         return (tree[q] == tree[k]) & (k <= q) & ((branch[k] == 0) | (branch[k] == branch[q]))
     return rule
 
 
-def tree_layout(row):
-    """What `attend` needs for a packed row: a BlockMask for flex attention, else the row itself."""
-    device = row.tokens.device
+def tree_layout(pack):
+    """What `attend` needs to know of a pack: a BlockMask for flex attention where the GPU can run
+    that, elsewhere the lengths of its trees."""
+    device = pack.tokens.device
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
-        return row
-    T = len(row.tree)
-    return compiled(create_block_mask)(tree_rule(row.tree, row.branch), None, None, T, T,
+        return pack.trees
+    T = len(pack.tree)
+    return compiled(create_block_mask)(tree_rule(pack.tree, pack.branch), None, None, T, T,
                                        device=str(device))
 
 
 @lru_cache
 def compiled(function, dynamic=False):
-    """The compiled version of a function that only pays when it is compiled; made on first use."""
+    """The compiled version of a function that only pays when compiled, made on first use."""
     return torch.compile(function, dynamic=dynamic)
 
 
 def attend(q, k, v, layout):
     """Softmax attention: q (B, n_head, T, hd), k and v (B, n_kv_head, S, hd) -> (B, n_head, T, hd).
 
-    layout: a BlockMask (trees on a GPU: flex attention), a row (elsewhere: a loop over its trees),
-    or, without trees, a boolean mask (B, 1, T, S), or None for causal.
+    layout says which keys a query sees, and with that how to compute it:
+        a BlockMask    packed trees on a GPU; flex attention skips the blocks that nobody sees
+        a list         packed trees elsewhere, as their lengths; a loop over the trees
+        a bool tensor  a mask (B, 1, T, S), for generation
+        None           a plain causal sequence
     """
     if isinstance(layout, BlockMask):
         flex = flex_attention if torch.compiler.is_compiling() else compiled(flex_attention)
         return flex(q, k, v, block_mask=layout, enable_gqa=True)
-    if layout is not None and not isinstance(layout, torch.Tensor):
+    if isinstance(layout, list):
         return tree_attention(q, k, v, layout)
-    if layout is not None and q.is_cuda:   # cuDNN would plan anew for each length while generating
+    if layout is not None and q.is_cuda:
+        # cuDNN would make a new plan for every length, and lengths grow with every token
         k, v = (x.repeat_interleave(q.size(1) // k.size(1), 1) for x in (k, v))
         with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
             return F.scaled_dot_product_attention(q, k, v, layout)
@@ -230,75 +234,52 @@ def attend(q, k, v, layout):
                                           enable_gqa=True)
 
 
-@torch.compiler.disable   # nor may a compiled block look into row.trees: it would compile for each
-def tree_attention(q, k, v, row):
-    """The tree rule without a T x T mask: in a tree prompt + response 1 is causal, and so is each
-    further response behind the prompt. row.trees: [prompt, response 1, .., n] tokens each."""
+@torch.compiler.disable   # every pack has other tree lengths, so each would trigger a recompilation
+def tree_attention(q, k, v, trees):
+    """The tree rule without a T x T mask. trees: [prompt, response 1, .., response n] tokens each.
+
+    Within a tree, prompt + response 1 is a causal sequence. So is every further response behind the
+    prompt, whose queries need not be computed again.
+    """
     outputs = []
-    by_tree = (x[0].split([sum(tree) for tree in row.trees], dim=1) for x in (q, k, v))
+    by_tree = (x[0].split([sum(tree) for tree in trees], dim=1) for x in (q, k, v))
     with torch.autocast(q.device.type, enabled=False):
-        for (prompt, first, *rest), *qkv in zip(row.trees, *by_tree):
+        for (prompt, first, *rest), *qkv in zip(trees, *by_tree):
             stem, *branches = zip(*(x.split([prompt + first, *rest], dim=1) for x in qkv))
-            outputs.append(CausalAttention.apply(*stem))
+            outputs.append(causal_attention(*stem))
             prompt_k, prompt_v = (x[:, :prompt] for x in stem[1:])
             for q_i, k_i, v_i in branches:
-                outputs.append(CausalAttention.apply(q_i, torch.cat((prompt_k, k_i), dim=1),
-                                                     torch.cat((prompt_v, v_i), dim=1)))
+                outputs.append(causal_attention(q_i, torch.cat((prompt_k, k_i), dim=1),
+                                                torch.cat((prompt_v, v_i), dim=1)))
     return torch.cat(outputs, dim=1)[None]
 
 
-class CausalAttention(torch.autograd.Function):
-    """softmax(q k^T / sqrt(hd)) v of the last T of S tokens, which see no later one:
+def causal_attention(q, k, v, block=96):
+    """softmax(q k^T / sqrt(hd)) v of the last T of S tokens, none of which sees a later one:
     q (n_head, T, hd), k and v (n_kv_head, S, hd) -> (n_head, T, hd).
 
-    In pieces of a few queries, whose weights backward computes again, with fp32 scores and products
-    as large as they get: on a CPU faster than F.scaled_dot_product_attention and as lean.
+    Plain products, 96 queries at a time, each block against the keys that its last query sees. On a
+    CPU that is faster than F.scaled_dot_product_attention. Scores are fp32.
     """
-
-    @staticmethod
-    def forward(ctx, q, k, v):
-        ctx.save_for_backward(q, k, v)
-        y = torch.empty_like(q)
-        for at, seen, _, p in CausalAttention.pieces(q, k):
-            y[:, at] = (p.to(v.dtype) @ v[:, :seen]).view_as(y[:, at])
-        return y
-
-    @staticmethod
-    def backward(ctx, dy):
-        q, k, v = ctx.saved_tensors
-        dq, dk, dv = torch.empty_like(q), *(torch.zeros_like(x, dtype=wider(x)) for x in (k, v))
-        for at, seen, rows, p in CausalAttention.pieces(q, k):
-            dy_rows = dy[:, at].reshape(rows.shape)
-            dp = (dy_rows @ v[:, :seen].mT).to(p.dtype)
-            ds = torch._softmax_backward_data(dp, p, -1, p.dtype).to(k.dtype)
-            dq[:, at] = (ds @ k[:, :seen]).view_as(dq[:, at])
-            dk[:, :seen] += ds.mT @ rows
-            dv[:, :seen] += p.to(v.dtype).mT @ dy_rows
-        scale = k.size(2) ** -0.5
-        return dq.mul_(scale), dk.mul_(scale).to(k.dtype), dv.to(v.dtype)
-
-    @staticmethod
-    def pieces(q, k, n=96):
-        """-> slice of up to n queries, number of keys the last one sees, the queries as rows
-        (n_kv_head, G n, hd), their weights p (n_kv_head, G n, keys). A key head has G query heads.
-        """
-        keys, first = k.to(wider(k)).mT, k.size(1) - q.size(1)
-        later = torch.full((n, n), -math.inf, dtype=keys.dtype, device=q.device).triu(1)
-        for start in range(0, q.size(1), n):
-            part = q[:, start:start + n]                                   # (n_head, n, hd)
-            rows, size = part.reshape(len(k), -1, k.size(2)), part.size(1)
-            seen = first + start + size
-            scores = (rows.to(keys.dtype) * k.size(2) ** -0.5) @ keys[..., :seen]
-            scores.view(*part.shape[:2], seen)[..., -size:] += later[:size, :size]
-            yield slice(start, start + size), seen, rows, scores.softmax(-1)
-
-
-def wider(x):
-    """fp32, or x's dtype if that is wider."""
-    return torch.promote_types(x.dtype, torch.float32)
+    wide = torch.promote_types(k.dtype, torch.float32)   # fp32, or fp64 in tests
+    keys, scale, outputs = k.to(wide).mT, k.size(2) ** -0.5, []
+    # from the last block to the first: each is smaller, so it fits where the one before was freed
+    for start in reversed(range(0, q.size(1), block)):
+        q_block = q[:, start:start + block]                             # (n_head, n, hd)
+        n = q_block.size(1)
+        seen = k.size(1) - q.size(1) + start + n
+        # the query heads that share a key head are rows of one product
+        queries = q_block.reshape(len(k), -1, k.size(2)).to(wide)       # (n_kv_head, G n, hd)
+        scores = (queries * scale @ keys[..., :seen]).view(len(q), n, seen)
+        later = torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1)
+        scores[..., -n:].masked_fill_(later, -math.inf)
+        weights = scores.softmax(-1).to(v.dtype).view(len(v), -1, seen)
+        outputs.append((weights @ v[:, :seen]).view_as(q_block))
+    return torch.cat(outputs[::-1], dim=1) if outputs else q
 
 
 class Attention(nn.Module):
+    """Grouped-query attention with rotary positions."""
 
     def __init__(self, config):
         super().__init__()
@@ -313,13 +294,14 @@ class Attention(nn.Module):
 
     def forward(self, x, rope, layout, cache=None):
         B, T, C = x.shape
-        q = self.q_proj(x).view(B, T, -1, self.head_dim)
-        k = self.k_proj(x).view(B, T, -1, self.head_dim)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim)                   # (B, T, n_kv_head, hd)
+        q = self.q_proj(x).view(B, T, -1, self.head_dim)                   # (B, T, n_head, hd)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim)                   # (B, T, n_kv_head, hd)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
+        # rotated before the transpose: on a GPU that takes two kernels fewer in backward
         q, k, v = (x.transpose(1, 2) for x in (rotate(q, *rope), rotate(k, *rope), v))
-        if cache is not None:   # keys and values of earlier tokens, while generating
+        if cache is not None:   # generation keeps the keys and values of earlier tokens
             if cache:
                 k, v = torch.cat((cache[0], k), dim=2), torch.cat((cache[1], v), dim=2)
             cache[:] = k, v
@@ -355,7 +337,7 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """The decoder. `forward` scores packed trees; `logits` and `generate` take plain sequences."""
+    """The decoder. `forward` scores a pack; `logits` and `generate` take plain sequences."""
 
     def __init__(self, config):
         super().__init__()
@@ -370,14 +352,17 @@ class Llama(nn.Module):
 
     @property
     def head_weight(self):
-        """(V, C); a tied head is the embedding."""
+        """(V, C). With tied embeddings the head is the embedding."""
         return (self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight
 
     def compile_blocks(self, dynamic=False):
-        """torch.compile every block; they are alike, so one compilation serves all. `dynamic`: rows
-        of any length."""
-        torch._dynamo.config.optimize_ddp = False   # it would cut blocks; they are its buckets
-        torch._dynamo.config.recompile_limit = 16   # each shape, with and without gradient, LoRA
+        """torch.compile every block. They are alike, so one compilation serves all of them.
+
+        dynamic: one compilation serves packs of any length too (a CPU's); otherwise each length is
+        compiled once, which gives faster code on a GPU.
+        """
+        torch._dynamo.config.optimize_ddp = False   # it would split blocks at DDP's buckets
+        torch._dynamo.config.recompile_limit = 32   # each length with gradient, without, and LoRA
         for block in self.model.layers:
             block.compile(dynamic=dynamic)
 
@@ -392,30 +377,32 @@ class Llama(nn.Module):
                 x = block(x, rope, layout, caches[i] if caches else None)
         return self.model.norm(x)
 
-    def forward(self, row, entropy=False):
-        """A packed row (data.Row) -> log pi of each response token, (R,) fp32.
+    def forward(self, pack, entropy=False):
+        """A data.Pack -> log pi of each response token (R,) fp32, and None.
 
-        Only the R hidden states that predict a response token meet the vocabulary. With `entropy`
-        also the entropy of each of those R next-token distributions, (R,) nats.
+        Only the R hidden states that predict a response token meet the vocabulary: a prompt's
+        tokens are never scored. With `entropy`, in place of None, the entropy in nats of each of
+        these R next-token distributions, (R,) fp32.
         """
-        x = self.hidden(row.tokens, row.positions, tree_layout(row))
-        per_token_logps, per_token_entropy = TokenLogProbs.apply(
-            x[0, row.predict_from], self.head_weight, row.targets, entropy)
-        return (per_token_logps, per_token_entropy) if entropy else per_token_logps
+        x = self.hidden(pack.tokens, pack.positions, tree_layout(pack))
+        x = x[0, pack.predict_from]                                        # (R, C)
+        per_token_logps = TokenLogProbs.apply(x, self.head_weight, pack.targets)
+        return per_token_logps, token_entropy(x, self.head_weight) if entropy else None
 
     def logits(self, tokens):
         """Plain causal sequences (B, T) -> logits (B, T, V)."""
         positions = torch.arange(tokens.size(1), device=tokens.device).expand(tokens.shape)
         return F.linear(self.hidden(tokens, positions, None), self.head_weight)
 
-    @torch.compiler.set_stance("force_eager")   # lengths grow: nothing to compile for
+    @torch.compiler.set_stance("force_eager")   # the length changes with every token
     @torch.no_grad()
     def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0,
                  stop_ids=(), seed=None):
         """Continue each prompt (a list of token ids) -> list of lists of new ids, stop id included.
 
         temperature 0 takes the likeliest token; top_k 0 and top_p 1 keep the whole distribution.
-        Prompts of different lengths are padded on the left and masked, so neighbours don't matter.
+        Prompts of different lengths are padded on the left and masked, so that a prompt's answer
+        does not depend on its neighbours.
         """
         was_training = self.training
         self.eval()
@@ -426,26 +413,26 @@ class Llama(nn.Module):
         tokens = [[0] * (longest - len(p)) + list(p) for p in prompts]
         tokens = torch.tensor(tokens, device=device)                                # (B, T)
         stop = torch.tensor(list(stop_ids), dtype=torch.long, device=device)
-        going_on, n_new = torch.ones(len(prompts), dtype=torch.bool, device=device), 0
+        done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
         caches, new = [[] for _ in self.model.layers], []
         slots = torch.arange(longest + max_new_tokens, device=device)
         first, last = 0, longest
         while True:
             q, k = slots[first:last, None], slots[None, :last]
-            # a token sees what lies between the padding and itself; padding sees itself
+            # a token sees what lies between the padding and itself; padding sees only itself
             mask = (k == q) | ((k <= q) & (k >= pad[:, None]))                      # (B, T, S)
             positions = (slots[None, first:last] - pad).clamp(min=0)
             x = self.hidden(tokens, positions, mask[:, None], caches)[:, -1]
             logits = F.linear(x, self.head_weight).float()
             token = sample(logits, temperature, top_k, top_p, generator)            # (B,)
             new.append(token)
-            n_new = n_new + going_on.long()                                         # (B,)
-            going_on &= ~torch.isin(token, stop)
-            if not going_on.any() or len(new) == max_new_tokens:
+            done |= torch.isin(token, stop)
+            if done.all() or len(new) == max_new_tokens:
                 break
             tokens, first, last = token[:, None], last, last + 1
         self.train(was_training)
-        return [ids[:n] for ids, n in zip(torch.stack(new, dim=1).tolist(), n_new.tolist())]
+        return [ids[:next((n for n, i in enumerate(ids, 1) if i in stop_ids), None)]
+                for ids in torch.stack(new, dim=1).tolist()]
 
 
 def sample(logits, temperature, top_k, top_p, generator=None):
@@ -465,30 +452,35 @@ def sample(logits, temperature, top_k, top_p, generator=None):
 
 # -----------------------------------------------------------------------------
 # log-probabilities without the logits
+#
+# The logits of all response tokens at once would be the largest tensor of a step. So tokens meet
+# the vocabulary in chunks, and backward computes the logits of a chunk again.
 
 CHUNK_LOGITS = {"cpu": 2 ** 26, "cuda": 2 ** 29}   # held at a time, in the dtype of the products
-CACHED_LOGITS = 2 ** 20                            # a CPU's, in fp32: more leave its cache
+CACHED_LOGITS = 2 ** 20                            # as many stay in a CPU's cache, in fp32
 
 
-def chunk_logps(entropy, logits, targets):
-    """logits (N, V) -> log softmax(logits)[targets], log-sum-exp, entropy: (N, 3) fp32.
+def chunks(x, weight):
+    """Slices of x (R, C) whose logits with weight (V, C) are few enough to be held."""
+    n = max(1, CHUNK_LOGITS.get(x.device.type, 2 ** 25) // weight.size(0))
+    return [slice(i, i + n) for i in range(0, len(x), n)]
 
-    Gather minus logsumexp: log_softmax is biased by 1e-5 nat a token in fp32 on CPU.
+
+def chunk_logps(logits, targets):
+    """logits (N, V) -> (N, 2) fp32: log softmax(logits)[targets], and the log-sum-exp.
+
+    As gather minus log-sum-exp, because log_softmax in fp32 on a CPU is off by 1e-5 nats a token,
+    always in one direction.
     """
     logits = logits.float()
     lse = logits.logsumexp(-1)
-    logps = logits.gather(-1, targets[:, None])[:, 0] - lse
-    h = lse - ((logits - lse[:, None]).exp() * logits).sum(-1) if entropy else lse
-    return torch.stack((logps, lse, h), dim=-1)
+    return torch.stack((logits.gather(-1, targets[:, None])[:, 0] - lse, lse), dim=-1)
 
 
-def chunk_grad(entropy, logits, targets, lse, h, d_logps, d_h):
-    """d loss / d logits (N, V), written over the logits."""
-    logps = logits.float() - lse[:, None]
-    grad = logps.exp() * -d_logps[:, None]
-    if entropy:   # dh / dlogits = -p (log p + h)
-        grad -= d_h[:, None] * logps.exp() * (logps + h[:, None])
-    if logits.is_cuda:   # a part of the same kernel; scatter would need the fp32 gradient in memory
+def chunk_grad(logits, targets, lse, d_logps):
+    """Overwrites logits with d loss / d logits = d_logps (onehot(targets) - softmax(logits))."""
+    grad = (logits.float() - lse[:, None]).exp() * -d_logps[:, None]
+    if logits.is_cuda:   # one kernel; scatter_add_ would need the fp32 gradient in memory
         hit = torch.arange(logits.size(1), device=logits.device) == targets[:, None]
         grad = torch.where(hit, grad + d_logps[:, None], grad)
     else:
@@ -496,47 +488,48 @@ def chunk_grad(entropy, logits, targets, lse, h, d_logps, d_h):
     logits.copy_(grad)
 
 
-def fused(function, entropy, logits, *columns):
-    """Memory traffic bounds these two. On a GPU: compiled, so logits are read twice, not ten times.
-    On a CPU: a few tokens at a time, so that what is made of them stays in the cache."""
+def near_memory(function, logits, *columns):
+    """function(logits, *columns), which memory traffic bounds. A GPU runs it compiled, so that the
+    logits are read twice and not ten times. A CPU takes a few tokens at a time, so that the
+    intermediate results stay in its cache."""
     if logits.is_cuda:
-        return [compiled(function, dynamic=None)(entropy, logits, *columns)]   # V is not dynamic
+        return compiled(function, dynamic=None)(logits, *columns)   # None: V is a constant
     n = max(1, CACHED_LOGITS // logits.size(1))
-    blocks = zip(logits.split(n), *(column.split(n) for column in columns))
-    return [function(entropy, *block) for block in blocks]
+    parts = zip(logits.split(n), *(column.split(n) for column in columns))
+    found = [function(*part) for part in parts]
+    return None if found[0] is None else torch.cat(found)
 
 
 class TokenLogProbs(torch.autograd.Function):
-    """Log-probabilities of `targets` (R,) under hidden states x (R, C) and head weight (V, C).
+    """Log-probs (R,) fp32 of `targets` (R,) under hidden states x (R, C) and head weight (V, C).
 
-    Works through the tokens in chunks of at most CHUNK_LOGITS logits. It keeps one number a token,
-    the log-sum-exp, and the logits of the chunk it did last, with which backward starts; backward
-    computes those of the others again. Returns logps and entropies, (R,) fp32.
+    Forward keeps one number a token, the log-sum-exp, and the logits of the last chunk, with which
+    backward begins. In a small step that is the only chunk, and nothing is computed twice.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, entropy):
+    def forward(ctx, x, weight, targets):
         dtype = compute_dtype(x)
-        w, out, ctx.logits = weight.to(dtype), x.new_empty(len(x), 3, dtype=torch.float32), None
+        w, found, logits = weight.to(dtype), x.new_empty(len(x), 2, dtype=torch.float32), None
         with torch.autocast(x.device.type, enabled=False):
-            for s in reversed(TokenLogProbs.chunks(x, weight)):
-                ctx.logits = None   # before the next chunk's
-                ctx.logits = F.linear(x[s].to(dtype), w)
-                out[s] = torch.cat(fused(chunk_logps, entropy, ctx.logits, targets[s]))
-        logps, lse, h = (column.clone() for column in out.T)
-        ctx.save_for_backward(x, w, targets, lse, h)
-        ctx.weight_dtype, ctx.entropy = weight.dtype, entropy
-        return logps, h
+            for s in chunks(x, weight):
+                logits = None   # frees the last chunk's before this one's are computed
+                logits = F.linear(x[s].to(dtype), w)
+                found[s] = near_memory(chunk_logps, logits, targets[s])
+        logps, lse = (column.clone() for column in found.T)
+        ctx.save_for_backward(x, w, targets, lse)
+        ctx.last_logits, ctx.weight_dtype = logits, weight.dtype
+        return logps
 
     @staticmethod
-    def backward(ctx, d_logps, d_h):
-        x, w, targets, lse, h = ctx.saved_tensors
-        dx, dw = torch.empty_like(x), None
-        logits, ctx.logits = ctx.logits, None
-        for s in TokenLogProbs.chunks(x, w):
+    def backward(ctx, d_logps):
+        x, w, targets, lse = ctx.saved_tensors
+        dx, dw = torch.zeros_like(x), None
+        logits, ctx.last_logits = ctx.last_logits, None
+        for s in reversed(chunks(x, w)):
             xs = x[s].to(w.dtype)
             logits = F.linear(xs, w) if logits is None else logits
-            fused(chunk_grad, ctx.entropy, logits, targets[s], lse[s], h[s], d_logps[s], d_h[s])
+            near_memory(chunk_grad, logits, targets[s], lse[s], d_logps[s])
             dx[s] = logits @ w
             if ctx.needs_input_grad[1]:   # summed over the chunks in fp32
                 part = logits.T @ xs
@@ -544,12 +537,16 @@ class TokenLogProbs(torch.autograd.Function):
             logits = None
         if ctx.needs_input_grad[1]:
             dw = (torch.zeros_like(w) if dw is None else dw).to(ctx.weight_dtype)
-        return dx, dw, None, None
+        return dx, dw, None
 
-    @staticmethod
-    def chunks(x, weight):
-        n = max(1, CHUNK_LOGITS.get(x.device.type, 2 ** 25) // weight.size(0))
-        return [slice(i, i + n) for i in range(0, len(x), n)]
+
+def token_entropy(x, weight):
+    """Entropy in nats (R,) fp32 of the next-token distributions of hidden states x (R, C)."""
+    def chunk_entropy(xs):
+        logps = F.linear(xs, weight).float().log_softmax(-1)
+        return -(logps.exp() * logps).sum(-1)
+    found = [checkpoint(chunk_entropy, x[s], use_reentrant=False) for s in chunks(x, weight)]
+    return torch.cat([x.new_zeros(0, dtype=torch.float32), *found])
 
 
 # -----------------------------------------------------------------------------
@@ -557,10 +554,10 @@ class TokenLogProbs(torch.autograd.Function):
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer plus (alpha / rank) B A x; A and B train in fp32.
+    """A frozen linear layer plus (alpha / rank) B A x, where A and B train in fp32.
 
-    B starts at zero, so the layer starts as its base. With `enabled` off it is its base: the
-    reference policy, for no memory.
+    B starts at zero, so that the layer starts as its base. With `enabled` off it is its base again:
+    that is the reference policy, which costs no memory this way.
     """
 
     enabled = True
@@ -590,26 +587,30 @@ class LoRALinear(nn.Module):
 
     def merged_weight(self):
         weight, A, B = (whole(p).cpu() for p in (self.weight, self.lora_A.weight,
-                                                 self.lora_B.weight))   # no TF32 on a CPU
+                                                 self.lora_B.weight))   # a CPU has no TF32
         return weight.float() + self.alpha / self.rank * (B @ A)
 
 
 def add_lora(model, rank, alpha, dropout, targets):
-    """Freeze the model and put adapters on the blocks' linear layers named in `targets`."""
+    """Freeze the model and put adapters on the blocks' linear layers that `targets` names."""
     model.requires_grad_(False)
     layers = [(parent, name, child) for parent in model.model.layers.modules()
               for name, child in parent.named_children() if isinstance(child, nn.Linear)]
     names = sorted({name for _, name, _ in layers})
-    if not targets or set(targets) - set(names):
-        raise ValueError(f"lora_targets: a block has {', '.join(names)} (got {', '.join(targets)})")
+    require(targets and set(targets) <= set(names),
+            f"lora_targets: a block has {', '.join(names)} (got {', '.join(targets)})")
     for parent, name, child in layers:
         if name in targets:
             setattr(parent, name, LoRALinear(child, rank, alpha, dropout))
 
 
+def lora_layers(model):
+    return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+
+
 @contextlib.contextmanager
 def adapters_off(model):
-    """The model as it was before LoRA, inside the with block."""
+    """Inside the with block the model is what it was before LoRA."""
     layers = lora_layers(model).values()
     for layer in layers:
         layer.enabled = False
@@ -620,22 +621,17 @@ def adapters_off(model):
             layer.enabled = True
 
 
-def lora_layers(model):
-    return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
-
-
 # -----------------------------------------------------------------------------
 # sharding
 
 
 def shard(model, device_type, param_dtype=None):
-    """FSDP2: every rank keeps its part of each weight, gradient and optimizer state; a block is
-    gathered (in param_dtype) when it is its turn. Call it on all ranks, before loading.
-    """
+    """FSDP2: every rank keeps its part of each weight, gradient and optimizer state, and a block is
+    gathered (in param_dtype) when it is its turn. All ranks call it, before load_weights."""
     from torch.distributed import fsdp
     policy = fsdp.MixedPrecisionPolicy(
         param_dtype=param_dtype, reduce_dtype=torch.float32,
-        cast_forward_inputs=False)   # it would copy the KV cache and round the rotary angles
+        cast_forward_inputs=False)   # casting would copy the KV cache and round rotary angles
     mesh = dist.init_device_mesh(device_type, (dist.get_world_size(),))
     for module in (*model.model.layers, model):
         fsdp.fully_shard(module, mesh=mesh, mp_policy=policy)
@@ -643,53 +639,20 @@ def shard(model, device_type, param_dtype=None):
 
 
 def fill(parameter, tensor):
-    """Copy a tensor that every rank has into a parameter; a sharded one takes its part."""
+    """Copy a tensor that every rank has into a parameter. A sharded one takes its part."""
     if isinstance(parameter, DTensor):
         tensor = distribute_tensor(tensor.to(parameter.device), parameter.device_mesh,
                                    parameter.placements, src_data_rank=None)
     parameter.copy_(tensor)
 
 
-def rank_of_ranks():
-    """-> this process's rank and how many there are: 0 and 1 where it is alone."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
 def whole(tensor):
-    """A tensor, put together on every rank if it is sharded."""
+    """The tensor, put together on every rank if it is sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 # -----------------------------------------------------------------------------
-# what a step costs
-
-
-def step_flops(model, lengths):
-    """Model FLOPs of a training step on trees of `lengths` (N, 1 + n): each real token once (no
-    prompt twice, no padding), the head on response tokens only, nothing computed again. Per token
-    2 a weight forward, 2 backward, 2 more where the weight is trained; attention by its mask.
-    """
-    c = model.config
-    prompt, responses = lengths[:, 0], lengths[:, 1:].sum(1)
-    weights = {True: 0, False: 0}    # of the blocks, by whether they are trained
-    for p in model.model.layers.parameters():
-        weights[p.requires_grad] += p.numel() if p.dim() == 2 else 0
-    head = model.head_weight.numel() * (6 if model.head_weight.requires_grad else 4)
-    keys = prompt ** 2 / 2 + (prompt[:, None] * lengths[:, 1:] + lengths[:, 1:] ** 2 / 2).sum(1)
-    attention = 12 * c.n_layer * c.n_head * c.head_dim * keys.sum()
-    return ((6 * weights[True] + 4 * weights[False]) * (prompt + responses).sum()
-            + head * responses.sum() + attention)
-
-
-def peak_flops(device):
-    """Dense bf16 FLOP/s of the GPU's data sheet; 0 where it isn't listed here."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    peaks = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
-    return next((peak for key, peak in peaks.items() if key in name), 0)
-
-
-# -----------------------------------------------------------------------------
-# weights on disk
+# weights on disk: reading
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
                    "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model",
@@ -697,378 +660,213 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 
 
 def checkpoint_folder(name):
-    """A folder as it is; a hub id downloaded (only the files needed) -> the folder.
-
-    Raises FileNotFoundError where there is no such folder, OSError where the hub refuses.
-    """
+    """A folder as it is; of a hub id, the folder into which the needed files are downloaded."""
     if os.path.isdir(os.path.expanduser(name)):
         return os.path.expanduser(name)
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise FileNotFoundError(f"{name}: no such folder; give a model's folder or a hub id")
+    require(not name.startswith((".", "/", "~")) and name.count("/") == 1,
+            f"{name}: no such folder; give a model's folder or a hub id")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
     try:
         return snapshot_download(name, allow_patterns=[
             "config.json", "generation_config.json", "model*.safetensors",
             "model.safetensors.index.json", *TOKENIZER_FILES])
-    except GatedRepoError:
-        problem = (f"the model is gated; accept its licence at huggingface.co/{name}, then run "
-                   "`hf auth login` or set HF_TOKEN")
-    except RepositoryNotFoundError:
-        problem = ("no such folder here, and no such model on the hub; check the spelling, or log "
-                   "in if it is private")
     except Exception as e:
-        problem = (f"no such folder here, and the hub can't be reached ({type(e).__name__}); give "
-                   "a local folder")
-    raise OSError(f"{name}: {problem}")
+        raise UserError(f"{name}: no such folder here, and the hub can't be reached or refuses "
+                        f"({type(e).__name__}: {first_line(e)}); is the name right? A gated model "
+                        f"asks you to accept its licence at huggingface.co/{name}, then to run "
+                        "`hf auth login`") from e
+
+
+def read_config(folder):
+    """config.json of a checkpoint as a dict."""
+    path, adapters = (os.path.join(folder, f) for f in ("config.json", "adapter_config.json"))
+    require(os.path.exists(path) or not os.path.exists(adapters),
+            f"{folder}: LoRA adapters alone; export them merged (export_adapter=False)")
+    require(os.path.exists(path),
+            f"{folder}: no config.json; give a Hugging Face checkpoint folder")
+    return read_json(path)
+
+
+def find_tensors(folder):
+    """{tensor name: (the safetensors file it is in, its first byte there, its end)}.
+
+    Headers are read here because the library keeps one of two tensors of a name without a word.
+    Where there is one file and an index of shards beside it, the one file counts, as everywhere.
+    """
+    index, shards = os.path.join(folder, "model.safetensors.index.json"), ["model.safetensors"]
+    if not os.path.exists(os.path.join(folder, shards[0])):
+        require(os.path.exists(index),
+                f"{folder}: no model.safetensors and no index of shards; is this a Hugging Face "
+                "checkpoint? (pytorch_model.bin: open it in transformers and save_pretrained)")
+        with reading(index, "an index of shards"):
+            shards = sorted(map(os.fspath, set(read_json(index)["weight_map"].values())))
+    found = {}
+    for shard in shards:
+        path = os.path.join(folder, shard)
+        require(os.path.basename(shard) == shard,
+                f'{index}: shard "{shard}" is outside the model folder; refusing')
+        require(os.path.exists(path), f"{path}: missing, but the index names it; download it again")
+        with open(path, "rb") as f, reading(path, "a complete safetensors file"):
+            head = f.read(8)
+            size = int.from_bytes(head, "little")
+            require(head != b"version ", f"{path}: Git LFS pointer, not weights; run git lfs pull")
+            require(0 < size < 100_000_000, f"{path}: not a safetensors file; download it again")
+            for name, entry in json.loads(f.read(size), object_pairs_hook=list):
+                if name != "__metadata__":
+                    require(name not in found, f"{path}: tensor {name} appears twice")
+                    found[name] = path, *(8 + size + at for at in dict(entry)["data_offsets"])
+    return found
 
 
 def weights_fingerprint(folder):
-    """Changes when the model does: config.json; name, size and time of each safetensors file."""
-    files = sorted(set(tensor_files(folder).values()))
-    return [read_json(os.path.join(folder, "config.json")),
-            *([os.path.realpath(f), os.stat(f).st_size, os.stat(f).st_mtime_ns] for f in files)]
+    """A sha256 that changes when the model does, wherever its files lie: of config.json, and of up
+    to 64 pieces of 4 KiB of every tensor, spread evenly over it. For an 8B model that is 70 MB."""
+    digest = hashlib.sha256(json.dumps(read_config(folder), sort_keys=True).encode())
+    for name, (path, start, end) in sorted(find_tensors(folder).items()):
+        digest.update(f"{name} {end - start}".encode())
+        with open(path, "rb") as f:
+            for at in range(start, end, max(4096, (end - start) // 64)):
+                f.seek(at)
+                digest.update(f.read(min(4096, end - at)))
+    return digest.hexdigest()
 
 
-def read_json(path):
-    try:
-        with open(path, encoding="utf-8") as f:
-            return json.load(f)
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise ValueError(f"{path}: not valid JSON ({e}); download it again") from None
-
-
-def tensor_files(folder):
-    """{tensor name: safetensors file it is in} of a checkpoint; one file goes before an index of
-    shards, as in transformers. ValueError for a damaged checkpoint."""
-    index, shards = os.path.join(folder, "model.safetensors.index.json"), ["model.safetensors"]
-    if not os.path.exists(os.path.join(folder, shards[0])):
-        if not os.path.exists(index):
-            raise FileNotFoundError(
-                f"{folder}: no model.safetensors and no index of shards; is this a Hugging Face "
-                "checkpoint? (pytorch_model.bin: open it in transformers and save_pretrained)")
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError(f"{index}: no weight_map; download it again")
-        shards = sorted(set(weight_map.values()), key=str)
-    where = {}
-    for shard in shards:
-        if os.path.basename(str(shard)) != shard:
-            raise ValueError(f'{index}: shard "{shard}" is outside the model folder; refusing')
-        path = os.path.join(folder, shard)
-        if not os.path.exists(path):
-            raise FileNotFoundError(f"{path}: missing, but the index names it; download it again")
-        for name in safetensors_names(path):
-            if name in where:
-                raise ValueError(f"{path}: tensor {name} appears twice, here and in {where[name]}")
-            where[name] = path
-    return where
-
-
-def safetensors_names(path):
-    """Tensor names in a safetensors header; the library would drop all but one of the same name."""
-    with open(path, "rb") as f:
-        head = f.read(8)
-        if head == b"version ":
-            raise ValueError(f"{path}: Git LFS pointer, not weights; run git lfs pull")
-        size = int.from_bytes(head, "little")
-        if not 0 < size < 100_000_000:
-            raise ValueError(f"{path}: not a safetensors file; download it again")
-        try:
-            entries = json.loads(f.read(size), object_pairs_hook=list)
-            return [name for name, _ in entries if name != "__metadata__"]
-        except (ValueError, TypeError):
-            raise ValueError(f"{path}: incomplete file; download it again") from None
-
-
-def from_pretrained(name, device="cpu", dtype=torch.float32, prepare=None):
-    """A Hugging Face folder or hub id -> (Llama on `device` in `dtype`, config.json as a dict).
-
-    Strict: every tensor of the model exactly once, of the right shape, finite, and none besides.
-    Each tensor goes from the file to its place; the weights are never in memory twice.
-    `prepare(model)` may add adapters or shard the model while it has shapes but no memory;
-    device "meta" leaves it there. Raises FileNotFoundError, OSError or ValueError that says what
-    is wrong where.
-    """
-    folder = checkpoint_folder(name)
-    config_path = os.path.join(folder, "config.json")
-    if not os.path.exists(config_path):
-        what = "no config.json; give a Hugging Face checkpoint folder"
-        if os.path.exists(os.path.join(folder, "adapter_config.json")):
-            what = "LoRA adapters alone; export them merged (export_adapter=False)"
-        raise FileNotFoundError(f"{folder}: {what}")
-    hf_config = read_json(config_path)
-    if not isinstance(hf_config, dict):
-        raise ValueError(f'{config_path}: not a JSON object; download it again')
+def build(hf_config, dtype, where="config.json"):
+    """The network of a config.json in `dtype`, with shapes but without memory (on torch's meta
+    device), so that adapters and shards can be made before any weight is there."""
     with torch.device("meta"):
-        model = Llama(config_from_dict(hf_config, config_path)).to(dtype)
-    if prepare:
-        prepare(model)
-    if torch.device(device).type != "meta":
-        model.to_empty(device=device)
-        load_weights(model, folder)
-        for layer in lora_layers(model).values():
-            layer.init_adapter()
-    return model, hf_config
+        return Llama(config_from_dict(hf_config, where)).to(dtype)
 
 
 @torch.no_grad()
-def load_weights(model, folder):
-    """Fill the parameters from safetensors, tensor by tensor; a sharded one takes its part."""
+def load_weights(model, folder, device):
+    """Give a model that `build` made its memory on `device` and fill it from safetensors.
+
+    Strict: every tensor of the model exactly once, of the right shape, finite, and none besides.
+    Each goes from the file to its place, so that the weights are never in memory twice. Adapters
+    start as LoRA starts them. Raises UserError that says what is wrong where.
+    """
+    model.to_empty(device=device)
     expected = {n: p for n, p in model.named_parameters() if "lora_" not in n}
-    where = {name: path for name, path in tensor_files(folder).items()
+    where = {name: path for name, (path, *_) in find_tensors(folder).items()
              if not name.endswith("rotary_emb.inv_freq")}   # old Llamas saved it; it is computed
     tied = {"lm_head.weight"} & where.keys() if model.config.tie_word_embeddings else set()
     for what, names in (("missing", expected.keys() - where.keys()),
                         ("unexpected", where.keys() - expected.keys() - tied)):
-        if names:
-            raise ValueError(f"{folder}: {what} tensor {min(names)} ({len(names)} of "
-                             f"{len(expected)}); wrong config.json?")
+        require(not names, f"{folder}: {what} tensor {min(names, default='')} ({len(names)} of "
+                f"{len(expected)}); wrong config.json?")
     order = sorted(where, key=lambda name: (name in tied, where[name]))   # by file, the tied last
     for path, names in itertools.groupby(order, where.get):
-        try:
-            with safe_open(path, framework="pt") as f:
-                for name in names:
-                    p, tensor = expected.get(name, model.head_weight), f.get_tensor(name)
-                    if tensor.shape != p.shape:
-                        raise ValueError(f"{path}: {name} has shape {tuple(tensor.shape)}, "
-                                         f"config.json asks for {tuple(p.shape)}")
-                    if not tensor.is_floating_point() or tensor.element_size() == 1:
-                        raise ValueError(f"{path}: {name} is {tensor.dtype}; quantized weights are "
-                                         "not supported, use the bf16 checkpoint")
-                    if not all_finite(tensor):
-                        raise ValueError(f"{path}: {name} holds NaN or infinite values; refusing")
-                    if name in tied and not tensor.to(p.device, p.dtype).equal(whole(p)):
-                        raise ValueError(
-                            f"{folder}: lm_head.weight differs from embed_tokens.weight, but "
-                            "config.json ties them; set tie_word_embeddings to false")
-                    fill(p, tensor)
-        except SafetensorError as e:
-            raise ValueError(f"{path}: incomplete file ({e}); download it again") from None
+        with reading(path, "a complete safetensors file"), safe_open(path, framework="pt") as f:
+            for name in names:
+                p, tensor = expected.get(name, model.head_weight), f.get_tensor(name)
+                require(tensor.shape == p.shape, f"{path}: {name} has shape {tuple(tensor.shape)}, "
+                        f"config.json asks for {tuple(p.shape)}")
+                require(tensor.is_floating_point() and tensor.element_size() > 1,
+                        f"{path}: {name} is {tensor.dtype}; quantized weights are not supported, "
+                        "use the bf16 checkpoint")
+                require(all_finite(tensor),
+                        f"{path}: {name} holds NaN or infinite values; refusing")
+                require(name not in tied or tensor.to(p.device, p.dtype).equal(whole(p)),
+                        f"{folder}: lm_head.weight differs from embed_tokens.weight, but "
+                        "config.json ties them; set tie_word_embeddings to false")
+                fill(p, tensor)
+    for layer in lora_layers(model).values():
+        layer.init_adapter()
 
 
 def all_finite(tensor):
-    return torch.stack(torch.aminmax(tensor)).isfinite().all()   # one fast pass
+    return torch.stack(torch.aminmax(tensor)).isfinite().all()   # one pass, several times as fast
+
+
+def from_pretrained(name, device="cpu", dtype=torch.float32):
+    """A Hugging Face folder or hub id -> (Llama on `device` in `dtype`, config.json as a dict)."""
+    folder = checkpoint_folder(name)
+    hf_config = read_config(folder)
+    model = build(hf_config, dtype, os.path.join(folder, "config.json"))
+    load_weights(model, folder, device)
+    return model, hf_config
+
+
+# -----------------------------------------------------------------------------
+# weights on disk: the result of a run
 
 
 @torch.no_grad()
-def save_pretrained(model, folder, hf_config, tokenizer_folder=None, dtype=torch.bfloat16,
-                    max_shard_bytes=5 * 1000 ** 3, chat_template=None, stop_ids=()):
-    """Write a folder that transformers, vLLM and llama.cpp's converter open.
+def export(model, folder, hf_config, base_folder=None, dtype=torch.bfloat16, adapter_of=None,
+           chat_template=None, stop_ids=(), max_shard_bytes=5 * 1000 ** 3):
+    """Write a folder that transformers, vLLM and llama.cpp's converter open, with LoRA merged.
 
-    config.json is the start checkpoint's (`hf_config`) with the new dtype; tokenizer files and
-    generation_config.json are copied from `tokenizer_folder`; `chat_template` is the text trained
-    with, if it is not that folder's; stop_ids, what ends a turn, become generation_config.json's
-    eos_token_id. LoRA adapters are merged into the weights. Shards of at most `max_shard_bytes`.
-    Each file appears whole or not at all.
-    Every rank calls it, the first writes; of a sharded model it gathers one tensor at a time.
+    hf_config: the start checkpoint's config.json. base_folder: where the tokenizer's files and
+    generation_config.json are copied from. adapter_of: the base model's name; the LoRA adapters are
+    then written alone, for peft.PeftModel.from_pretrained. chat_template: the text trained with, if
+    it isn't that folder's. stop_ids: what ends a turn, for generation_config.json.
+
+    Every rank calls it, since a sharded tensor is put together by all; the first rank writes. The
+    new files are written into a folder of their own, then moved, so that each is whole or not there.
     """
-    os.makedirs(folder, exist_ok=True)
-    write, layers = rank_of_ranks()[0] == 0, lora_layers(model)
-    weights = {name: p for name, p in model.state_dict().items() if "lora_" not in name}
-    split = split_state_dict_into_shards_factory(
-        weights, get_storage_size=lambda p: p.numel() * dtype.itemsize,
-        filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_bytes)
-    for file, names in split.filename_to_tensors.items():
-        tensors = {}
+    layers, state = lora_layers(model), model.state_dict()
+    if adapter_of:
+        stem, dtype, config = "adapter_model", torch.float32, adapter_config(layers, adapter_of)
+        tensors = {f"base_model.model.{n}": p for n, p in state.items() if "lora_" in n}
+    else:
+        stem, name = "model", str(dtype).removeprefix("torch.")
+        config = hf_config | {"dtype": name, "torch_dtype": name}
+        tensors = {n: p for n, p in state.items() if "lora_" not in n}
+    shards = split_state_dict_into_shards_factory(
+        tensors, get_storage_size=lambda p: p.numel() * dtype.itemsize,
+        filename_pattern=stem + "{suffix}.safetensors", max_shard_size=max_shard_bytes)
+    write, temporary = rank_and_size()[0] == 0, os.path.join(folder, "export.tmp")
+    if write:
+        shutil.rmtree(temporary, ignore_errors=True)   # of an export that was killed
+        os.makedirs(temporary)
+    for file, names in shards.filename_to_tensors.items():
+        shard = {}
         for name in names:
             layer = layers.get(name.removesuffix(".weight"))
-            p = layer.merged_weight() if layer else whole(weights[name])
+            tensor = layer.merged_weight() if layer else whole(tensors[name])
             if write:
-                tensors[name] = p.to("cpu", dtype).contiguous()
-                if not all_finite(tensors[name]):
-                    raise ValueError(f"{folder}: {name} is not finite in {dtype}; resume from a "
-                                     "checkpoint with --export_dtype=float32")
+                shard[name] = tensor.to("cpu", dtype).contiguous()
+                require(all_finite(shard[name]), f"{folder}: {name} is not finite in {dtype}; "
+                        "resume from a checkpoint with --export_dtype=float32")
         if write:
-            write_tensors(os.path.join(folder, file), tensors)
+            try:
+                save_file(shard, os.path.join(temporary, file), {"format": "pt"})
+            except SafetensorError as e:
+                shutil.rmtree(temporary)
+                raise UserError(f"{os.path.join(folder, file)}: not written ({first_line(e)}); "
+                                "if the disk is full, free space") from e
     if not write:
         return
-    name = str(dtype).removeprefix("torch.")
-    configs = {"config.json": hf_config | {"dtype": name, "torch_dtype": name}}
-    if split.is_sharded:
-        configs["model.safetensors.index.json"] = {"metadata": split.metadata,
-                                                   "weight_map": split.tensor_to_filename}
-    ids = {k: hf_config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id")
-           if hf_config.get(k) is not None}
-    finish_export(folder, split.filename_to_tensors, configs, ids, tokenizer_folder, chat_template,
-                  stop_ids)
-
-
-@torch.no_grad()
-def save_adapter(model, folder, base, tokenizer_folder=None, chat_template=None, stop_ids=()):
-    """Write the LoRA adapters alone: a folder that peft.PeftModel.from_pretrained opens on `base`.
-
-    Every rank calls it, as save_pretrained.
-    """
-    os.makedirs(folder, exist_ok=True)
-    tensors = {f"base_model.model.{name}": whole(p).cpu().contiguous()
-               for name, p in model.state_dict().items() if "lora_" in name}
-    if rank_of_ranks()[0] != 0:
-        return
-    file = "adapter_model.safetensors"
-    write_tensors(os.path.join(folder, file), tensors)
-    layers = lora_layers(model)
-    some, here = next(iter(layers.values())), os.path.abspath(os.path.expanduser(base))
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM",
-              "base_model_name_or_path": here if os.path.isdir(here) else base,
-              "r": some.rank, "lora_alpha": some.alpha, "lora_dropout": some.dropout,
-              "target_modules": sorted({name.split(".")[-1] for name in layers}), "bias": "none",
-              "fan_in_fan_out": False, "inference_mode": True}
-    finish_export(folder, [file], {"adapter_config.json": config}, {}, tokenizer_folder,
-                  chat_template, stop_ids)
-
-
-def finish_export(folder, weight_files, configs, generation_config, tokenizer_folder,
-                  chat_template=None, stop_ids=()):
-    """What goes with the weights: `configs`, tokenizer files as they are, generation config
-    (tokenizer_folder's if it has one) with what ends a turn, another chat template. What an
-    earlier export left, and would be opened with these files or instead of them, goes."""
-    for file in os.listdir(folder):
-        theirs = ".safetensors" in file or file in ("config.json", "adapter_config.json")
-        if theirs and file not in (*weight_files, *configs):
-            os.remove(os.path.join(folder, file))
-    if tokenizer_folder and not os.path.samefile(tokenizer_folder, folder):
-        for file in (*TOKENIZER_FILES, "generation_config.json"):
-            source, target = os.path.join(tokenizer_folder, file), os.path.join(folder, file)
-            if os.path.exists(source):
-                write_atomically(target, lambda t: shutil.copyfile(source, t))
-            elif os.path.exists(target):
-                os.remove(target)
-    path = os.path.join(folder, "generation_config.json")
-    if os.path.exists(path):
-        generation_config = read_json(path)
+    write_json(os.path.join(temporary, f"{'adapter_' if adapter_of else ''}config.json"), config)
+    if shards.is_sharded:
+        write_json(os.path.join(temporary, f"{stem}.safetensors.index.json"),
+                   {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename})
+    generation = {}
+    for file in (*TOKENIZER_FILES, "generation_config.json") if base_folder else ():
+        if os.path.exists(source := os.path.join(base_folder, file)):
+            shutil.copyfile(source, os.path.join(temporary, file))
+            generation = read_json(source) if file == "generation_config.json" else generation
     if stop_ids:
-        generation_config["eos_token_id"] = sorted(stop_ids) if len(stop_ids) > 1 else max(stop_ids)
+        generation["eos_token_id"] = sorted(stop_ids) if len(stop_ids) > 1 else max(stop_ids)
+    write_json(os.path.join(temporary, "generation_config.json"), generation)
     if chat_template is not None:
-        write_text(os.path.join(folder, "chat_template.jinja"), chat_template)
-    for file, content in (configs | {"generation_config.json": generation_config}).items():
-        write_json(os.path.join(folder, file), content)
+        write_text(os.path.join(temporary, "chat_template.jinja"), chat_template)
+    # files of an earlier export would be loaded together with the new ones, or instead of them
+    new, ours = os.listdir(temporary), ("config.json", "adapter_config.json", *TOKENIZER_FILES)
+    for file in os.listdir(folder):
+        if file not in new and (".safetensors" in file or file in ours):
+            os.remove(os.path.join(folder, file))
+    for file in new:
+        publish(os.path.join(temporary, file), os.path.join(folder, file))
+    os.rmdir(temporary)
 
 
-# checkpoints of a run: what is trained and AdamW's state; every rank writes and reads its part
-
-TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True, strict=False)
-FAILURES = (Exception, dcp.api.CheckpointException)   # the latter is no Exception
-warnings.filterwarnings("ignore", "torch.distributed is disabled")   # in one process, rightly so
-
-
-def training_state(model, optimizer):
-    return dict(zip(("model", "optimizer"),
-                    get_state_dict(model, optimizer, options=TRAINED_ONLY)))
-
-
-def save_checkpoint(model, optimizer, folder, iter_num):
-    """folder/checkpoint-0000400, to which every rank writes its part; the last checkpoint goes when
-    this one is whole. OSError where it can't be written."""
-    path = os.path.join(folder, f"checkpoint-{iter_num:07d}")
-    temporary, (rank, ranks) = path + ".tmp", rank_of_ranks()
-    if rank == 0:   # of a run that was killed here; the other ranks wait in dcp.save
-        shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        dcp.save(training_state(model, optimizer), checkpoint_id=temporary)
-        mine = [file for file in os.listdir(temporary) if file.startswith(f"__{rank}_")]
-        mine += [".metadata"] * (rank == 0)
-        write_json(os.path.join(temporary, f"{rank}.sha256"),
-                   {file: sha256(os.path.join(temporary, file)) for file in mine})
-    except FAILURES as e:
-        raise OSError(f"{path}: not written ({last_line(e)}); if the disk is full, free space; "
-                      "an earlier checkpoint is intact") from None
-    if ranks > 1:
-        dist.barrier()
-    if rank == 0:
-        if len(glob.glob(os.path.join(glob.escape(temporary), "*.sha256"))) < ranks:
-            raise OSError(f"{folder}: other machines' parts of a checkpoint are not here; all "
-                          "machines must share out_dir")
-        rename(temporary, path)
-        remove_checkpoints(folder, but=path)
-
-
-def load_checkpoint(model, optimizer, path):
-    """The reverse, for any number of ranks. ValueError where a byte is not as it was written."""
-    rank, ranks = rank_of_ranks()
-    for manifest in sorted(glob.glob(os.path.join(glob.escape(path), "*.sha256")))[rank::ranks]:
-        for file, digest in read_json(manifest).items():
-            if sha256(os.path.join(path, file)) != digest:
-                raise ValueError(f"{path}: {file} failed its sha256; delete the checkpoint")
-    state = training_state(model, optimizer)
-    try:
-        dcp.load(state, checkpoint_id=path)
-    except FAILURES as e:
-        raise ValueError(f"{path}: can't be loaded ({last_line(e)}); of another version of this "
-                         "code?") from None
-    set_state_dict(model, optimizer, model_state_dict=state["model"],
-                   optim_state_dict=state["optimizer"], options=TRAINED_ONLY)
-
-
-def last_line(error):
-    return (str(error).splitlines() or [type(error).__name__])[-1]
-
-
-def sha256(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while piece := f.read(2 ** 24):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
-def checkpoints(folder, suffix=""):
-    pattern = "checkpoint-" + "[0-9]" * 7 + suffix
-    return sorted(glob.glob(os.path.join(glob.escape(folder), pattern)))
-
-
-def last_checkpoint(folder):
-    """-> (its step, its path), or (0, None)."""
-    found = checkpoints(folder)
-    return (int(found[-1][-7:]), found[-1]) if found else (0, None)
-
-
-def remove_checkpoints(folder, but=None):
-    for path in checkpoints(folder, "*"):   # half-written ones too
-        if path != but:
-            shutil.rmtree(path)
-
-
-def write_tensors(path, tensors):
-    try:
-        write_atomically(path, lambda t: save_file(tensors, t, {"format": "pt"}))
-    except SafetensorError as e:
-        raise OSError(f"{path}: not written ({e}); if the disk is full, free space") from None
-
-
-def write_json(path, value):
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_text(path, text):
-    def write(temporary):
-        with open(temporary, "w", encoding="utf-8", newline="") as f:
-            f.write(text)
-    write_atomically(path, write)
-
-
-def write_atomically(path, write):
-    """write(temporary path), then rename: at any moment the old file is there, or the new one."""
-    temporary = f"{path}.tmp{os.getpid()}"
-    try:
-        write(temporary)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)   # safetensors leaves 0600: unreadable by others
-        with open(temporary, "rb") as f:
-            os.fsync(f.fileno())
-        rename(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-
-
-def rename(path, new_path):
-    """Also after a power cut the folder has one or the other, where its file system can do that."""
-    os.replace(path, new_path)
-    with contextlib.suppress(OSError):
-        folder = os.open(os.path.dirname(os.path.abspath(new_path)), os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+def adapter_config(layers, base):
+    """adapter_config.json, as peft reads it."""
+    some, here = next(iter(layers.values())), os.path.abspath(os.path.expanduser(base))
+    return {"peft_type": "LORA", "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": here if os.path.isdir(here) else base,
+            "r": some.rank, "lora_alpha": some.alpha, "lora_dropout": some.dropout,
+            "target_modules": sorted({name.split(".")[-1] for name in layers}), "bias": "none",
+            "fan_in_fan_out": False, "inference_mode": True}

@@ -1,5 +1,5 @@
-# MMPO on Llama-3-8B with LoRA, one GPU (predicted 52 GiB; with
-# --activation_checkpointing=True 20 GiB); 7,670 steps, not yet timed.
+# MMPO on Llama-3-8B with LoRA, one GPU (52 GiB predicted, 20 GiB with
+# --activation_checkpointing); 7,670 steps, not yet timed.
 # python train.py config/llama3_8b.py
 # The authors' data, batch, learning rate, epochs and adapters; the method is this project's.
 out_dir = "out/llama3_8b"
@@ -11,5 +11,5 @@ lora_targets = "q_proj,k_proj,v_proj,o_proj"
 batch_size = 48         # 73.6k pairs / 48 = 1,533 steps an epoch
 epochs = 5
 learning_rate = 1e-4
-row_tokens = 8192       # a step is about 6 rows
-save_interval = 500     # then --resume=True goes on after a crash
+pack_tokens = 8192      # a step is about 6 packs
+save_interval = 500     # after a crash the same command with --resume goes on

@@ -1,14 +1,16 @@
 """
 Remake assets/demo: a tiny chat model that knows some facts and is polite or rude about them, and
-preference pairs that prefer polite.
+preference pairs that prefer the polite answer.
 
-$ pip install tokenizers && python -m scripts.make_demo          # about two minutes on a laptop
+$ pip install tokenizers
+$ python -m scripts.make_demo          # about two minutes on a laptop
 
-1. generate questions, answers and their two manners (seeded)
+1. generate questions, and answers to them in both manners (seeded)
 2. train a byte-level BPE on them (the only step that needs the `tokenizers` package)
-3. train a random 0.8M-parameter Llama on answers of both manners, two in three of them rude, with
-   train.py's own SFT objective
-4. keep the model, the training pairs, and pairs about facts that the training pairs don't touch
+3. train a random Llama of 0.8M parameters on the answers, two in three of them rude, with train.py
+   and its SFT objective
+4. keep the model, the training pairs, and held-out pairs about facts that the training pairs don't
+   touch
 """
 import json
 import os
@@ -17,12 +19,16 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1]))   # for `python scripts/make_demo.py`
+import data
 import model as llama
+from configurator import HERE, one_line_errors, write_json
 
-FOLDER = os.path.join("assets", "demo")
+FOLDER = os.path.join(HERE, "assets", "demo")
 
 FACTS = {   # who: eats, says, lives, is
     "cow": "grass, moo, on a farm, big and calm", "cat": "fish, meow, in a house, soft and quick",
@@ -99,14 +105,14 @@ def train_tokenizer(folder, texts):
         vocab_size=512, special_tokens=special, show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     tokenizer.save(os.path.join(folder, "tokenizer.json"))
-    llama.write_json(os.path.join(folder, "tokenizer_config.json"), {
+    write_json(os.path.join(folder, "tokenizer_config.json"), {
         "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": None, "eos_token": "<|im_end|>",
         "pad_token": "<|endoftext|>", "model_max_length": 512,
         "clean_up_tokenization_spaces": False})
     return tokenizer.get_vocab_size()
 
 
-def random_llama(folder, vocab_size, template):
+def random_llama(folder, vocab_size):
     config = dict(
         architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=vocab_size,
         hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4,
@@ -118,45 +124,46 @@ def random_llama(folder, vocab_size, template):
     for p in model.parameters():
         if p.dim() == 2:
             torch.nn.init.normal_(p, std=0.02)
-    llama.save_pretrained(model, folder, config, folder, torch.float32, chat_template=template)
+    llama.export(model, folder, config, folder, torch.float32,
+                 chat_template=data.TEMPLATES["chatml"])
 
 
 def main():
     rng = random.Random(0)
     known = facts()
     rng.shuffle(known)
-    sft = [{"prompt": q, "responses": [answer(rng, fact, manner)]}
-           for q, fact in known for manner in [POLITE] * 8 + [RUDE] * 16]
+    sft_rows = [{"prompt": question, "responses": [answer(rng, fact, manner)]}
+                for question, fact in known for manner in [POLITE] * 8 + [RUDE] * 16]
+
+    def preference(question, fact):
+        return {"prompt": question, "chosen": answer(rng, fact, POLITE),
+                "rejected": answer(rng, fact, RUDE)}
+
     cut = len(known) * 3 // 4
-    pairs = [{"prompt": q, "chosen": answer(rng, fact, POLITE),
-              "rejected": answer(rng, fact, RUDE)}
-             for q, fact in known[:cut] for _ in range(6)]
-    held_out = [{"prompt": q, "chosen": answer(rng, fact, POLITE),
-                 "rejected": answer(rng, fact, RUDE)}
-                for q, fact in known[cut:] for _ in range(4)]
-    with tempfile.TemporaryDirectory() as tmp:
-        start, trained, rows = (os.path.join(tmp, name)
-                                for name in ("start", "trained", "sft.jsonl"))
+    train_rows = [preference(*known_fact) for known_fact in known[:cut] for _ in range(6)]
+    eval_rows = [preference(*known_fact) for known_fact in known[cut:] for _ in range(4)]
+    with tempfile.TemporaryDirectory() as folder:
+        start, trained, sft = (os.path.join(folder, name)
+                               for name in ("start", "trained", "sft.jsonl"))
         os.makedirs(start)
-        vocab_size = train_tokenizer(
-            start, [f"user\n{r['prompt']}\nassistant\n{r['responses'][0]}" for r in sft])
-        random_llama(start, vocab_size, "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-                     "{{ m.content }}<|im_end|>\n{% endfor %}"
-                     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-        write_jsonl(rows, sft)
-        subprocess.run([sys.executable, "train.py", "config/demo.py", "--objective=sft",
-                        f"--init_from={start}", f"--dataset={rows}", "--eval_dataset=",
-                        "--eval_pairs=48", f"--out_dir={trained}", "--batch_size=32", "--epochs=12",
-                        "--learning_rate=3e-3", "--eval_interval=200", "--log_interval=50"],
-                       check=True)
+        vocab_size = train_tokenizer(start, [
+            f"user\n{row['prompt']}\nassistant\n{row['responses'][0]}" for row in sft_rows])
+        random_llama(start, vocab_size)
+        write_jsonl(sft, sft_rows)
+        subprocess.run([sys.executable, os.path.join(HERE, "train.py"), "config/demo.py",
+                        "--objective=sft", f"--init_from={start}", f"--dataset={sft}",
+                        "--eval_dataset=", "--eval_pairs=48", f"--out_dir={trained}",
+                        "--batch_size=32", "--epochs=12", "--learning_rate=3e-3",
+                        "--eval_interval=200", "--log_interval=50"], check=True)
         os.makedirs(FOLDER, exist_ok=True)
         for file in ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
                      "tokenizer_config.json", "chat_template.jinja"):
             shutil.copyfile(os.path.join(trained, file), os.path.join(FOLDER, file))
-    write_jsonl(os.path.join(FOLDER, "train.jsonl"), pairs)
-    write_jsonl(os.path.join(FOLDER, "eval.jsonl"), held_out)
-    print(f"{FOLDER}: {len(pairs)} training pairs, {len(held_out)} held-out pairs")
+    write_jsonl(os.path.join(FOLDER, "train.jsonl"), train_rows)
+    write_jsonl(os.path.join(FOLDER, "eval.jsonl"), eval_rows)
+    print(f"{FOLDER}: {len(train_rows)} training rows, {len(eval_rows)} held-out rows")
 
 
 if __name__ == "__main__":
+    one_line_errors()
     main()

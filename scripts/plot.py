@@ -2,56 +2,62 @@
 Draw the curves of one or several runs into a PNG.
 
 $ pip install matplotlib
-$ python -m scripts.plot out/demo                              # -> out/demo/curves.png
+$ python -m scripts.plot out/demo                                 # -> out/demo/curves.png
 $ python -m scripts.plot out/mmpo out/dpo --out=compare.png
-$ python -m scripts.plot --attention --out=assets/attention.png   # README's picture of a packed row
+$ python -m scripts.plot --attention --out=assets/attention.png   # README's picture of a pack
 
-A run is a folder with metrics.jsonl, or such a file. Thin lines: training steps; dots: held-out
-pairs.
+A run is a folder with metrics.jsonl, or such a file. Thin lines are training steps, dots are
+held-out pairs.
 """
 import argparse
 import json
 import os
+import sys
+from pathlib import Path
 
-PANELS = [   # title, metric
-    ("loss", "loss"),
-    ("chosen likelier, mean log-probs", "accuracy/mean"),
-    ("chosen likelier, summed log-probs", "accuracy/sum"),
-    ("weight of the chosen response, q_w", "weights/chosen"),
-    ("implicit reward margin", "rewards/margins"),
-    ("KL(reference || policy), nats a token", "kl"),
-]
+import numpy as np
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).parents[1]))   # for `python scripts/plot.py`
+import data
+import model as llama
+from configurator import one_line_errors, reading, require
+
+PANELS = {   # metric: title
+    "loss": "loss",
+    "accuracy/mean": "chosen likelier, mean log-probs",
+    "accuracy/sum": "chosen likelier, summed log-probs",
+    "weights/chosen": "weight of the chosen response, q_w",
+    "rewards/margins": "implicit reward margin",
+    "kl": "KL(reference || policy), nats a token",
+}
 
 
 def read_run(path):
-    """A run's folder or metrics.jsonl -> (name, records). Raises FileNotFoundError, ValueError."""
+    """A run's folder, or its metrics.jsonl -> its name, {metric: (steps, values)}."""
     file = os.path.join(path, "metrics.jsonl") if os.path.isdir(path) else path
-    if not os.path.exists(file):
-        raise FileNotFoundError(f"{file}: no such file; give a folder that train.py wrote")
-    with open(file, encoding="utf-8") as f:
-        records = [json.loads(line) for line in f]
-    if not records:
-        raise ValueError(f"{file}: empty; has the run logged a step yet?")
-    return os.path.basename(os.path.dirname(os.path.abspath(file))), records
-
-
-def series(records, metric):
-    """-> steps, values of a metric."""
-    points = [(r["iter"], r[metric]) for r in records if metric in r]
-    return [p[0] for p in points], [p[1] for p in points]
+    require(os.path.exists(file), f"{file}: no such file; give a folder that train.py wrote")
+    curves = {}
+    with open(file, encoding="utf-8") as f, reading(file, "a run's metrics"):
+        for record in map(json.loads, f):
+            for metric, value in record.items():
+                steps, values = curves.setdefault(metric, ([], []))
+                steps.append(record["iter"])
+                values.append(value)
+    require(curves, f"{file}: empty; has the run logged a step yet?")
+    return os.path.basename(os.path.dirname(os.path.abspath(file))), curves
 
 
 def plot(paths, out):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    runs = [read_run(p) for p in paths]
-    figure, axes = plt.subplots(2, 3, figsize=(12, 6), layout="constrained")
-    for axis, (title, metric) in zip(axes.flat, PANELS):
-        for i, (name, records) in enumerate(runs):
-            axis.plot(*series(records, metric), color=f"C{i}", alpha=0.35, linewidth=1)
-            axis.plot(*series(records, f"eval/{metric}"), "o-", color=f"C{i}", markersize=4,
-                      label=name)
+    runs = [read_run(path) for path in paths]
+    figure = Figure(figsize=(12, 6), layout="constrained")
+    axes = figure.subplots(2, 3)
+    for axis, (metric, title) in zip(axes.flat, PANELS.items()):
+        for i, (name, curves) in enumerate(runs):
+            training, held_out = (curves.get(m, ([], [])) for m in (metric, f"eval/{metric}"))
+            axis.plot(*training, color=f"C{i}", alpha=0.35, linewidth=1)
+            axis.plot(*held_out, "o-", color=f"C{i}", markersize=4, label=name)
         axis.set_title(title, fontsize=10)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
@@ -67,23 +73,17 @@ def plot(paths, out):
 
 
 def plot_attention(out):
-    """Which keys a query sees in a packed row of two pairs: data.collate under the tree rule."""
-    import matplotlib
-    import numpy as np
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    import data
-    import model as llama
-    sizes = [(5, 4, 3), (3, 3, 5)]   # prompt, chosen, rejected
-    pairs = data.Pairs.from_rows([[np.zeros(n) for n in row] for row in sizes])
-    row = data.collate(pairs, [0, 1])
-    tree, branch = row.tree.numpy(), row.branch.numpy()
-    q, k = np.meshgrid(np.arange(len(tree)), np.arange(len(tree)), indexing="ij")
+    """Which keys a query sees in a pack of two pairs: data.collate under model.tree_rule."""
+    sizes = [(5, 4, 3), (3, 3, 5)]   # tokens of prompt, chosen and rejected
+    pairs = data.Pairs.from_ids([[np.zeros(n) for n in pair] for pair in sizes])
+    pack = data.collate(pairs, np.arange(2), np.arange(2))
+    tree, branch = pack.tree.numpy(), pack.branch.numpy()
+    q, k = np.indices((len(tree), len(tree)))
     seen = llama.tree_rule(tree, branch)(None, None, q, k)
-    figure, axis = plt.subplots(figsize=(5.2, 4.6), layout="constrained")
-    axis.imshow(np.where(seen, 1 + branch[k], 0), cmap=matplotlib.colors.ListedColormap(
-        ["white", "#9aa5b1", "#3b7dd8", "#e07a5f"]))
+    figure = Figure(figsize=(5.2, 4.6), layout="constrained")
+    axis = figure.subplots()
+    axis.imshow(np.where(seen, 1 + branch[k], 0),
+                cmap=ListedColormap(["white", "#9aa5b1", "#3b7dd8", "#e07a5f"]))
     edges = np.flatnonzero(np.diff(tree * 10 + branch)) + 0.5
     names = [f"{part} {t + 1}" for t in range(2) for part in ("prompt", "chosen", "rejected")]
     middles = [(a + b) / 2 for a, b in zip([-0.5, *edges], [*edges, len(tree) - 0.5])]
@@ -95,7 +95,7 @@ def plot_attention(out):
         axis.axvline(edge, color="black", linewidth=0.5)
     axis.set_xlabel("key")
     axis.set_ylabel("query")
-    axis.set_title("what a token of a packed row sees", fontsize=10)
+    axis.set_title("what a token of a pack sees", fontsize=10)
     figure.savefig(out, dpi=130)
     return out
 
@@ -105,7 +105,7 @@ def main():
                                      formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("runs", nargs="*", metavar="RUN")
     parser.add_argument("--attention", action="store_true", help="draw the attention rule instead")
-    parser.add_argument("--out", help="the PNG; default: curves.png in the first run")
+    parser.add_argument("--out", help="the PNG; default: curves.png in the first run's folder")
     args = parser.parse_args()
     if args.attention:
         print(plot_attention(args.out or "attention.png"))
@@ -117,6 +117,5 @@ def main():
 
 
 if __name__ == "__main__":
-    from configurator import one_line_errors
     one_line_errors()
     main()

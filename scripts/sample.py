@@ -5,35 +5,44 @@ $ python -m scripts.sample out/demo --prompt="What does a cow say?"
 $ python -m scripts.sample out/demo                                   # chat; an empty line ends it
 $ python -m scripts.sample out/x --instructions=alpaca_eval.json --out=outputs.json
 
-The last form reads [{"instruction": ..}, ..] and writes AlpacaEval's [{"instruction", "output",
-"generator"}, ..].
+The last form reads [{"instruction": ..}, ..] and writes what AlpacaEval takes,
+[{"instruction": .., "output": .., "generator": ..}, ..].
 """
 import argparse
 import contextlib
+import json
 import os
+import sys
+from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1]))   # for `python scripts/sample.py`
 import data
 import model as llama
-from configurator import one_line_errors
+from configurator import one_line_errors, reading, write_json
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("model", help="a Hugging Face folder (train.py's out_dir) or a hub id")
-    parser.add_argument("--prompt")
-    parser.add_argument("--instructions", metavar="FILE")
-    parser.add_argument("--out", default="outputs.json")
+    parser.add_argument("--prompt", help="one question")
+    parser.add_argument("--instructions", metavar="FILE", help="many questions")
+    parser.add_argument("--out", default="outputs.json", help="the file of their answers")
     parser.add_argument("--max_new_tokens", type=int, default=512)
     parser.add_argument("--temperature", type=float, default=0.7, help="0: the likeliest token")
-    parser.add_argument("--top_k", type=int, default=0)
+    parser.add_argument("--top_k", type=int, default=0, help="0: all tokens")
     parser.add_argument("--top_p", type=float, default=0.95)
-    parser.add_argument("--seed", type=int, default=None)
-    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--batch_size", type=int, default=16, help="instructions at a time")
     args = parser.parse_args()
 
+    questions = []
+    if args.instructions:
+        with open(args.instructions, encoding="utf-8") as f, \
+                reading(args.instructions, 'a list of {"instruction": ..}'):
+            questions = [row["instruction"] for row in json.load(f)]
     folder = llama.checkpoint_folder(args.model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -42,28 +51,21 @@ def main():
     stop_ids = tokenizer.stop_ids()
 
     def answer(chats):
-        new = model.generate([tokenizer.encode_prompt(turns) for turns in chats],
-                             args.max_new_tokens, args.temperature, args.top_k, args.top_p,
-                             stop_ids, args.seed)
-        return [tokenizer.decode([t for t in ids if t not in stop_ids]) for ids in new]
+        prompts = [tokenizer.encode_prompt(turns) for turns in chats]
+        answers = model.generate(prompts, args.max_new_tokens, args.temperature, args.top_k,
+                                 args.top_p, stop_ids, args.seed)
+        return [tokenizer.decode([t for t in ids if t not in stop_ids]) for ids in answers]
 
     if args.instructions:
-        if not os.path.exists(args.instructions):
-            raise FileNotFoundError(f"{args.instructions}: no such file; "
-                                    "it holds [{\"instruction\": ..}, ..]")
-        rows = llama.read_json(args.instructions)
-        if not all(isinstance(row, dict) and "instruction" in row for row in rows):
-            raise ValueError(f"{args.instructions}: it must hold [{{\"instruction\": ..}}, ..]")
         os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
-        asked = [row["instruction"] for row in rows]
-        outputs = []
-        for i in range(0, len(asked), args.batch_size):
-            outputs += answer([[{"role": "user", "content": q}]
-                               for q in asked[i:i + args.batch_size]])
-            print(f"{len(outputs)} of {len(asked)}")
+        answers = []
+        for i in range(0, len(questions), args.batch_size):
+            answers += answer([[{"role": "user", "content": question}]
+                               for question in questions[i:i + args.batch_size]])
+            print(f"{len(answers)} of {len(questions)}")
         name = os.path.basename(os.path.abspath(args.model))
-        llama.write_json(args.out, [{"instruction": q, "output": a, "generator": name}
-                                    for q, a in zip(asked, outputs)])
+        write_json(args.out, [{"instruction": question, "output": text, "generator": name}
+                              for question, text in zip(questions, answers)])
     elif args.prompt:
         print(answer([[{"role": "user", "content": args.prompt}]])[0])
     else:
