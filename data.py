@@ -1,9 +1,8 @@
 """
 Preference data: rows of a file -> chat turns -> token ids -> packs for the model.
 
-Three words: a *row* is a line of the data; a *pair* is that row tokenized, a prompt and its
-responses (two of them, or any number n); a *pack* is what one forward pass takes, many pairs end
-to end.
+Three words: a *row* is a line of the data, a *pair* is that row tokenized (a prompt and n responses,
+mostly two), a *pack* is what one forward pass takes, many pairs end to end.
 
 Row formats, one example each (a hub dataset, or .jsonl, .jsonl.gz, .json, .parquet, .csv):
 
@@ -62,8 +61,8 @@ def byte_alphabet():
 
 
 def split_pattern(pre_tokenizer):
-    """The regular expression that cuts text into pieces, from tokenizer.json's pre_tokenizer; None
-    for one that is not known to be a single expression."""
+    """The regular expression that cuts text into pieces, from tokenizer.json's pre_tokenizer, or
+    None if it isn't a kind that is known here."""
     steps = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer])
     kinds = [(step or {}).get("type") for step in steps]
     if kinds[-1] != "ByteLevel" or steps[-1].get("add_prefix_space"):
@@ -154,8 +153,7 @@ class Tokenizer:
                                      special_tokens={})
 
     def encode(self, text):
-        """Text -> ids. Added tokens that the text spells become their ids, unless `shield` has
-        hidden them."""
+        """Text -> ids. Added tokens become their ids, unless `shield` has hidden them."""
         ids, at = [], 0
         for match in self.added_pattern.finditer(text):
             ids += self.encode_plain(text[at:match.start()])
@@ -187,17 +185,14 @@ class Tokenizer:
 
         Raises BadRow if the template refuses the conversation, UserError if the template fails.
         """
-        import jinja2
         try:
             return self.template.render(
-                messages=turns, add_generation_prompt=add_generation_prompt,
-                bos_token=self.bos_token or "", eos_token=self.eos_token or "",
-                date_string=DATE)
+                messages=turns, add_generation_prompt=add_generation_prompt, date_string=DATE,
+                bos_token=self.bos_token or "", eos_token=self.eos_token or "")
         except BadRow:
             raise
         except Exception as e:   # a template is a program, and may fail in any way
-            kind = "" if isinstance(e, jinja2.TemplateError) else f"{type(e).__name__}: "
-            raise UserError(f"chat template: {kind}{first_line(e)}") from e
+            raise UserError(f"chat template: {type(e).__name__}: {first_line(e)}") from e
 
     def encode_prompt(self, turns):
         """Turns up to the response -> ids, with the assistant's header at the end."""
@@ -214,7 +209,7 @@ class Tokenizer:
         prompt = self.render(turns, add_generation_prompt=True)
         encoded = []
         for response in responses:
-            full = self.render(turns + [{"role": "assistant", "content": self.shield(response)}])
+            full = self.render(turns + [assistant(self.shield(response))])
             require(full.startswith(prompt), "chat template: a conversation does not start with its "
                     "own prompt; give another with --chat_template=FILE.jinja")
             ids = self.encode(full[len(prompt):])
@@ -295,8 +290,7 @@ def find_chat_template(folder, config, override):
 
 
 def compile_template(text, where):
-    """A chat template, compiled as transformers does. It comes with the weights, from a stranger,
-    so it runs in a sandbox."""
+    """A chat template, compiled as transformers does, in a sandbox: it is a stranger's program."""
     import jinja2
     from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -569,8 +563,8 @@ def load_pairs(sources, split, tokenizer, max_length, max_prompt_length, bad_row
     """Read, tokenize and truncate every row of comma-separated sources -> Pairs, cached on disk.
 
     Truncation keeps the prompt's last max_prompt_length tokens, then cuts the response's end at
-    max_length minus the prompt. bad_rows "drop" counts malformed rows by reason instead of ending
-    the run. Raises UserError that names the source and line.
+    max_length minus the prompt. bad_rows "drop" counts malformed rows instead of ending the run.
+    Raises UserError that names the source and line.
     """
     sources = [os.path.expanduser(s.strip()) for s in sources.split(",") if s.strip()]
     key = [tokenizer.fingerprint, max_length, max_prompt_length, bad_rows,
@@ -662,8 +656,7 @@ def describe_example(pairs, tokenizer, i=0):
 
 
 def batch_indices(n_pairs, batch_size, seed, iter_num):
-    """Indices of the pairs of step iter_num. Each epoch is a permutation of all pairs, and its last
-    batch may be smaller."""
+    """The pairs of step iter_num. An epoch visits all, shuffled; its last batch may be smaller."""
     steps = -(-n_pairs // batch_size)
     epoch, step = divmod(iter_num, steps)
     order = np.random.default_rng([seed, epoch]).permutation(n_pairs)
@@ -673,13 +666,12 @@ def batch_indices(n_pairs, batch_size, seed, iter_num):
 def plan_packs(lengths, pack_tokens, world_size=1, equal_counts=False):
     """Pairs of `lengths` (N,) tokens -> for each rank its packs, each an array of positions.
 
-    Ranks get about equal numbers of tokens: the longest pair first, each to the rank that has the
-    least so far. A rank then fits its pairs into packs of at most pack_tokens. Ranks may get
-    different numbers of packs, but each gets one, if an empty one, since all take part in a step.
-    With equal_counts (for FSDP, where all ranks must run in step) the shorter lists get empty ones.
+    Ranks get about equal numbers of tokens, and fit their pairs into packs of at most pack_tokens.
+    A rank without a pair gets one empty pack, since all ranks take part in a step. With
+    equal_counts (for FSDP, whose ranks run forward together) shorter lists are filled with those.
     """
     ranks, load = [[] for _ in range(world_size)], [0] * world_size
-    for i in np.argsort(-lengths, kind="stable"):
+    for i in np.argsort(-lengths, kind="stable"):   # the longest first
         r = load.index(min(load))
         ranks[r].append(i)
         load[r] += lengths[i]
@@ -690,7 +682,7 @@ def plan_packs(lengths, pack_tokens, world_size=1, equal_counts=False):
 
 
 def best_fit(members, lengths, pack_tokens):
-    """Spread `members` over packs of at most pack_tokens, each to the fullest that has room."""
+    """Spread `members` over packs of at most pack_tokens, each into the fullest with room."""
     packs, room = [], []   # room: (free tokens, which pack), sorted
     for i in members:
         at = bisect.bisect_left(room, (lengths[i],))
@@ -721,19 +713,17 @@ class Pack:
     n_responses: int             # of each pair
 
     def to(self, device):
-        return Pack(**{name: to_device(x, device) if isinstance(x, torch.Tensor) else x
+        """A copy on the device, for which the CPU does not wait."""
+        def moved(x):
+            x = x.pin_memory() if device.type == "cuda" else x
+            return x.to(device, non_blocking=True)
+        return Pack(**{name: moved(x) if isinstance(x, torch.Tensor) else x
                        for name, x in vars(self).items()})
 
     def sum_by_response(self, per_token):
         """Sum of per_token (R,) over each response -> (pairs, n) fp32."""
         sums = per_token.new_zeros(len(self.members) * self.n_responses)
         return sums.index_add(0, self.response, per_token).view(-1, self.n_responses)
-
-
-def to_device(tensor, device):
-    """A copy on a GPU that the CPU doesn't wait for."""
-    tensor = tensor.pin_memory() if device.type == "cuda" else tensor
-    return tensor.to(device, non_blocking=True)
 
 
 def collate(pairs, batch, members, pad_to=1):
@@ -768,8 +758,7 @@ def collate(pairs, batch, members, pad_to=1):
 def score(model, pairs, indices, pack_tokens, title=None):
     """Summed log-probs of each response of the pairs at `indices` -> (len(indices), n) fp32.
 
-    Every rank calls it, computes a share, and gets all of them. With a title the first rank shows
-    a progress bar where there is a terminal.
+    Every rank calls it, computes a share, and gets all. The title is that of a progress bar.
     """
     device = model.head_weight.device
     rank, ranks = rank_and_size()

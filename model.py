@@ -10,7 +10,7 @@ References
 3) rotary embedding: Su et al. 2021, arXiv 2104.09864
    grouped-query attention: Ainslie et al. 2023, arXiv 2305.13245
 4) LoRA: Hu et al. 2021, arXiv 2106.09685
-5) the reference implementation: transformers/models/llama/modeling_llama.py
+5) to compare with: transformers/models/llama/modeling_llama.py
 """
 import contextlib
 import hashlib
@@ -592,7 +592,7 @@ class LoRALinear(nn.Module):
 
 
 def add_lora(model, rank, alpha, dropout, targets):
-    """Freeze the model and put adapters on the blocks' linear layers that `targets` names."""
+    """Freeze the model, and put adapters on those linear layers of its blocks."""
     model.requires_grad_(False)
     layers = [(parent, name, child) for parent in model.model.layers.modules()
               for name, child in parent.named_children() if isinstance(child, nn.Linear)]
@@ -742,9 +742,8 @@ def build(hf_config, dtype, where="config.json"):
 def load_weights(model, folder, device):
     """Give a model that `build` made its memory on `device` and fill it from safetensors.
 
-    Strict: every tensor of the model exactly once, of the right shape, finite, and none besides.
-    Each goes from the file to its place, so that the weights are never in memory twice. Adapters
-    start as LoRA starts them. Raises UserError that says what is wrong where.
+    Strict: every tensor of the model exactly once, of the right shape, finite, and none besides;
+    else UserError says what is wrong where. The weights are never in memory twice.
     """
     model.to_empty(device=device)
     expected = {n: p for n, p in model.named_parameters() if "lora_" not in n}
@@ -780,7 +779,7 @@ def all_finite(tensor):
 
 
 def from_pretrained(name, device="cpu", dtype=torch.float32):
-    """A Hugging Face folder or hub id -> (Llama on `device` in `dtype`, config.json as a dict)."""
+    """A folder or hub id -> (Llama on `device` in `dtype`, config.json as a dict)."""
     folder = checkpoint_folder(name)
     hf_config = read_config(folder)
     model = build(hf_config, dtype, os.path.join(folder, "config.json"))
@@ -802,8 +801,8 @@ def export(model, folder, hf_config, base_folder=None, dtype=torch.bfloat16, ada
     then written alone, for peft.PeftModel.from_pretrained. chat_template: the text trained with, if
     it isn't that folder's. stop_ids: what ends a turn, for generation_config.json.
 
-    Every rank calls it, since a sharded tensor is put together by all; the first rank writes. The
-    new files are written into a folder of their own, then moved, so that each is whole or not there.
+    Every rank calls it, since a sharded tensor is put together by all; the first rank writes. Files
+    are written into a folder of their own, then moved, so that each is whole or not there.
     """
     layers, state = lora_layers(model), model.state_dict()
     if adapter_of:
