@@ -10,7 +10,7 @@ A setting is a top-level `name = value` above the script's call of `configure`, 
 number, text, True or False. Its trailing comment is its help. A comment that begins with words
 separated by bars lists the values that are allowed:
 
-    objective = "mmpo"     # mmpo | dpo | sft: the loss
+    bad_rows = "error"     # error | drop: what a malformed row does
 
 Three things differ from nanoGPT. An unknown name is an error wherever it is set, a value has the
 default's type or is an error, and a config file runs in a namespace of its own. It may import,
@@ -124,7 +124,7 @@ def read_json(path):
     """The object in a JSON file. Raises UserError unless the file holds one JSON object."""
     with open(path, encoding="utf-8") as f, reading(path, "valid JSON"):
         value = parse_json(f.read())
-    require(isinstance(value, dict), f"{path}: not a JSON object; download it again")
+    require(isinstance(value, dict), f"{path}: not a JSON object; is it damaged?")
     return value
 
 
@@ -263,7 +263,7 @@ def configure(namespace, argv, source, choices={}, above_zero="", at_least_zero=
     for arg in sorted(argv, key=lambda arg: arg.startswith("--")):   # the files first
         if arg.startswith("--"):
             key, equals, value = arg[2:].partition("=")
-            found, where = {key: value if equals else None}, f"--{key}"
+            found, where = {key: value if equals else BARE}, f"--{key}"
         else:
             defaults = {name: setting.value for name, setting in known.items()}
             found, where = run_config_file(arg, defaults | overrides), arg
@@ -294,7 +294,7 @@ def run_config_file(path, known):
     require(os.path.exists(path),
             f"{path}: no such config file; settings are written --key=value")
     scope = dict(known)
-    with open(path, encoding="utf-8") as f:
+    with open(path, encoding="utf-8") as f, reading(path, "a config file"):
         text = f.read()
     try:
         tree = ast.parse(text, path)
@@ -302,12 +302,14 @@ def run_config_file(path, known):
     except SyntaxError as e:
         raise UserError(f"{path}:{e.lineno}: {e.msg}; a config file is Python") from e
     except Exception as e:
-        line = traceback.extract_tb(e.__traceback__)[-1].lineno
+        line = [frame.lineno for frame in traceback.extract_tb(e.__traceback__)
+                if frame.filename == path][-1]
         raise UserError(f"{path}:{line}: {type(e).__name__}: {first_line(e)}") from e
     assigned = {node.id for node in ast.walk(tree)
                 if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
     found = {key: value for key, value in scope.items()
-             if (key not in known or key in assigned) and not key.startswith("_")
+             if (key not in known or key in assigned or value is not known[key])
+             and not key.startswith("_")
              and not isinstance(value, ModuleType) and not callable(value)}
     for key in found.keys() & PATHS:
         if isinstance(found[key], str):
@@ -320,7 +322,7 @@ def beside_the_checkout(path):
     return there if path and not os.path.exists(path) and os.path.exists(there) else path
 
 
-# what other trainers (TRL, nanoGPT, LLaMA-Factory) call it, and what it is here
+# what TRL, nanoGPT, LLaMA-Factory or this project's past call it, and what it is here
 ELSEWHERE = {
     "lr": "learning_rate", "bf16": "dtype", "fp16": "dtype", "torch_dtype": "dtype",
     "per_device_train_batch_size": "batch_size", "micro_batch_size": "pack_tokens",
@@ -334,7 +336,7 @@ ELSEWHERE = {
     "activation_checkpointing", "use_peft": "lora_rank", "lora_r": "lora_rank",
     "lora_target_modules": "lora_targets", "optim": "optimizer_state", "report_to": "wandb_log",
     "resume_from_checkpoint": "resume", "simpo_gamma": "gamma_beta_ratio",
-    "max_seq_length": "max_length", "max_completion_length": "max_length", "backend": "device"}
+    "max_seq_length": "max_length", "max_completion_length": "max_length"}
 GLOBAL_BATCH = ("; batch_size is the global batch in pairs, however many GPUs there are, and "
                 "pack_tokens bounds the memory, so nothing is accumulated by hand")
 
@@ -351,6 +353,7 @@ def check_known(key, known, where):
     raise UserError(f'{where}: unknown setting "{key}"; {hint}')
 
 
+BARE = object()   # the value of a --key without =, which means True
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
@@ -362,10 +365,10 @@ def words_of(comment):
 
 
 def coerce(key, value, default, words, where):
-    """value (a command line's text, None for a bare --key, or anything from a config file) as the
-    type of the default, or one of `words` if there are any."""
+    """value (a command line's text, BARE, or anything from a config file) as the type of the
+    default, or one of `words` if there are any."""
     want = type(default)
-    if value is None:   # a bare --key is --key=True
+    if value is BARE:
         require(want is bool or "true" in words,
                 f"{where}: settings are written --key=value (--help lists them)")
         value = True

@@ -1,8 +1,8 @@
 """
 Preference data: rows of a file -> chat turns -> token ids -> packs for the model.
 
-Three words: a *row* is a line of the data, a *pair* is that row tokenized (a prompt and n responses,
-mostly two), a *pack* is what one forward pass takes, many pairs end to end.
+Three words: a *row* is a line of the data; a *pair* is that row tokenized, a prompt and n responses
+(mostly two); a *pack* is what one forward pass takes, many pairs end to end.
 
 Row formats, one example each (a hub dataset, or .jsonl, .jsonl.gz, .json, .parquet, .csv):
 
@@ -18,7 +18,7 @@ Row formats, one example each (a hub dataset, or .jsonl, .jsonl.gz, .json, .parq
     {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello!",                 Anthropic/hh-rlhf
      "rejected": "\n\nHuman: ..."}
     {"prompt": "Hi", "responses": ["best", "middle", "worst"],       n responses, the best first
-     "rewards": [3, 2, 0]}                                           rewards may be in any format
+     "rewards": [3, 2, 0]}                                           rewards: in any but .csv
 """
 import bisect
 import codecs
@@ -125,8 +125,8 @@ class Tokenizer:
         """tiktoken's Encoding of the vocabulary, and the tables around it."""
         model = spec["model"]
         pattern, normalizer = split_pattern(spec.get("pre_tokenizer")), spec.get("normalizer")
-        require(pattern, f"{path}: this tokenizer is not byte-level BPE as Llama-3, SmolLM2 or Qwen "
-                "have it (SentencePiece, as in Llama-2 and TinyLlama, is not supported)")
+        require(pattern, f"{path}: not byte-level BPE as Llama-3, SmolLM2 or Qwen have it "
+                "(SentencePiece, as in Llama-2 and TinyLlama, is not supported)")
         require(normalizer in (None, {"type": "NFC"}) and model.get("type") == "BPE",
                 f"{path}: normalizer {normalizer} with model {model.get('type')} is not supported")
         alphabet = byte_alphabet()
@@ -162,8 +162,6 @@ class Tokenizer:
         return ids + self.encode_plain(text[at:])
 
     def encode_plain(self, text):
-        if not text:
-            return []
         if SHIELD in text:
             text = SHIELDED.sub(lambda m: self.special_names[int(m[1])], text)
         ids = self.bpe.encode_ordinary(unicodedata.normalize("NFC", text) if self.nfc else text)
@@ -175,7 +173,7 @@ class Tokenizer:
             lambda m: f"{SHIELD}{self.special_names.index(m[0])}{SHIELD_END}", text)
 
     def shield_turns(self, turns):
-        return [{"role": t["role"], "content": self.shield(t["content"])} for t in turns]
+        return [turn(t["role"], self.shield(t["content"])) for t in turns]
 
     def decode(self, ids):
         return b"".join(self.bytes_of.get(i, b"") for i in ids).decode("utf-8", errors="replace")
@@ -203,15 +201,15 @@ class Tokenizer:
         token, or with eos where the template has none.
 
         Prompt and responses are encoded apart, so that all responses share the prompt's ids
-        exactly. Encoded together, in one join of six a token would straddle the border.
+        exactly. Encoded together, a token could straddle the border.
         """
         turns = self.shield_turns(turns)
         prompt = self.render(turns, add_generation_prompt=True)
         encoded = []
         for response in responses:
-            full = self.render(turns + [assistant(self.shield(response))])
-            require(full.startswith(prompt), "chat template: a conversation does not start with its "
-                    "own prompt; give another with --chat_template=FILE.jinja")
+            full = self.render(turns + [turn("assistant", self.shield(response))])
+            require(full.startswith(prompt), "chat template: a conversation does not start with "
+                    "its own prompt; give another with --chat_template=FILE.jinja")
             ids = self.encode(full[len(prompt):])
             end = next((i for i, t in enumerate(ids) if t in self.special_ids), None)
             require(end != 0, "chat template: it ignores add_generation_prompt, so a prompt has no "
@@ -223,7 +221,7 @@ class Tokenizer:
 
     def stop_ids(self):
         """The ids that end a response: eos, the config files' own, the template's end of turn."""
-        _, [response] = self.encode_responses([{"role": "user", "content": "a"}], ["b"])
+        _, [response] = self.encode_responses([turn("user", "a")], ["b"])
         return self.end_ids | {response[-1]} | ({self.eos_id} - {None})
 
 
@@ -370,7 +368,8 @@ def parse_dialogues(row):
         if not isinstance(responses, list) or not responses:
             raise BadRow('"responses" must be a list of strings', f"got {kind_of(responses)}")
         prompt = prompt_turns(row)
-        return [prompt + [assistant(text({"responses": r}, "responses"))] for r in responses]
+        return [prompt + [turn("assistant", text({"responses": r}, "responses"))]
+                for r in responses]
     fields = "chosen", "rejected"
     kinds = [kind_of(row[f] if isinstance(row.get(f), list) else text(row, f)) for f in fields]
     if kinds[0] != kinds[1]:
@@ -390,15 +389,15 @@ def parse_dialogue(row, field):
             turns = turns if turns[:len(prompt)] == prompt else prompt + turns
         return with_system(row, turns)   # a prompt that is a string is the first of these turns
     if "prompt" in row or "question" in row:
-        return prompt_turns(row) + [assistant(value)]
+        return prompt_turns(row) + [turn("assistant", value)]
     if not value.lstrip().startswith("Human:"):
         raise BadRow(f'no field "prompt", and "{field}" is not in hh-rlhf form; '
                      'add a prompt column')
-    return hh_turns(value)
+    return with_system(row, hh_turns(value))
 
 
-def assistant(content):
-    return {"role": "assistant", "content": content}
+def turn(role, content):
+    return {"role": role, "content": content}
 
 
 def prompt_turns(row):
@@ -408,31 +407,29 @@ def prompt_turns(row):
     prompt = text(row, "question" if "question" in row and "prompt" not in row else "prompt")
     if re.match(r"\s*Human:.*\n\nAssistant:\s*$", prompt, re.DOTALL):
         return with_system(row, hh_turns(prompt)[:-1])
-    return with_system(row, [{"role": "user", "content": prompt}])
+    return with_system(row, [turn("user", prompt)])
 
 
 def with_system(row, turns):
     """The turns behind the row's system prompt, if it has one and they don't start with one."""
     has_one = turns and turns[0]["role"] == "system"
     return turns if has_one or not row.get("system") else \
-        [{"role": "system", "content": text(row, "system")}] + turns
+        [turn("system", text(row, "system"))] + turns
 
 
 def hh_turns(dialogue):
     """hh-rlhf's "\n\nHuman: ...\n\nAssistant: ..." -> turns, split at the markers."""
     pieces = re.split(r"(?:^|\n\n)(Human|Assistant):", "\n\n" + dialogue.lstrip())
     role = {"Human": "user", "Assistant": "assistant"}
-    return [{"role": role[who], "content": what.strip()}
-            for who, what in zip(pieces[1::2], pieces[2::2])]
+    return [turn(role[who], what.strip()) for who, what in zip(pieces[1::2], pieces[2::2])]
 
 
 def check_turns(turns, field):
     """A list of messages, with nothing but their role and content."""
-    for turn in turns:
-        if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
-            raise BadRow(f'"{field}" must hold messages with role and content',
-                         f"got {kind_of(turn)}")
-    return [{"role": t["role"], "content": text(t, "content")} for t in turns]
+    for t in turns:
+        if not isinstance(t, dict) or not isinstance(t.get("role"), str):
+            raise BadRow(f'"{field}" must hold messages with role and content', f"got {kind_of(t)}")
+    return [turn(t["role"], text(t, "content")) for t in turns]
 
 
 def text(row, field):
@@ -547,7 +544,7 @@ class Pairs:
 
     def subset(self, indices):
         tokens = [self.tokens[self.starts[i]:self.starts[i + 1]] for i in indices]
-        return Pairs(np.concatenate(tokens) if tokens else self.tokens[:0], self.lengths[indices],
+        return Pairs(np.concatenate(tokens), self.lengths[indices],
                      self.rewards[indices] if len(self.rewards) else self.rewards, self.report)
 
 
@@ -581,7 +578,7 @@ def load_pairs(sources, split, tokenizer, max_length, max_prompt_length, bad_row
 
 
 def tokenize(sources, split, tokenizer, max_length, max_prompt_length, bad_rows):
-    """load_pairs without the cache. Every row is used, or dropped and counted by its reason."""
+    """load_pairs without the cache. Every row is used, or counted as dropped, by its reason."""
     pairs, rewards = [], []
     seen, dropped, cut = 0, Counter(), Counter()
     for where, row in (found for source in sources for found in read_rows(source, split)):
@@ -600,8 +597,6 @@ def tokenize(sources, split, tokenizer, max_length, max_prompt_length, bad_rows)
             require(bad_rows == "drop", f"{where}: {e}; fix or delete the row, or --bad_rows=drop")
             dropped[e.reason] += 1
             continue
-        except UserError as e:   # the template fails, whatever the row
-            raise UserError(f"{where}: {e}") from e
         pairs.append([np.array(x, dtype=np.int32) for x in ids])
         if row_rewards is not None:
             rewards.append(row_rewards)
@@ -619,21 +614,19 @@ def tokenize(sources, split, tokenizer, max_length, max_prompt_length, bad_rows)
 def tokenize_row(row, tokenizer, max_length, max_prompt_length, cut):
     """-> [prompt ids, response ids, ..], rewards or None. Counts what it truncates in `cut`."""
     turns, responses, rewards = parse_row(row)
-    texts = [t["content"] for t in turns] + responses
     if not all(s.strip() for s in responses) or not turns or not turns[-1]["content"].strip():
         raise Drop("empty")
-    if max(map(len, texts)) > MAX_CHARS:
+    if max(len(s) for s in [*responses, *(t["content"] for t in turns)]) > MAX_CHARS:
         raise Drop(f"over {MAX_CHARS:,} characters")
     prompt, encoded = tokenizer.encode_responses(turns, responses)
     room = max_length - min(len(prompt), max_prompt_length)
     if room < 1:
         raise Drop("no room for a response")
+    if len(encoded) > 1 and encoded[0][:room] == encoded[-1][:room]:
+        raise Drop("identical")
     cut["prompts"] += len(prompt) > max_prompt_length
     cut["responses"] += sum(len(r) > room for r in encoded)
-    encoded = [r[:room] for r in encoded]
-    if len(encoded) > 1 and encoded[0] == encoded[-1]:
-        raise Drop("identical")
-    return [prompt[-max_prompt_length:], *encoded], rewards
+    return [prompt[-max_prompt_length:], *(r[:room] for r in encoded)], rewards
 
 
 def describe_example(pairs, tokenizer, i=0):

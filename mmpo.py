@@ -11,8 +11,9 @@ preferred, with the responses at hand as the samples (Najafi and Fyshe, EACL 202
 R carries no gradient: it is the reward of a response plus the reference's opinion of it, both known
 before training. No reference model runs beside the policy.
 
-Two words that papers mix: a *reward* here is the input r_i; DPO's and SimPO's "implicit reward" is
-beta times a log-ratio, computed from the policy, and is called so below.
+Three things are called reward. r_i is an input, one number a response. R_i adds the reference to it
+and is what the loss takes. The "implicit reward" of DPO and SimPO is beta times a log-ratio of the
+policy, which is only logged here (rewards/*).
 
 Shapes: B pairs, n responses each, the chosen one first (n = 2, or more). Log-probs are
 summed over a response's tokens unless a docstring says mean; `lengths` counts those tokens.
@@ -34,7 +35,7 @@ def rewards(r, ref_logps, beta):
 
 
 def normalize(R, group=0):
-    """Min-max of R (B, n) over groups of `group` consecutive pairs (0: all of them): R is in [0, 1].
+    """R (B, n), scaled into [0, 1] over groups of `group` consecutive pairs (0: all of them).
 
     R <- (R - min + 1e-6) / (max - min + 1e-6). The authors' group is a micro-batch of 2 pairs.
     """
@@ -117,7 +118,7 @@ def simpo_loss(chosen_mean, rejected_mean, beta, gamma_beta_ratio):
 def orpo_loss(chosen_mean, rejected_mean, orpo_lambda):
     """-mean_w - lambda log sigmoid(log odds_w - log odds_l), odds = p/(1-p), log p = mean log-prob
     (Hong et al. 2024, eq. 6-7)."""
-    def log_odds(logp):   # log(1 - e^x) = log(-expm1(x)), accurate near 0, where rounding can end
+    def log_odds(logp):   # log(1 - e^x) is log(-expm1(x)), and infinite where rounding made x 0
         logp = logp.clamp(max=-1e-7)
         return logp - torch.log(-torch.expm1(logp))
     return -chosen_mean - orpo_lambda * logsigmoid(log_odds(chosen_mean) - log_odds(rejected_mean))
@@ -155,7 +156,7 @@ def preference_loss(objective, logps, lengths, ref_logps=None, R=None, *, beta=0
 
 @torch.no_grad()
 def preference_metrics(logps, lengths, ref_logps=None, R=None, *, beta=0.05, length_norm=True):
-    """What is worth logging about B pairs, a dict of floats, named as TRL names them.
+    """What is worth logging about B pairs, a dict of floats. logps/* and rewards/* are TRL's names.
 
     rewards/*: implicit rewards, beta (log pi - log ref), or beta mean log pi without a reference;
     accuracies don't depend on beta, which may be 0.

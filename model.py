@@ -271,8 +271,9 @@ def causal_attention(q, k, v, block=96):
         # the query heads that share a key head are rows of one product
         queries = q_block.reshape(len(k), -1, k.size(2)).to(wide)       # (n_kv_head, G n, hd)
         scores = (queries * scale @ keys[..., :seen]).view(len(q), n, seen)
+        # autograd need not know of the mask: where a weight is 0, so is the gradient of its score
         later = torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1)
-        scores[..., -n:].masked_fill_(later, -math.inf)
+        scores.detach()[..., -n:].masked_fill_(later, -math.inf)
         weights = scores.softmax(-1).to(v.dtype).view(len(v), -1, seen)
         outputs.append((weights @ v[:, :seen]).view_as(q_block))
     return torch.cat(outputs[::-1], dim=1) if outputs else q
@@ -362,7 +363,7 @@ class Llama(nn.Module):
         compiled once, which gives faster code on a GPU.
         """
         torch._dynamo.config.optimize_ddp = False   # it would split blocks at DDP's buckets
-        torch._dynamo.config.recompile_limit = 32   # each length with gradient, without, and LoRA
+        torch._dynamo.config.recompile_limit = 32   # lengths, with gradient, without, adapters off
         for block in self.model.layers:
             block.compile(dynamic=dynamic)
 
@@ -378,11 +379,10 @@ class Llama(nn.Module):
         return self.model.norm(x)
 
     def forward(self, pack, entropy=False):
-        """A data.Pack -> log pi of each response token (R,) fp32, and None.
+        """A data.Pack -> (log pi of each response token, entropies), (R,) fp32 each.
 
-        Only the R hidden states that predict a response token meet the vocabulary: a prompt's
-        tokens are never scored. With `entropy`, in place of None, the entropy in nats of each of
-        these R next-token distributions, (R,) fp32.
+        Entropies are those of the next-token distributions, in nats, and None unless asked for.
+        Only the R hidden states that predict a response token meet the vocabulary.
         """
         x = self.hidden(pack.tokens, pack.positions, tree_layout(pack))
         x = x[0, pack.predict_from]                                        # (R, C)
@@ -720,7 +720,7 @@ def find_tensors(folder):
 
 def weights_fingerprint(folder):
     """A sha256 that changes when the model does, wherever its files lie: of config.json, and of up
-    to 64 pieces of 4 KiB of every tensor, spread evenly over it. For an 8B model that is 70 MB."""
+    to 64 pieces of 4 KiB of every tensor, spread evenly over it. For an 8B model that is 60 MB."""
     digest = hashlib.sha256(json.dumps(read_config(folder), sort_keys=True).encode())
     for name, (path, start, end) in sorted(find_tensors(folder).items()):
         digest.update(f"{name} {end - start}".encode())
@@ -826,8 +826,8 @@ def export(model, folder, hf_config, base_folder=None, dtype=torch.bfloat16, ada
             tensor = layer.merged_weight() if layer else whole(tensors[name])
             if write:
                 shard[name] = tensor.to("cpu", dtype).contiguous()
-                require(all_finite(shard[name]), f"{folder}: {name} is not finite in {dtype}; "
-                        "resume from a checkpoint with --export_dtype=float32")
+                require(all_finite(shard[name]), f"{folder}: {name} is not finite in {dtype}; use "
+                        "--export_dtype=float32, from a checkpoint if there is one")
         if write:
             try:
                 save_file(shard, os.path.join(temporary, file), {"format": "pt"})
@@ -861,8 +861,7 @@ def export(model, folder, hf_config, base_folder=None, dtype=torch.bfloat16, ada
     os.rmdir(temporary)
 
 
-def adapter_config(layers, base):
-    """adapter_config.json, as peft reads it."""
+def adapter_config(layers, base):   # as peft reads it
     some, here = next(iter(layers.values())), os.path.abspath(os.path.expanduser(base))
     return {"peft_type": "LORA", "task_type": "CAUSAL_LM",
             "base_model_name_or_path": here if os.path.isdir(here) else base,

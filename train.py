@@ -29,13 +29,13 @@ import mmpo
 import model as llama
 from configurator import (
     cache_path, check_same_run, configure, first_on_each_node, last_checkpoint, load_checkpoint,
-    one_line_errors, read_json, remove_checkpoints, require, save_cache, save_checkpoint,
+    one_line_errors, read_json, reading, remove_checkpoints, require, save_cache, save_checkpoint,
     write_json, write_text)
 from scripts import cost
 
 # -----------------------------------------------------------------------------
 # Default settings: MMPO on SmolLM2-135M, all weights, one GPU. Config files and --key=value on the
-# command line override them. Where a comment begins with words and bars, those are the choices.
+# command line override them. Words between bars at the start of a comment are the allowed values.
 # I/O
 out_dir = "out"                   # the aligned model, in Hugging Face layout, and metrics.jsonl
 init_from = "HuggingFaceTB/SmolLM2-135M-Instruct"   # the model to align: a hub id or a folder
@@ -57,23 +57,23 @@ wandb_project = "nanommpo"        # the project there
 # data
 dataset = "HuggingFaceH4/ultrafeedback_binarized,HuggingFaceH4/orca_dpo_pairs"   # files, hub ids
 train_split = "train_prefs"       # of a hub dataset
-eval_dataset = ""                 # held-out pairs; "" takes eval_pairs of them out of dataset
+eval_dataset = ""                 # held-out pairs; "" takes eval_pairs pairs out of dataset
 eval_split = "test_prefs"         # of a hub eval_dataset
 eval_pairs = 256                  # at most so many held-out pairs
 max_length = 2312                 # tokens of the prompt and one response, at most
 max_prompt_length = 1800          # tokens of the prompt, at most; its end is kept
 chat_template = ""                # chatml, llama3 or a .jinja file; "" takes the model's own
-bad_rows = "error"                # error | drop: what a malformed row does; drops are counted
+bad_rows = "error"                # error | drop: a malformed row ends the run, or is dropped
 # objective
 objective = "mmpo"                # the loss: mmpo, dpo, ipo, simpo, orpo, sft (see mmpo.py)
 beta = 0.05                       # weight of the reference in R; the scale in DPO, IPO and SimPO
 reward_chosen = 0.9               # r of the chosen response
 reward_rejected = 0.1             # r of the rejected response
 length_norm = True                # mean log-probs over a response's tokens, not sums (MMPO, SFT)
-reward_norm = True                # min-max R over a group of pairs, into [0, 1]
+reward_norm = True                # scale R into [0, 1] over a group of pairs
 reward_norm_group = 0             # pairs in such a group; 0 takes the whole batch
-pref_weight = 0.0                 # the pairwise term: 0 is MMPO, 1 likelihood of the chosen alone
-entropy_coef = 0.0                # the paper's entropy ablation
+pref_weight = 0.0                 # of the pairwise term: 0 is MMPO, 1 trains the chosen alone
+entropy_coef = 0.0                # of the entropy bonus, an ablation of the paper
 gamma_beta_ratio = 1.6            # SimPO's margin over beta
 orpo_lambda = 0.1                 # weight of ORPO's odds ratio
 # model
@@ -97,10 +97,10 @@ min_lr = 0.0                      # the learning rate at the end of the cosine
 # distributed
 parallel = "ddp"                  # ddp | fsdp: each GPU has the whole model, or its part (FSDP2)
 # system
-pack_tokens = 16384               # tokens of one forward pass, at most: what takes memory
+pack_tokens = 16384               # tokens of one forward and backward pass, at most
 activation_checkpointing = False  # compute activations again in backward: slower, far less memory
 device = "auto"                   # auto | cuda | cpu | mps
-dtype = "auto"                    # auto | bfloat16 | float32: of matrix products; see frozen_dtype
+dtype = "auto"                    # auto | bfloat16 | float32: of products and of frozen weights
 compile = "auto"                  # auto | true | false: torch.compile; auto does on a GPU only
 seed = 42                         # of the order of the pairs, of dropout and samples
 # -----------------------------------------------------------------------------
@@ -146,10 +146,10 @@ if on_gpu:
     torch.set_float32_matmul_precision("high")   # TF32 for the products that stay in fp32
 if ddp:
     dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None,
-                            timeout=timedelta(hours=2))   # the others wait while rank 0 tokenizes
+                            timeout=timedelta(hours=2))   # others wait while one rank tokenizes
 if dtype == "auto":   # a dry run predicts what a GPU would need, so it assumes bf16
     dtype = "bfloat16" if dry_run or llama.fast_bfloat16(device) else "float32"
-settings["dtype"] = dtype   # kept with the run: a machine where auto means another can't resume it
+settings["dtype"] = dtype   # recorded, since a run must resume in the same dtype
 compile = on_gpu if compile == "auto" else compile == "true"
 autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 torch.manual_seed(seed)     # on all ranks alike, for they must start with the same adapters
@@ -168,11 +168,11 @@ folder = first_on_each_node(llama.checkpoint_folder, init_from)
 require(os.path.realpath(folder) != os.path.realpath(out_dir),
         f"out_dir: {out_dir} is init_from, and would be overwritten; give another")
 tokenizer = data.Tokenizer(folder, chat_template)
-limits = (tokenizer, max_length, max_prompt_length, bad_rows)
-train_pairs = first_on_each_node(data.load_pairs, dataset, train_split, *limits)
+tokenizing = (tokenizer, max_length, max_prompt_length, bad_rows)
+train_pairs = first_on_each_node(data.load_pairs, dataset, train_split, *tokenizing)
 log(f"{dataset}: {train_pairs.report}")
 if eval_dataset:
-    held_out = first_on_each_node(data.load_pairs, eval_dataset, eval_split, *limits)
+    held_out = first_on_each_node(data.load_pairs, eval_dataset, eval_split, *tokenizing)
     log(f"{eval_dataset}: {held_out.report}")
     held_out = held_out.subset(np.random.default_rng(seed).permutation(len(held_out))[:eval_pairs])
 else:
@@ -222,9 +222,9 @@ llama.load_weights(raw_model, folder, device)
 trained = [p for p in raw_model.parameters() if p.requires_grad]
 if compile:
     raw_model.compile_blocks(dynamic=not on_gpu)
-# A GPU compiles the blocks once for each length of a pack, so lengths are rounded up: eight in
-# training, one in evaluation. The padding is 1 to 4% of a pack.
-pad_to = pack_tokens // 8 if on_gpu else 1
+# A GPU compiles the blocks once for each length of a pack, so packs are padded: to one of eight
+# lengths in training, to one in evaluation. The padding is 1 to 3% of a pack (assets/results.md).
+pad_to = math.ceil(pack_tokens / 8) if on_gpu else 1
 
 
 def score(pairs, indices, title=None):
@@ -290,7 +290,7 @@ if master_process:
     write_json(os.path.join(out_dir, "train_config.json"), settings)
     past = []
     if resume:   # what was before the checkpoint stays; the steps after it are made again
-        with open(metrics_path) as f:
+        with open(metrics_path) as f, reading(metrics_path, "a run's metrics"):
             past = [line for line in f
                     if line.endswith("\n") and json.loads(line)["iter"] < start_iter]
         first_eval = json.loads(past[0]) if past else None
@@ -343,9 +343,9 @@ loss_knobs = dict(metric_knobs, pref_weight=pref_weight, gamma_beta_ratio=gamma_
 
 def measure(logps, lengths, ref_logps, R):
     """Loss (without the entropy term) and metrics of pairs with these log-probs, as a dict."""
-    known = logps, lengths, ref_logps if uses_reference else None, R
-    return {"loss": mmpo.preference_loss(objective, *known, **loss_knobs).mean().item(),
-            **mmpo.preference_metrics(*known, **metric_knobs)}
+    inputs = logps, lengths, ref_logps if uses_reference else None, R
+    return {"loss": mmpo.preference_loss(objective, *inputs, **loss_knobs).mean().item(),
+            **mmpo.preference_metrics(*inputs, **metric_knobs)}
 
 
 def evaluate(iter_num):
@@ -417,8 +417,8 @@ for iter_num in tqdm(range(start_iter, max_iters + 1), "steps",
     packs = data.plan_packs(tree_lengths.sum(1), pack_tokens, ddp_world_size, fsdp)[ddp_rank]
     for micro_step, members in enumerate(packs):
         pack = data.collate(train_pairs, batch, members, pad_to).to(device)
-        i = pack.members   # which of the batch's pairs these are
-        if ddp:            # gradients are summed over the ranks once, in the last micro-step
+        i = pack.members   # the places of its pairs in the batch
+        if ddp:            # DDP sums gradients over the ranks once, in the last micro-step
             model.require_backward_grad_sync = micro_step == len(packs) - 1
         with autocast:
             per_token_logps, per_token_entropy = model(pack, entropy=entropy_coef > 0)
@@ -428,12 +428,12 @@ for iter_num in tqdm(range(start_iter, max_iters + 1), "steps",
         if entropy_coef > 0:
             losses = losses - entropy_coef * mmpo.entropy_bonus(
                 per_token_logps, per_token_entropy, pack.response, lengths[i], length_norm)
-        # the mean over the whole batch; DDP and FSDP divide by the number of ranks, undone here
+        # the mean over the batch, times the ranks, since DDP and FSDP average over those
         (losses.sum() / len(batch) * ddp_world_size).backward()
         batch_logps[i] = logps.detach()
 
-    # The update. Before it the CPU waits for the GPU, once a step, since a gradient that is NaN or
-    # infinite must not reach the weights.
+    # The update. The CPU waits for the GPU here, since a gradient that is NaN or infinite must not
+    # reach the weights.
     norm = torch.nn.utils.clip_grad_norm_(trained, grad_clip or math.inf)
     grad_norm = llama.whole(norm).item()
     require(math.isfinite(grad_norm), f"step {iter_num}: the gradient is not finite; weights not "
@@ -444,6 +444,7 @@ for iter_num in tqdm(range(start_iter, max_iters + 1), "steps",
     if iter_num % log_interval == 0:
         if ddp:
             dist.all_reduce(batch_logps)   # every rank filled in the pairs that it computed
+        # R is the reward of MMPO alone; the others may have no reference log-probs to make it of
         metrics = measure(batch_logps, lengths, ref_logps, R if objective == "mmpo" else None)
         left = (time.time() - started) / (iter_num + 1 - start_iter) * (max_iters - iter_num - 1)
         metrics |= {"grad_norm": grad_norm, "lr": lr, "seconds_left": left}

@@ -8,8 +8,8 @@ lora_rank = 64
 lora_alpha = 64
 lora_dropout = 0.01
 lora_targets = "q_proj,k_proj,v_proj,o_proj"
-batch_size = 48         # 73.6k pairs / 48 = 1,533 steps an epoch
+batch_size = 48         # 73.6k pairs / 48 = 1,534 steps an epoch
 epochs = 5
 learning_rate = 1e-4
-pack_tokens = 8192      # a step is about 6 packs
+pack_tokens = 8192
 save_interval = 500     # after a crash the same command with --resume goes on

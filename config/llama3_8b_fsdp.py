@@ -5,7 +5,7 @@ out_dir = "out/llama3_8b_fsdp"
 init_from = "princeton-nlp/Llama-3-Base-8B-SFT"
 parallel = "fsdp"       # 8.03e9 weights x 16 bytes (fp32, gradient, AdamW) / 8 = 15 GiB a GPU
 activation_checkpointing = True
-pack_tokens = 8192      # a step is about 16 packs, two on each GPU
+pack_tokens = 8192
 batch_size = 128        # 73.6k pairs / 128 = 575 steps an epoch
 epochs = 1
 learning_rate = 1e-6    # all weights move, so far less than LoRA's

@@ -4,7 +4,7 @@
 # for the method: mean log-probs, no pairwise term. Add config/authors.py for theirs.
 out_dir = "out/smollm2_135m"
 init_from = "HuggingFaceTB/SmolLM2-135M-Instruct"   # theirs is an SFT checkpoint of their own
-batch_size = 128        # 73.6k pairs / 128 = 575 steps an epoch, each about 8 packs of 16,384 tokens
+batch_size = 128        # 73.6k pairs / 128 = 575 steps an epoch
 epochs = 5
 learning_rate = 5e-4
 save_interval = 500     # after a crash the same command with --resume goes on

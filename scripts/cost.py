@@ -42,7 +42,7 @@ def memory_parts(model, pack_tokens, dtype, optimizer_bytes):
     trained = sum(p.numel() for p in mine if p.requires_grad)
     sharded = isinstance(model.head_weight, DTensor)
     block = sum(p.numel() for p in model.model.layers[0].parameters())
-    # autocast casts trained weights once a pack; FSDP gathers a block, the next one, and the head
+    # autocast casts trained weights once a pack; FSDP gathers a block, the next one, the embedding and the head
     casts = (2 * block + 2 * model.head_weight.numel() if sharded else trained * (item < 4)) * item
     stream = item if sharded or not model.model.norm.weight.requires_grad else 4
     layer = layer_bytes(model, item, stream)
