@@ -180,3 +180,16 @@ def preference_metrics(logps, lengths, ref_logps=None, R=None, *, beta=0.05, len
             metrics["weights/chosen"] = q.mean()
             metrics["weights/upweighted"] = (q > 1 / R.size(1)).float().mean()
     return {name: value.item() for name, value in metrics.items()}
+
+
+def measure(objective, logps, lengths, ref_logps, R, **knobs):
+    """The mean loss of B pairs, without the entropy term, and their metrics, as a dict of floats.
+
+    knobs: those of preference_loss. Implicit rewards are relative to the reference where the
+    objective reads it. R may be None where it doesn't; then there are no weights/*.
+    """
+    ref_logps = ref_logps if OBJECTIVES[objective] else None
+    losses = preference_loss(objective, logps, lengths, ref_logps, R, **knobs)
+    shared = {name: knobs[name] for name in ("beta", "length_norm")}
+    return {"loss": losses.mean().item(),
+            **preference_metrics(logps, lengths, ref_logps, R, **shared)}

@@ -336,16 +336,8 @@ if kl_prompts:
     kl_pairs = data.Pairs.from_ids([[p, a] for p, a in zip(kl_prompts, answers)])
     kl_ref_logps = score(kl_pairs, np.arange(len(kl_pairs)))
 
-metric_knobs = dict(beta=beta, length_norm=length_norm)
-loss_knobs = dict(metric_knobs, pref_weight=pref_weight, gamma_beta_ratio=gamma_beta_ratio,
-                  orpo_lambda=orpo_lambda)
-
-
-def measure(logps, lengths, ref_logps, R):
-    """Loss (without the entropy term) and metrics of pairs with these log-probs, as a dict."""
-    inputs = logps, lengths, ref_logps if uses_reference else None, R
-    return {"loss": mmpo.preference_loss(objective, *inputs, **loss_knobs).mean().item(),
-            **mmpo.preference_metrics(*inputs, **metric_knobs)}
+loss_knobs = dict(beta=beta, length_norm=length_norm, pref_weight=pref_weight,
+                  gamma_beta_ratio=gamma_beta_ratio, orpo_lambda=orpo_lambda)
 
 
 def evaluate(iter_num):
@@ -353,7 +345,7 @@ def evaluate(iter_num):
     estimated on the reference's own samples."""
     # before the first step the policy is the reference
     logps = score(held_out, everything) if iter_num else eval_ref_logps
-    metrics = measure(logps, eval_lengths, eval_ref_logps, eval_R)
+    metrics = mmpo.measure(objective, logps, eval_lengths, eval_ref_logps, eval_R, **loss_knobs)
     if kl_prompts:
         kl = kl_ref_logps - score(kl_pairs, np.arange(len(kl_pairs)))
         metrics["kl"] = (kl.sum() / kl_pairs.lengths[:, 1:].sum()).item()
@@ -444,8 +436,8 @@ for iter_num in tqdm(range(start_iter, max_iters + 1), "steps",
     if iter_num % log_interval == 0:
         if ddp:
             dist.all_reduce(batch_logps)   # every rank filled in the pairs that it computed
-        # R is the reward of MMPO alone; the others may have no reference log-probs to make it of
-        metrics = measure(batch_logps, lengths, ref_logps, R if objective == "mmpo" else None)
+        metrics = mmpo.measure(objective, batch_logps, lengths, ref_logps,
+                               R if objective == "mmpo" else None, **loss_knobs)
         left = (time.time() - started) / (iter_num + 1 - start_iter) * (max_iters - iter_num - 1)
         metrics |= {"grad_norm": grad_norm, "lr": lr, "seconds_left": left}
         metrics |= cost.throughput(raw_model, tree_lengths, packs, pad_to, time.time() - t0)

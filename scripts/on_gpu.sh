@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What README has not measured or run yet and one GPU of 80 GB can show. Run it in the checkout:
+# What assets/results.md has not measured yet and one GPU of 80 GB can show. Run it in the checkout:
 #
 #   bash scripts/on_gpu.sh SMOLLM2_135M TRAIN_PAIRS TEST_PAIRS [LLAMA3_8B]
 #
@@ -12,13 +12,13 @@ smollm2=$1 train=$2 test=$3 llama=${4:-}
 python -m pytest -q test_mmpo.py -k gpu
 torchrun --nproc_per_node=1 train.py config/demo.py --parallel=fsdp --dtype=bfloat16 --max_iters=3
 
-# 2. one idea at a time, where the time goes, and beside TRL (README, Efficiency)
+# 2. one idea at a time, where the time goes, and beside TRL (results.md, Speed beside TRL)
 for part in ablation profile $(python -c "import trl; print('trl')" 2> /dev/null || true); do
     python -m scripts.bench --model="$smollm2" --data="$train" --only="$part" \
         --json="out/bench_gpu_$part.json"
 done
 
-# 3. MMPO, the authors' settings, DPO and SimPO, two epochs each (README, Results)
+# 3. MMPO, the authors' settings, DPO and SimPO, two epochs each
 python -m scripts.compare --model="$smollm2" --train="$train" --eval="$test" -- \
     --epochs=2 --beta=0.05 --eval_pairs=1500
 
