@@ -13,8 +13,8 @@ separated by bars lists the values that are allowed:
     bad_rows = "error"     # error | drop: what a malformed row does
 
 Three things differ from nanoGPT. An unknown name is an error wherever it is set, a value has the
-default's type or is an error, and a config file runs in a namespace of its own. It may import,
-define functions, and use names that begin with an underscore: those are not settings.
+default's type or is an error, and a config file runs in a namespace of its own. It may import
+modules, define functions, and use names that begin with an underscore: those are not settings.
 """
 import ast
 import contextlib
@@ -234,6 +234,7 @@ def read_settings(source):
                 f"{source}:{node.lineno}: {name} can't be a setting; above `configure` a value is "
                 "a number, text, True or False, written out (begin the name with _ if it is "
                 "something else)")
+        require(name not in settings, f"{source}:{node.lineno}: {name} has a default already")
         above = [comments[line].string for line in range(node.lineno, 0, -1)
                  if line in comments and comments[line].start[1] == 0]
         group = next((c for c in above if not c.startswith("# ---")), "#")
@@ -269,7 +270,8 @@ def configure(namespace, argv, source, choices={}, above_zero="", at_least_zero=
             found, where = run_config_file(arg, defaults | overrides), arg
         for key, value in found.items():
             check_known(key, known, where)
-            words = choices.get(key) or words_of(known[key].comment)
+            words = choices.get(key) or (words_of(known[key].comment)
+                                         if isinstance(known[key].value, str) else [])
             value = coerce(key, value, known[key].value, words, where)
             for bound, names, holds in bounds:
                 require(key not in names or holds(value),
@@ -293,24 +295,29 @@ def run_config_file(path, known):
     path = beside_the_checkout(path)
     require(os.path.exists(path),
             f"{path}: no such config file; settings are written --key=value")
-    scope = dict(known)
-    with open(path, encoding="utf-8") as f, reading(path, "a config file"):
+    require(path.endswith(".py") or os.path.isdir(path), f"{path}: config files end in .py; "
+            "settings, data files too, are written --key=value")
+    scope = known | {"__name__": "__main__", "__file__": path}
+    with open(path, encoding="utf-8-sig") as f, reading(path, "a config file"):
         text = f.read()
     try:
         tree = ast.parse(text, path)
         exec(compile(tree, path, "exec"), scope)
     except SyntaxError as e:
-        raise UserError(f"{path}:{e.lineno}: {e.msg}; a config file is Python") from e
+        raise UserError(f"{path}:{e.lineno or 1}: {e.msg}; a config file is Python") from e
     except Exception as e:
-        line = [frame.lineno for frame in traceback.extract_tb(e.__traceback__)
-                if frame.filename == path][-1]
+        line = [1, *(frame.lineno for frame in traceback.extract_tb(e.__traceback__)
+                     if frame.filename == path)][-1]
         raise UserError(f"{path}:{line}: {type(e).__name__}: {first_line(e)}") from e
+    for node in tree.body:   # `beta: 0.1`, as in YAML, is Python's way to annotate a name
+        require(not isinstance(node, ast.AnnAssign) or node.value,
+                f"{path}:{node.lineno}: {ast.unparse(node)} sets nothing; write name = value")
     assigned = {node.id for node in ast.walk(tree)
                 if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
     found = {key: value for key, value in scope.items()
              if (key not in known or key in assigned or value is not known[key])
              and not key.startswith("_")
-             and not isinstance(value, ModuleType) and not callable(value)}
+             and (key in known or not isinstance(value, ModuleType) and not callable(value))}
     for key in found.keys() & PATHS:
         if isinstance(found[key], str):
             found[key] = ",".join(beside_the_checkout(p.strip()) for p in found[key].split(","))
@@ -322,34 +329,35 @@ def beside_the_checkout(path):
     return there if path and not os.path.exists(path) and os.path.exists(there) else path
 
 
-# what TRL, nanoGPT, LLaMA-Factory or this project's past call it, and what it is here
+# what TRL, nanoGPT or this project's past call a setting, and what to give here
+BATCH = ("batch_size, the global batch in pairs, on however many GPUs; pack_tokens bounds the "
+         "memory, so nothing is accumulated by hand")
 ELSEWHERE = {
-    "lr": "learning_rate", "bf16": "dtype", "fp16": "dtype", "torch_dtype": "dtype",
-    "per_device_train_batch_size": "batch_size", "micro_batch_size": "pack_tokens",
-    "gradient_accumulation_steps": "pack_tokens", "row_tokens": "pack_tokens",
-    "num_train_epochs": "epochs", "num_epochs": "epochs", "max_steps": "max_iters",
-    "warmup_ratio": "warmup", "warmup_steps": "warmup", "warmup_iters": "warmup",
+    "lr": "learning_rate", "bf16": "dtype=bfloat16", "fp16": "dtype=bfloat16",
+    "torch_dtype": "dtype", "per_device_train_batch_size": BATCH, "micro_batch_size": BATCH,
+    "gradient_accumulation_steps": BATCH, "row_tokens": "pack_tokens",
+    "num_train_epochs": "epochs", "max_steps": "max_iters", "warmup_ratio": "warmup",
+    "warmup_steps": "warmup, a share of the steps", "warmup_iters": "warmup, a share of the steps",
     "output_dir": "out_dir", "model": "init_from", "model_name_or_path": "init_from",
-    "dataset_name": "dataset", "data": "dataset", "logging_steps": "log_interval",
-    "eval_steps": "eval_interval", "save_steps": "save_interval", "max_grad_norm": "grad_clip",
-    "loss_type": "objective", "loss": "objective", "gradient_checkpointing":
-    "activation_checkpointing", "use_peft": "lora_rank", "lora_r": "lora_rank",
-    "lora_target_modules": "lora_targets", "optim": "optimizer_state", "report_to": "wandb_log",
-    "resume_from_checkpoint": "resume", "simpo_gamma": "gamma_beta_ratio",
-    "max_seq_length": "max_length", "max_completion_length": "max_length"}
-GLOBAL_BATCH = ("; batch_size is the global batch in pairs, however many GPUs there are, and "
-                "pack_tokens bounds the memory, so nothing is accumulated by hand")
+    "dataset_name": "dataset", "logging_steps": "log_interval", "eval_steps": "eval_interval",
+    "eval_iters": "eval_pairs", "save_steps": "save_interval", "max_grad_norm": "grad_clip",
+    "loss_type": "objective", "gradient_checkpointing": "activation_checkpointing",
+    "use_peft": "lora_rank", "lora_r": "lora_rank", "lora_target_modules": "lora_targets",
+    "optim": "optimizer_state", "report_to": "wandb_log", "fsdp": "parallel=fsdp",
+    "deepspeed": "parallel=fsdp", "resume_from_checkpoint": "resume",
+    "simpo_gamma": "gamma_beta_ratio, which is gamma / beta", "max_seq_length": "max_length"}
 
 
 def check_known(key, known, where):
     if key in known:
         return
     hint = "--help lists the settings"
-    if ELSEWHERE.get(key) in known:
+    if re.split(r"\W", ELSEWHERE.get(key, ""))[0] in known:
         hint = f"here it is {ELSEWHERE[key]}"
-        hint += GLOBAL_BATCH if ELSEWHERE[key] in ("batch_size", "pack_tokens") else ""
     elif near := difflib.get_close_matches(key, known, n=1):
         hint = f'did you mean "{near[0]}"?'
+    elif not where.startswith("--"):
+        hint += "; a name that is no setting begins with _"
     raise UserError(f'{where}: unknown setting "{key}"; {hint}')
 
 
@@ -360,8 +368,8 @@ KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "
 def words_of(comment):
     """The allowed values that a comment begins with, `mmpo | dpo | sft: ..`; [] if it lists none.
     """
-    found = re.match(r"[\w.-]+(?: \| [\w.-]+)+", comment)
-    return found[0].split(" | ") if found else []
+    found = re.match(r"([\w.-]+(?: \| [\w.-]+)+)(?::|$)", comment)
+    return found[1].split(" | ") if found else []
 
 
 def coerce(key, value, default, words, where):
@@ -373,7 +381,7 @@ def coerce(key, value, default, words, where):
                 f"{where}: settings are written --key=value (--help lists them)")
         value = True
     if words:
-        value = str(value).lower()
+        value = next((word for word in words if word.lower() == str(value).lower()), str(value))
         near = difflib.get_close_matches(value, words, n=1)
         require(value in words, f'{where}: {key} must be one of {", ".join(words)} (got "{value}")'
                 + (f'; did you mean "{near[0]}"?' if near else ""))

@@ -127,8 +127,10 @@ def orpo_loss(chosen_mean, rejected_mean, orpo_lambda):
 # -----------------------------------------------------------------------------
 # what train.py calls
 
-# each objective, and whether its loss reads the reference, in ref_logps or in R
-OBJECTIVES = {"mmpo": True, "dpo": True, "ipo": True, "simpo": False, "orpo": False, "sft": False}
+OBJECTIVES = {   # each objective, and whether its loss reads the reference, in ref_logps or in R
+    "mmpo": True, "dpo": True, "ipo": True,
+    "simpo": False, "orpo": False, "sft": False,
+}
 
 
 def preference_loss(objective, logps, lengths, ref_logps=None, R=None, *, beta=0.05,

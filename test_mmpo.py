@@ -14,6 +14,7 @@ import csv
 import glob
 import gzip
 import importlib.util
+import inspect
 import json
 import math
 import os
@@ -251,6 +252,11 @@ def test_logits_equal_transformers(name, style, tmp_path):
     for T in (16, 200, 1024):
         tokens = tokens_of(2, T)
         assert gap(ours.logits(tokens), theirs(tokens).logits) <= 1e-4, T
+    pairs = random_pairs()   # and what training sees, the log-probs of a pack
+    want = [[theirs(torch.tensor([p + r])).logits[0, len(p) - 1:-1].log_softmax(-1)[
+        range(len(r)), r].sum() for r in responses] for p, *responses in all_ids(pairs)]
+    pack = pack_of(pairs)
+    assert gap(pack.sum_by_response(ours(pack)[0]), torch.tensor(want)) <= 1e-4
 
 
 @needs(SMOLLM2)
@@ -1040,7 +1046,8 @@ def test_every_objective_has_a_formula():
 def test_objectives(objective, n, length_norm):
     """Value and gradient of each objective are the published formula's; three responses too."""
     means, R, lengths = method_inputs(n)
-    knobs = dict(beta=0.3, length_norm=length_norm, gamma_beta_ratio=1.2, orpo_lambda=0.4)
+    knobs = dict.fromkeys(inspect.getfullargspec(mmpo.preference_loss).kwonlydefaults, 0.3)
+    knobs |= dict(length_norm=length_norm, pref_weight=0.0, gamma_beta_ratio=1.2, orpo_lambda=0.4)
     logps, ref_logps = means * lengths, (means - R) * lengths
 
     def ours(x):
@@ -1656,6 +1663,19 @@ def test_config_file_is_python(configure):
     assert configure("file.py", file=text) == {"max_iters": 4}
 
 
+def test_config_that_sets_nothing_it_seems_to(configure, tmp_path):
+    """A data file is no config, `name: value` sets nothing, and a setting that is imported is set."""
+    write_rows(tmp_path / "rows.jsonl", [GOOD])
+    with pytest.raises(UserError, match="rows.jsonl: config files end in .py"):
+        configure(str(tmp_path / "rows.jsonl"))
+    with pytest.raises(UserError, match="file.py:2: max_iters: 5 sets nothing"):
+        configure("file.py", file="\nmax_iters: 5\n")
+    assert configure("file.py", file="max_iters: int = 5\n") == {"max_iters": 5}
+    (tmp_path / "base_config.py").write_text("max_iters = 7\n")
+    text = f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\nfrom base_config import *\n"
+    assert configure("file.py", file=text) == {"max_iters": 7}
+
+
 @pytest.mark.parametrize("text, words", [
     ("--learnig_rate=1", ['unknown setting "learnig_rate"', 'did you mean "learning_rate"']),
     ("--later=4", ['"later"', "--help"]), ("--__name__=x", ["__name__"]), ("--os=x", ['"os"']),
@@ -1669,7 +1689,7 @@ def test_config_file_is_python(configure):
     ("--compile=maybe", ["true or false"]), ("--objective=dpoo", ["mmpo, dpo, sft", '"dpo"']),
     ("learnig_rate = 1", ['"learnig_rate"', 'did you mean "learning_rate"']),
     ("max_iters = 'many'", ["whole number"]), ("max_iters = True", ["whole number"]),
-    ("max_iters = [1]", ["whole number"]), ("max_iters = 10 ** 400", ["whole number"]),
+    ("max_iters = [1]", ["whole number"]), ("compile = None", ["true or false"]), ("max_iters = 10 ** 400", ["whole number"]),
     ("out_dir = 5", ["text"]), ("compile = 2", ["true or"]), ("learning_rate = -1.0", ["above 0"]),
     ("objective = 'ppo'", ["mmpo, dpo, sft"]), ("max_iters = 5\nmax_iters = = 6", ["file.py:2"]),
     ("\nmax_iters = 1 / 0", ["file.py:2", "ZeroDivisionError"])])
@@ -1744,8 +1764,9 @@ def test_bounds(kind, name):
 
 
 @pytest.mark.parametrize("arg, words", [
-    ("--lr=1", "here it is learning_rate"), ("--bf16", "here it is dtype"),
-    ("--gradient_accumulation_steps=4", "here it is pack_tokens; batch_size is the global batch"),
+    ("--lr=1", "here it is learning_rate"), ("--bf16", "here it is dtype=bfloat16"),
+    ("--gradient_accumulation_steps=4", "batch_size, the global batch .* pack_tokens bounds the"),
+    ("--warmup_steps=100", "here it is warmup, a share of the steps"),
     ("--row_tokens=100", "here it is pack_tokens"), ("--beta", "--key=value"),
     ("--no_such_thing=1", "--help")])
 def test_names_of_other_trainers(arg, words):

@@ -65,7 +65,7 @@ max_prompt_length = 1800          # tokens of the prompt, at most; its end is ke
 chat_template = ""                # chatml, llama3 or a .jinja file; "" takes the model's own
 bad_rows = "error"                # error | drop: a malformed row ends the run, or is dropped
 # objective
-objective = "mmpo"                # the loss: mmpo, dpo, ipo, simpo, orpo, sft (see mmpo.py)
+objective = "mmpo"                # the loss, one of OBJECTIVES in mmpo.py: dpo, simpo, sft, ..
 beta = 0.05                       # weight of the reference in R; the scale in DPO, IPO and SimPO
 reward_chosen = 0.9               # r of the chosen response
 reward_rejected = 0.1             # r of the rejected response
@@ -125,6 +125,9 @@ out_dir = os.path.expanduser(out_dir)
 start_iter, checkpoint = last_checkpoint(out_dir)
 
 # --- settings that can't work, alone or together, told before anything is loaded
+require(out_dir and (os.path.isdir(out_dir) or not os.path.exists(out_dir)),
+        f'out_dir: "{out_dir}" is no folder; give another')
+require(seed < 2 ** 63, f"seed: {seed} is too large; give a smaller one")
 require(usable[device], f"device: no {device} on this machine; try --device=auto")
 require(ddp or parallel == "ddp", "parallel: fsdp shards over processes; start it with torchrun")
 require(optimizer_state == "fp32" or not fsdp and find_spec("bitsandbytes"),
