@@ -196,10 +196,10 @@ def tree_rule(tree, branch):
 
 def tree_layout(pack):
     """What `attend` needs to know of a pack: a BlockMask for flex attention where the GPU can run
-    that, elsewhere the lengths of its trees."""
+    that, elsewhere the pack itself."""
     device = pack.tokens.device
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
-        return pack.trees
+        return pack
     T = len(pack.tree)
     return compiled(create_block_mask)(tree_rule(pack.tree, pack.branch), None, None, T, T,
                                        device=str(device))
@@ -216,14 +216,14 @@ def attend(q, k, v, layout):
 
     layout says which keys a query sees, and with that how to compute it:
         a BlockMask    packed trees on a GPU; flex attention skips the blocks that nobody sees
-        a list         packed trees elsewhere, as their lengths; a loop over the trees
+        a Pack         packed trees elsewhere; a loop over the trees
         a bool tensor  a mask (B, 1, T, S), for generation
         None           a plain causal sequence
     """
     if isinstance(layout, BlockMask):
         flex = flex_attention if torch.compiler.is_compiling() else compiled(flex_attention)
         return flex(q, k, v, block_mask=layout, enable_gqa=True)
-    if isinstance(layout, list):
+    if layout is not None and not isinstance(layout, torch.Tensor):
         return tree_attention(q, k, v, layout)
     if layout is not None and q.is_cuda:
         # cuDNN would make a new plan for every length, and lengths grow with every token
@@ -235,13 +235,13 @@ def attend(q, k, v, layout):
 
 
 @torch.compiler.disable   # every pack has other tree lengths, so each would trigger a recompilation
-def tree_attention(q, k, v, trees):
-    """The tree rule without a T x T mask. trees: [prompt, response 1, .., response n] tokens each.
+def tree_attention(q, k, v, pack):
+    """The tree rule without a T x T mask, for a Pack of trees.
 
     Within a tree, prompt + response 1 is a causal sequence. So is every further response behind the
     prompt, whose queries need not be computed again.
     """
-    outputs = []
+    outputs, trees = [], pack.trees   # [prompt, response 1, .., response n] tokens of each
     by_tree = (x[0].split([sum(tree) for tree in trees], dim=1) for x in (q, k, v))
     with torch.autocast(q.device.type, enabled=False):
         for (prompt, first, *rest), *qkv in zip(trees, *by_tree):

@@ -403,7 +403,8 @@ def test_a_long_neighbour_does_not_matter():
     mine = torch.randn(3, 1, 2, sum(tree), 8, generator=g).bfloat16()
     for other in ([10, 5, 5], [500, 200, 100]):
         q, k, v = torch.cat((mine, torch.randn(3, 1, 2, sum(other), 8).bfloat16()), dim=3)
-        found.append(llama.tree_attention(q, k, v, [tree, other])[:, :, :sum(tree)])
+        pack = SimpleNamespace(trees=[tree, other])
+        found.append(llama.tree_attention(q, k, v, pack)[:, :, :sum(tree)])
     assert found[0].dtype == torch.bfloat16 and found[0].equal(found[1])
 
 
