@@ -1665,7 +1665,7 @@ def test_config_file_is_python(configure):
 
 
 def test_config_that_sets_nothing_it_seems_to(configure, tmp_path):
-    """A data file is no config, `name: value` sets nothing, and a setting that is imported is set."""
+    """A data file is no config, `name: value` sets nothing, an imported setting is set."""
     write_rows(tmp_path / "rows.jsonl", [GOOD])
     with pytest.raises(UserError, match="rows.jsonl: config files end in .py"):
         configure(str(tmp_path / "rows.jsonl"))
@@ -1690,7 +1690,8 @@ def test_config_that_sets_nothing_it_seems_to(configure, tmp_path):
     ("--compile=maybe", ["true or false"]), ("--objective=dpoo", ["mmpo, dpo, sft", '"dpo"']),
     ("learnig_rate = 1", ['"learnig_rate"', 'did you mean "learning_rate"']),
     ("max_iters = 'many'", ["whole number"]), ("max_iters = True", ["whole number"]),
-    ("max_iters = [1]", ["whole number"]), ("compile = None", ["true or false"]), ("max_iters = 10 ** 400", ["whole number"]),
+    ("max_iters = [1]", ["whole number"]),
+    ("compile = None", ["true or false"]), ("max_iters = 10 ** 400", ["whole number"]),
     ("out_dir = 5", ["text"]), ("compile = 2", ["true or"]), ("learning_rate = -1.0", ["above 0"]),
     ("objective = 'ppo'", ["mmpo, dpo, sft"]), ("max_iters = 5\nmax_iters = = 6", ["file.py:2"]),
     ("\nmax_iters = 1 / 0", ["file.py:2", "ZeroDivisionError"])])
