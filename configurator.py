@@ -525,6 +525,21 @@ def remove_checkpoints(folder, but=None):
             shutil.rmtree(path)
 
 
+def open_metrics(path, start_iter):
+    """metrics.jsonl, opened to add lines -> the file, and the run's first evaluation if it has one.
+
+    A new run (start_iter 0) empties it. One that goes on keeps the steps before start_iter, and
+    makes those after it again.
+    """
+    past = []
+    if start_iter:
+        with open(path, encoding="utf-8") as f, reading(path, "a run's metrics"):
+            past = [line for line in f
+                    if line.endswith("\n") and json.loads(line)["iter"] < start_iter]
+    write_text(path, "".join(past))
+    return open(path, "a", buffering=1, encoding="utf-8"), json.loads(past[0]) if past else None
+
+
 # What may change when a run resumes (beginnings of names): where and how it is computed, how far it
 # goes, what it writes.
 RESUME_MAY_CHANGE = (

@@ -1,12 +1,10 @@
 """
 Align a Llama-family language model on preference pairs, with MMPO or with a baseline.
 
-On one GPU, or on a CPU:
-$ python train.py config/smollm2_135m.py --beta=0.1
-On four GPUs of one machine:
-$ torchrun --nproc_per_node=4 train.py config/smollm2_135m.py
-On two machines of eight GPUs (on the second one with --node_rank=1):
+$ python train.py config/smollm2_135m.py --beta=0.1              # on one GPU, or on a CPU
+$ torchrun --nproc_per_node=4 train.py config/smollm2_135m.py    # on four GPUs of one machine
 $ torchrun --nnodes=2 --node_rank=0 --nproc_per_node=8 --master_addr=10.0.0.1 train.py config/x.py
+                         # on two machines of eight GPUs; on the second one with --node_rank=1
 
 `python train.py --help` lists every setting below.
 """
@@ -29,8 +27,8 @@ import mmpo
 import model as llama
 from configurator import (
     cache_path, check_same_run, configure, first_on_each_node, last_checkpoint, load_checkpoint,
-    one_line_errors, read_json, reading, remove_checkpoints, require, save_cache, save_checkpoint,
-    write_json, write_text)
+    one_line_errors, open_metrics, read_json, remove_checkpoints, require, save_cache,
+    save_checkpoint, write_json)
 from scripts import cost
 
 # -----------------------------------------------------------------------------
@@ -287,18 +285,11 @@ if uses_reference:
 train_constants = constants_of(train_pairs, ref_logps)
 
 # --- the run's records; nothing of an earlier run has been touched so far
-first_eval, metrics_path = None, os.path.join(out_dir, "metrics.jsonl")
+first_eval = None
 if master_process:
     os.makedirs(out_dir, exist_ok=True)
     write_json(os.path.join(out_dir, "train_config.json"), settings)
-    past = []
-    if resume:   # what was before the checkpoint stays; the steps after it are made again
-        with open(metrics_path) as f, reading(metrics_path, "a run's metrics"):
-            past = [line for line in f
-                    if line.endswith("\n") and json.loads(line)["iter"] < start_iter]
-        first_eval = json.loads(past[0]) if past else None
-    write_text(metrics_path, "".join(past))
-    metrics_file = open(metrics_path, "a", buffering=1)
+    metrics_file, first_eval = open_metrics(os.path.join(out_dir, "metrics.jsonl"), start_iter)
     if wandb_log:
         import wandb
         wandb.init(project=wandb_project, name=os.path.basename(out_dir), config=settings)
