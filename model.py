@@ -151,7 +151,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        h = x.float()
+        h = x.float()   # squares of bf16 numbers lose too much
         h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
         return (self.weight * h).to(compute_dtype(x))
 
@@ -172,12 +172,12 @@ def rotary(positions, config):
         freq = blend * freq + (1 - blend) * freq / s["factor"]
     angle = positions[:, :, None, None].float() * freq       # (B, T, 1, head_dim / 2)
     angle = torch.cat((angle, angle), dim=-1)
-    return angle.cos(), angle.sin()
+    return angle.cos(), angle.sin()                          # both halves turn by the same angles
 
 
 def rotate(x, cos, sin):
     """Turn each (i, i + head_dim/2) pair of x (B, T, heads, head_dim) by its position's angle."""
-    x1, x2 = x.chunk(2, dim=-1)
+    x1, x2 = x.chunk(2, dim=-1)   # (B, T, heads, head_dim / 2) each
     return (x * cos + torch.cat((-x2, x1), dim=-1) * sin).to(x.dtype)
 
 
@@ -245,6 +245,7 @@ def tree_attention(q, k, v, pack):
     by_tree = (x[0].split([sum(tree) for tree in trees], dim=1) for x in (q, k, v))
     with torch.autocast(q.device.type, enabled=False):
         for (prompt, first, *rest), *qkv in zip(trees, *by_tree):
+            # stem: q, k and v of the prompt and response 1; branches: of each further response
             stem, *branches = zip(*(x.split([prompt + first, *rest], dim=1) for x in qkv))
             outputs.append(causal_attention(*stem))
             prompt_k, prompt_v = (x[:, :prompt] for x in stem[1:])
@@ -333,8 +334,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, rope, layout, cache=None):
-        x = x + self.self_attn(self.input_layernorm(x), rope, layout, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.self_attn(self.input_layernorm(x), rope, layout, cache)   # tokens exchange
+        return x + self.mlp(self.post_attention_layernorm(x))                  # each by itself
 
 
 class Llama(nn.Module):
@@ -369,8 +370,8 @@ class Llama(nn.Module):
 
     def hidden(self, tokens, positions, layout, caches=None):
         """tokens, positions (B, T) -> final hidden states (B, T, C)."""
-        x = self.model.embed_tokens(tokens)
-        rope = rotary(positions, self.config)
+        x = self.model.embed_tokens(tokens)        # (B, T, C)
+        rope = rotary(positions, self.config)      # the same in all blocks
         for i, block in enumerate(self.model.layers):
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, rope, layout, use_reentrant=False)
@@ -392,7 +393,7 @@ class Llama(nn.Module):
     def logits(self, tokens):
         """Plain causal sequences (B, T) -> logits (B, T, V)."""
         positions = torch.arange(tokens.size(1), device=tokens.device).expand(tokens.shape)
-        return F.linear(self.hidden(tokens, positions, None), self.head_weight)
+        return F.linear(self.hidden(tokens, positions, None), self.head_weight)   # None: causal
 
     @torch.compiler.set_stance("force_eager")   # the length changes with every token
     @torch.no_grad()
@@ -414,9 +415,9 @@ class Llama(nn.Module):
         tokens = torch.tensor(tokens, device=device)                                # (B, T)
         stop = torch.tensor(list(stop_ids), dtype=torch.long, device=device)
         done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-        caches, new = [[] for _ in self.model.layers], []
+        caches, new = [[] for _ in self.model.layers], []      # keys and values; tokens so far
         slots = torch.arange(longest + max_new_tokens, device=device)
-        first, last = 0, longest
+        first, last = 0, longest   # the slots that this pass computes: the prompt, then one token
         while True:
             q, k = slots[first:last, None], slots[None, :last]
             # a token sees what lies between the padding and itself; padding sees only itself
@@ -427,7 +428,7 @@ class Llama(nn.Module):
             token = sample(logits, temperature, top_k, top_p, generator)            # (B,)
             new.append(token)
             done |= torch.isin(token, stop)
-            if done.all() or len(new) == max_new_tokens:
+            if done.all() or len(new) == max_new_tokens:   # the longest answer decides
                 break
             tokens, first, last = token[:, None], last, last + 1
         self.train(was_training)
@@ -437,7 +438,7 @@ class Llama(nn.Module):
 
 def sample(logits, temperature, top_k, top_p, generator=None):
     """logits (B, V) -> token ids (B,)."""
-    if temperature == 0:
+    if temperature == 0:   # greedy
         return logits.argmax(-1)
     logits = logits / temperature
     if top_k:
@@ -473,7 +474,7 @@ def chunk_logps(logits, targets):
     always in one direction.
     """
     logits = logits.float()
-    lse = logits.logsumexp(-1)
+    lse = logits.logsumexp(-1)                                 # (N,)
     return torch.stack((logits.gather(-1, targets[:, None])[:, 0] - lse, lse), dim=-1)
 
 
@@ -524,13 +525,13 @@ class TokenLogProbs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_logps):
         x, w, targets, lse = ctx.saved_tensors
-        dx, dw = torch.zeros_like(x), None
+        dx, dw = torch.zeros_like(x), None   # dw stays None where the head is frozen
         logits, ctx.last_logits = ctx.last_logits, None
         for s in reversed(chunks(x, w)):
             xs = x[s].to(w.dtype)
             logits = F.linear(xs, w) if logits is None else logits
             near_memory(chunk_grad, logits, targets[s], lse[s], d_logps[s])
-            dx[s] = logits @ w
+            dx[s] = logits @ w            # logits hold their own gradient now
             if ctx.needs_input_grad[1]:   # summed over the chunks in fp32
                 part = logits.T @ xs
                 dw = part.float() if dw is None else dw.add_(part)
@@ -559,7 +560,6 @@ class LoRALinear(nn.Module):
     B starts at zero, so that the layer starts as its base. With `enabled` off it is its base again:
     that is the reference policy, which costs no memory this way.
     """
-
     enabled = True
 
     def __init__(self, base, rank, alpha, dropout):
