@@ -254,6 +254,7 @@ def configure(namespace, argv, source, choices={}, above_zero="", at_least_zero=
     Raises UserError that says where the mistake is.
     """
     known = read_settings(source)
+    defaults = {name: setting.value for name, setting in known.items()}
     bounds = (("above 0", above_zero.split(), lambda x: x > 0),
               ("0 or more", at_least_zero.split(), lambda x: x >= 0),
               ("from 0 to below 1", below_one.split(), lambda x: 0 <= x < 1))
@@ -266,7 +267,6 @@ def configure(namespace, argv, source, choices={}, above_zero="", at_least_zero=
             key, equals, value = arg[2:].partition("=")
             found, where = {key: value if equals else BARE}, f"--{key}"
         else:
-            defaults = {name: setting.value for name, setting in known.items()}
             found, where = run_config_file(arg, defaults | overrides), arg
         for key, value in found.items():
             check_known(key, known, where)
@@ -280,7 +280,7 @@ def configure(namespace, argv, source, choices={}, above_zero="", at_least_zero=
     namespace.update(overrides)
     if overrides.get("debug"):
         sys.excepthook = sys.__excepthook__
-    return {name: setting.value for name, setting in known.items()} | overrides, overrides
+    return defaults | overrides, overrides
 
 
 PATHS = ("init_from", "dataset", "eval_dataset", "chat_template")   # settings that name files

@@ -301,7 +301,7 @@ def compile_template(text, where):
             return parser.parse_statements(["name:endgeneration"], drop_needle=True)
 
     def raise_exception(message):
-        raise BadRow(f"the chat template refuses this row: {first_line(message)}")
+        raise BadRow(f"the chat template refuses this row: {first_line(message or 'no reason')}")
 
     env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                         extensions=["jinja2.ext.loopcontrols", Generation])
@@ -412,9 +412,9 @@ def prompt_turns(row):
 
 def with_system(row, turns):
     """The turns behind the row's system prompt, if it has one and they don't start with one."""
-    has_one = turns and turns[0]["role"] == "system"
-    return turns if has_one or not row.get("system") else \
-        [turn("system", text(row, "system"))] + turns
+    if not row.get("system") or turns and turns[0]["role"] == "system":
+        return turns
+    return [turn("system", text(row, "system"))] + turns
 
 
 def hh_turns(dialogue):

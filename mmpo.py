@@ -184,14 +184,14 @@ def preference_metrics(logps, lengths, ref_logps=None, R=None, *, beta=0.05, len
     return {name: value.item() for name, value in metrics.items()}
 
 
-def measure(objective, logps, lengths, ref_logps, R, **knobs):
+def measure(objective, logps, lengths, ref_logps, R, *, beta, length_norm, **knobs):
     """The mean loss of B pairs, without the entropy term, and their metrics, as a dict of floats.
 
-    knobs: those of preference_loss. Implicit rewards are relative to the reference where the
+    knobs: the others of preference_loss. Implicit rewards are relative to the reference where the
     objective reads it. R may be None where it doesn't; then there are no weights/*.
     """
     ref_logps = ref_logps if OBJECTIVES[objective] else None
-    losses = preference_loss(objective, logps, lengths, ref_logps, R, **knobs)
-    shared = {name: knobs[name] for name in ("beta", "length_norm")}
+    shared = dict(beta=beta, length_norm=length_norm)
+    losses = preference_loss(objective, logps, lengths, ref_logps, R, **shared, **knobs)
     return {"loss": losses.mean().item(),
             **preference_metrics(logps, lengths, ref_logps, R, **shared)}

@@ -9,8 +9,7 @@ References
 2) RMSNorm: Zhang and Sennrich 2019, arXiv 1910.07467; SwiGLU: Shazeer 2020, arXiv 2002.05202
 3) rotary embedding: Su et al. 2021, arXiv 2104.09864
    grouped-query attention: Ainslie et al. 2023, arXiv 2305.13245
-4) LoRA: Hu et al. 2021, arXiv 2106.09685
-5) to compare with: transformers/models/llama/modeling_llama.py
+4) LoRA: Hu et al. 2021, arXiv 2106.09685; 5) transformers/models/llama/modeling_llama.py
 """
 import contextlib
 import hashlib
@@ -732,8 +731,7 @@ def weights_fingerprint(folder):
 
 
 def build(hf_config, dtype, where="config.json"):
-    """The network of a config.json in `dtype`, with shapes but without memory (on torch's meta
-    device), so that adapters and shards can be made before any weight is there."""
+    """The network of a config.json in `dtype`, on the meta device: shapes, but no memory yet."""
     with torch.device("meta"):
         return Llama(config_from_dict(hf_config, where)).to(dtype)
 
@@ -841,7 +839,8 @@ def export(model, folder, hf_config, base_folder=None, dtype=torch.bfloat16, ada
     if shards.is_sharded:
         write_json(os.path.join(temporary, f"{stem}.safetensors.index.json"),
                    {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename})
-    generation = {}
+    ids = () if adapter_of else ("bos_token_id", "eos_token_id", "pad_token_id")
+    generation = {k: hf_config[k] for k in ids if hf_config.get(k) is not None}
     for file in (*TOKENIZER_FILES, "generation_config.json") if base_folder else ():
         if os.path.exists(source := os.path.join(base_folder, file)):
             shutil.copyfile(source, os.path.join(temporary, file))
@@ -852,9 +851,10 @@ def export(model, folder, hf_config, base_folder=None, dtype=torch.bfloat16, ada
     if chat_template is not None:
         write_text(os.path.join(temporary, "chat_template.jinja"), chat_template)
     # files of an earlier export would be loaded together with the new ones, or instead of them
-    new, ours = os.listdir(temporary), ("config.json", "adapter_config.json", *TOKENIZER_FILES)
+    new, stale = os.listdir(temporary), ["config.json", "adapter_config.json"]
+    stale += TOKENIZER_FILES if base_folder else ()
     for file in os.listdir(folder):
-        if file not in new and (".safetensors" in file or file in ours):
+        if file not in new and (".safetensors" in file or file in stale):
             os.remove(os.path.join(folder, file))
     for file in new:
         publish(os.path.join(temporary, file), os.path.join(folder, file))

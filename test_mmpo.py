@@ -507,6 +507,21 @@ def test_sample(knobs, kept):
 # model: weights on disk
 
 
+def test_export_without_side_files(checkpoint, tmp_path):
+    """A base without generation_config.json: config.json's ids go there. Without a base folder, the
+    tokenizer that is in the folder already stays."""
+    base, out = shutil.copytree(checkpoint, str(tmp_path / "base")), tmp_path / "out"
+    os.remove(f"{base}/generation_config.json")
+    out.mkdir()
+    (out / "tokenizer.json").write_text("mine")
+    model, config = llama.from_pretrained(base)
+    llama.export(model, str(out), config)
+    assert (out / "tokenizer.json").read_text() == "mine"
+    llama.export(model, str(out), config, base, stop_ids={2, 7})
+    assert read_json(out / "generation_config.json") == {"bos_token_id": 1, "eos_token_id": [2, 7]}
+    assert read_json(out / "tokenizer.json") == read_json(f"{base}/tokenizer.json")
+
+
 @torch.no_grad()
 def test_export_opens_in_transformers(checkpoint, tmp_path):
     """An fp32 export: transformers' logits are ours, weights and side files as they came."""

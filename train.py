@@ -274,9 +274,8 @@ def constants_of(pairs, ref_logps):
                                             beta)
 
 
-uses_reference = mmpo.OBJECTIVES[objective]
 ref_logps = torch.zeros(len(train_pairs), train_pairs.n_responses)
-if uses_reference:
+if mmpo.OBJECTIVES[objective]:   # its loss reads the reference
     # of the pairs that the run reaches: a part of the first epoch, or all
     visited = np.sort(data.batch_indices(len(train_pairs), max_iters * batch_size, seed, 0))
     t0 = time.time()
