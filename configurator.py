@@ -526,7 +526,7 @@ def remove_checkpoints(folder, but=None):
 
 
 def open_metrics(path, start_iter):
-    """metrics.jsonl, opened to add lines -> the file, and the run's first evaluation if it has one.
+    """metrics.jsonl, opened to add lines.
 
     A new run (start_iter 0) empties it. One that goes on keeps the steps before start_iter, and
     makes those after it again.
@@ -537,7 +537,7 @@ def open_metrics(path, start_iter):
             past = [line for line in f
                     if line.endswith("\n") and json.loads(line)["iter"] < start_iter]
     write_text(path, "".join(past))
-    return open(path, "a", buffering=1, encoding="utf-8"), json.loads(past[0]) if past else None
+    return open(path, "a", buffering=1, encoding="utf-8")
 
 
 # What may change when a run resumes (beginnings of names): where and how it is computed, how far it

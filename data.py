@@ -111,6 +111,7 @@ class Tokenizer:
                             if type(i) is int}
             longest_first = sorted(self.added, key=len, reverse=True)
             self.added_pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+            self.text_prefix = find_text_prefix(spec)
             self.special_names = [*sorted(self.special, key=len, reverse=True), SHIELD]
             self.special_pattern = re.compile("|".join(map(re.escape, self.special_names)))
             self.template_text = find_chat_template(folder, config, chat_template)
@@ -243,6 +244,18 @@ def find_added_tokens(path, spec, config, special_map, added_tokens):
         require(not (token.get("lstrip") or token.get("rstrip") or token.get("single_word")),
                 f"{path}: added token {content!r} strips its surroundings, which is not supported")
     return added
+
+
+def find_text_prefix(spec):
+    """Ids that tokenizers puts before a plain text, as Llama-3's bos. (A chat template writes its
+    own.)"""
+    steps = spec.get("post_processor") or {}
+    for step in steps.get("processors", [steps]):
+        if step.get("type") == "TemplateProcessing":
+            names = [part.get("SpecialToken", {}).get("id") for part in step["single"]]
+            names = names[:names.index(None)]   # None is the text itself
+            return [i for name in names for i in step["special_tokens"][name]["ids"]]
+    return []
 
 
 def content_of(token):

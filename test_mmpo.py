@@ -25,6 +25,7 @@ import stat
 import subprocess
 import sys
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from types import SimpleNamespace
@@ -40,7 +41,7 @@ import data
 import mmpo
 import model as llama
 from configurator import UserError, read_json, write_json
-from scripts import cost
+from scripts import cost, evaluate, report
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
 SHARED = os.path.join(ROOT, os.environ.get("MMPO_SHARED", "../shared"))
@@ -2040,6 +2041,237 @@ def test_scripts(command, runs, tmp_path):
         assert (tmp_path / "c.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
+# --- scripts: what a run did, evaluated, told and compared
+
+
+def logps_alone(model, context, continuation):
+    """Log-prob of a continuation behind its context, as one plain sequence; is it greedy?"""
+    logits = model.logits(torch.tensor([[*context, *continuation]]))[0, len(context) - 1:-1]
+    targets = torch.tensor(continuation)
+    logps = logits.double().log_softmax(-1)[range(len(targets)), targets]
+    return logps.sum().item(), logits.argmax(-1).equal(targets)
+
+
+@torch.no_grad()
+def test_evaluate_scores_as_plain_sequences():
+    """Continuations of one context share its tree, more of them than one tree takes, repeated and
+    greedy ones too, and score as each would alone."""
+    model, rng = tiny_model(), np.random.default_rng(0)
+    contexts = [tuple(rng.integers(0, V, n).tolist()) for n in (9, 4, 1)]
+    requests = [(contexts[rng.integers(3)], tuple(rng.integers(0, V, 1 + i % 4).tolist()))
+                for i in range(3 * evaluate.BRANCHES)]
+    requests += requests[:2] + [(c, tuple(greedy(model, list(c), 3))) for c in contexts]
+    logps, found = evaluate.score(model, requests, greedy=True, pack_tokens=60)
+    want, want_greedy = zip(*(logps_alone(model, *request) for request in requests))
+    assert gap(logps, want) <= 1e-6
+    assert tuple(found) == want_greedy and sum(found) >= 3
+
+
+@torch.no_grad()
+def test_evaluate_multiple_choice(checkpoint, tokenizer, tmp_path):
+    """acc and acc_norm are those of each choice scored alone, behind one context or its own."""
+    rng, words = random.Random(0), ["a fox", "the dog runs", "moo", "12 trees and 3 birds", "so so"]
+    rows = [{"pairs": [[f"Question: {rng.choice(words)}\nAnswer:", f" {w}"]
+                       for w in rng.sample(words, rng.randint(2, 5))], "gold": 0}
+            for _ in range(30)]
+    model = llama.from_pretrained(checkpoint)[0]
+    path = tmp_path / "words.jsonl"
+    write_rows(path, rows)
+    metrics = evaluate.multiple_choice(model, *evaluate.read_items(str(path), tokenizer, 0, 512))
+    right, right_norm = [], []
+    for row in rows:
+        logps = []
+        for context, choice in row["pairs"]:
+            context, both = tokenizer.encode(context), tokenizer.encode(context + choice)
+            logps.append(logps_alone(model, context, both[len(context):])[0])
+        right.append(int(np.argmax(logps)) == 0)
+        right_norm.append(int(np.argmax([x / len(choice.strip()) for x, (_, choice) in
+                                         zip(logps, row["pairs"])])) == 0)
+    assert 0 < sum(right) < 30 and right != right_norm
+    assert metrics["choices/words/acc"][0] == pytest.approx(np.mean(right))
+    assert metrics["choices/words/acc_norm"][0] == pytest.approx(np.mean(right_norm))
+
+
+def test_evaluate_context_ends_in_space(tokenizer):
+    """Spaces at the end of a context belong to the continuation, whose tokens start with them."""
+    alike = [("a fox ", "runs"), ("a fox", " runs")]
+    assert len({evaluate.encode(tokenizer, *texts) for texts in alike}) == 1
+
+
+def test_evaluate_text_windows():
+    """Every token of a text but the first is scored once, in order, behind what precedes it."""
+    ids = list(range(100, 137))
+    windows = evaluate.text_windows(ids, 8)
+    assert [i for _, scored in windows for i in scored] == ids[1:]
+    assert all(context == tuple(ids[scored[0] - 100 - len(context):scored[0] - 100])
+               and 1 <= len(context) <= 4 for context, scored in windows)
+
+
+def test_evaluate_intervals_cover():
+    """A 95% interval holds the truth about 95 times in 100 where pairs of a prompt are alike; the
+    one that takes them as independent does not."""
+    rng, held = np.random.default_rng(1), Counter()
+    for _ in range(200):
+        prompts = rng.integers(0, 80, 400)
+        right = rng.random(400) < np.where(rng.random(80) < 0.5, 0.9, 0.3)[prompts]   # truth: 0.6
+        for name, groups in (("clustered", prompts), ("naive", None)):
+            value, low, high = evaluate.ratio(right, groups=groups, draws=200)
+            assert low <= value <= high
+            held[name] += low <= 0.6 <= high
+    assert 180 <= held["clustered"] <= 199 and held["naive"] < 170
+
+
+def test_sign_test():
+    """Its p-values are those of the binomial distribution."""
+    before, after = np.array([0, 0, 0, 0, 1, 1, 0], bool), np.array([1, 1, 1, 1, 0, 1, 0], bool)
+    assert evaluate.sign_test(before, after) == (4, 1, 2 * 6 / 32)
+    assert evaluate.sign_test(before, before) == (0, 0, 1.0)
+
+
+def test_repeated_grams():
+    """A 4-gram counts as repeated where the same answer had it before."""
+    found = evaluate.talk([[1, 2, 3, 4, 1, 2, 3, 4], [1, 2, 3, 4, 9]], {9})
+    assert found["answers/repeated"][0] == 1 / 7 and found["answers/ended"][0] == 0.5
+    assert found["answers/tokens"][0] == 6.5
+
+
+@pytest.mark.parametrize("prefix, post_processor", [
+    ([], None), ([], "ByteLevel"), ([3], "bos"), ([3], "both")])
+def test_text_prefix(prefix, post_processor, checkpoint, tmp_path):
+    """A plain text begins with the tokens that tokenizers puts there."""
+    from tokenizers import Tokenizer, processors
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
+    theirs = Tokenizer.from_file(f"{folder}/tokenizer.json")
+    [bos] = [i for i in range(9) if theirs.id_to_token(i) == "<|begin_of_text|>"]
+    steps = {"ByteLevel": processors.ByteLevel(), "bos": processors.TemplateProcessing(
+        single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", bos)])}
+    steps["both"] = processors.Sequence([steps["ByteLevel"], steps["bos"]])
+    if post_processor:
+        theirs.post_processor = steps[post_processor]
+    theirs.save(f"{folder}/tokenizer.json")
+    ours = data.Tokenizer(str(folder))
+    assert ours.text_prefix == ([bos] if prefix else [])
+    assert ours.text_prefix + ours.encode("a fox") == theirs.encode("a fox").ids
+
+
+@pytest.fixture(scope="module")
+def evaluated(runs, tmp_path_factory):
+    """A run of the objective mmpo, copied, and evaluated as its own settings say."""
+    out = shutil.copytree(f"{runs}/run-mmpo", tmp_path_factory.mktemp("evaluated") / "run")
+    process = run_process(["-m", "scripts.evaluate", str(out), "--prompts=3", "--max_new_tokens=5"])
+    assert_done(process)
+    return str(out), process, read_json(f"{out}.evaluation.json")
+
+
+def test_evaluate_a_run(evaluated):
+    """Without arguments it is the run's held-out pairs, with the accuracies that train.py had."""
+    out, process, found = evaluated
+    first, *_, last = metrics_of(out)
+    metrics = {name: value for name, (value, *_) in found["metrics"].items()}
+    assert metrics["accuracy/mean"] == last["eval/accuracy/mean"]
+    assert metrics["accuracy/implicit"] == last["eval/rewards/accuracies"]
+    assert metrics["logps/chosen"] == pytest.approx(last["eval/logps/chosen"], rel=1e-5)
+    assert found["before"]["accuracy/mean"][0] == first["eval/accuracy/mean"]
+    assert metrics["kl"] != 0 and len(found["margins"]["mean"]) == 16
+    assert "sign test" in process.stdout and process.stdout.count(", answer ") == 6
+
+
+@pytest.mark.parametrize("content, words", [
+    ("", ["no items"]), ('{"pairs": [["a", " b"]], "gold": 1}', [":1", "gold"]), ("[1]", [":1"]),
+    ('{"pairs": [["a", ""]], "gold": 0}', [":1", "empty"]), ('{"gold": 0}', [":1"])])
+def test_bad_items(content, words, checkpoint, tmp_path):
+    """A multiple-choice file that is none ends in one line, with the place."""
+    path = tmp_path / "items.jsonl"
+    path.write_text(content)
+    with pytest.raises(UserError) as e:
+        evaluate.read_items(str(path), data.Tokenizer(checkpoint), 0, 512)
+    assert all(word in str(e.value) for word in ["items.jsonl", *words]), e.value
+
+
+CLOSING = {   # what a run's last evaluation and settings are: what its last lines must say, and not
+    "good": ({}, {}, ["0.500 before, 0.800 after"], ["WARNING", "note"]),
+    "far": ({"eval/kl": 1.2}, {}, ["WARNING", "KL is 1.20", "learning_rate"], ["pref_weight"]),
+    "unlikely": ({"eval/logps/chosen": -40.0}, {"pref_weight": 40.0},
+                 ["WARNING", "20.0 nats less likely", "pref_weight (now 40)"], []),
+    "nothing": ({"eval/accuracy/mean": 0.52}, {}, ["note", "no preference"], ["WARNING"]),
+    "clipped": ({}, {"grad_clip": 0.1}, ["3 of 4", "grad_clip"], ["WARNING"])}
+
+
+@pytest.mark.parametrize("name", CLOSING)
+def test_closing_lines(name, evaluated, tmp_path):
+    """A run's last lines tell the truth: what was learned, and how far the model has moved."""
+    last, settings, said, unsaid = CLOSING[name]
+    first = {"eval/loss": 1.0, "eval/accuracy/mean": 0.5, "eval/rewards/accuracies": 0.0,
+             "eval/logps/chosen": -20.0, "eval/kl": 0.0}
+    last = first | {"eval/accuracy/mean": 0.8, "eval/kl": 0.05} | last
+    steps = [{"grad_norm": norm, "loss": 1.0} for norm in (0.5, 3.0, 4.0, 5.0)]
+    write_rows(tmp_path / "metrics.jsonl",
+               [{"iter": i} | m for i, m in enumerate([first, *steps, last])])
+    write_json(tmp_path / "train_config.json",
+               read_json(f"{evaluated[0]}/train_config.json") | settings)
+    lines = report.closing_lines(str(tmp_path), 200)
+    assert all(word in lines for word in said) and not any(word in lines for word in unsaid), lines
+
+
+def test_model_card(evaluated, tmp_path):
+    """The card has the hub's header, the metrics before and after, and the settings that differ.
+    One that a person wrote stays."""
+    import yaml
+    out = shutil.copytree(evaluated[0], tmp_path / "run")
+    os.remove(out / "README.md")
+    write_json(out / "train_config.json", read_json(out / "train_config.json") | {
+        "init_from": "owner/base", "dataset": "owner/pairs:config,mine.jsonl"})
+    report.write_model_card(str(out))
+    _, header, body = (out / "README.md").read_text().split("---\n", 2)
+    header = yaml.safe_load(header)
+    assert header["base_model"] == "owner/base" and header["datasets"] == ["owner/pairs"]
+    assert {"nanommpo", "mmpo"} <= set(header["tags"])
+    last = metrics_of(out)[-1]
+    assert f"{last['eval/logps/chosen']:.3f} |" in body and "--batch_size=8" in body
+    assert "out_dir" not in body
+    (out / "README.md").write_text("mine")
+    report.write_model_card(str(out))
+    assert (out / "README.md").read_text() == "mine"
+
+
+def test_grid():
+    """A grid is every combination, several are put together, and equal settings are one run."""
+    pytest.importorskip("matplotlib")
+    from scripts import compare
+    grids = [["beta=0.1,0.5", "seed=1,2"], ["beta=0.10"], ["config=config/dpo.py", "seed=1"],
+             ["seed=1", "beta=1e-1"]]
+    runs = compare.plan(["config/demo.py"], grids, ["--epochs=2"])
+    assert [*runs] == ["beta=0.1_seed=1", "beta=0.1_seed=2", "beta=0.5_seed=1", "beta=0.5_seed=2",
+                       "beta=0.10", "dpo_seed=1"]
+    arguments, settings = runs["dpo_seed=1"]
+    assert arguments[:2] == ["config/demo.py", "config/dpo.py"]
+    assert (settings["objective"], settings["epochs"], settings["seed"]) == ("dpo", 2, 1)
+    with pytest.raises(UserError, match="betta"):
+        compare.plan(["config/demo.py"], [["betta=1"]], [])
+
+
+def test_compare(tmp_path):
+    """A grid trains, evaluates, ends in its table and pictures; goes on where it was stopped; and
+    refuses a folder that another grid wrote."""
+    pytest.importorskip("matplotlib")
+    command = ["-m", "scripts.compare", "config/demo.py", "--grid", "objective=mmpo,dpo", "seed=1",
+               f"--out={tmp_path}", "--jobs=2", "--evaluate=--prompts=2 --max_new_tokens=4", "--",
+               "--max_iters=2", "--kl_samples=2", "--kl_tokens=4", "--sample_tokens=4"]
+    process = run_process(command)
+    assert_done(process)
+    header, rule, before, *rows = [x for x in process.stdout.splitlines() if x.startswith("|")]
+    assert [row.split(" | ")[0] for row in rows] == ["| objective=mmpo", "| objective=dpo"]
+    assert "accuracy/implicit" in header and "2 of 2 runs done" in process.stdout
+    assert {"curves.png", "tradeoff.png", "beta.png"} <= {*os.listdir(tmp_path)}
+    weights = tmp_path / "objective=dpo_seed=1" / "model.safetensors"
+    made = weights.stat().st_mtime_ns
+    os.remove(tmp_path / "objective=mmpo_seed=1" / "README.md")   # it was stopped before its end
+    assert_done(run_process(command))
+    assert weights.stat().st_mtime_ns == made
+    assert (tmp_path / "objective=mmpo_seed=1" / "README.md").exists()
+    assert_one_line(run_process([*command, "--beta=0.3"]), "beta", "another --out")
+
+
 # --- ranks, packs and compilation change nothing
 
 UNLIKE = {"tokens_per_second", "tflops", "fill", "seconds_left"}   # between runs that are alike
@@ -2341,7 +2573,8 @@ def test_demo(state, tmp_path):
     first, *_, last = metrics_of(tmp_path / "run")
     assert first["eval/accuracy/mean"] < 0.5 and last["eval/accuracy/mean"] > 0.9
     assert "sample before" in process.stdout and "sample after" in process.stdout
-    assert "held-out preference accuracy" in process.stdout
+    assert "held-out preference accuracy: 0.1" in process.stdout and "WARNING" not in process.stdout
+    assert "log-prob of the chosen response: -4.4 before" in process.stdout
 
 
 @pytest.mark.parametrize("lora", [None, (0.0, "qkvo"), (0.1, "qkvo"), (0.1, "q_gate_up_down")])
@@ -2405,7 +2638,8 @@ def test_dtype_auto(checkpoint, tmp_path):
 
 
 def test_dry_run(checkpoint, tmp_path):
-    """--dry_run tells parameters, memory and steps, trains nothing and needs no weights."""
+    """--dry_run tells parameters, memory and steps, and what the run takes on the CPU that it would
+    use. It trains nothing and needs no weights."""
     folder = shutil.copytree(checkpoint, str(tmp_path / "model"))
     os.remove(f"{folder}/model.safetensors")
     rows = write_rows(tmp_path / "pairs.jsonl", word_rows(12))
@@ -2418,7 +2652,36 @@ def test_dry_run(checkpoint, tmp_path):
         assert part in process.stdout
     step_tokens = re.search(r"a step: ([\d,]+) tokens", process.stdout)[1].replace(",", "")
     assert 8 * 10 < int(step_tokens) < 8 * 240   # of the eight pairs there are
+    assert "memory of a rank on a GPU, MiB (estimate):" in process.stdout
+    told = re.search(r"on this CPU, in float32: about [\d.]+ minutes, and ([\d.]+) GiB of memory",
+                     process.stdout)
+    assert 0.1 < float(told[1]) < 8   # torch and a tiny model
     assert not glob.glob(f"{tmp_path}/run/*.safetensors")
+
+
+def test_dry_run_on_cpu(monkeypatch):
+    """A dry run's minutes on a CPU follow from the speed of its packs. A CPU with too little memory
+    times nothing; on a GPU there is no word about a CPU."""
+    pairs, held_out, cpu = random_pairs(8), random_pairs(4), torch.device("cpu")
+    tokens, held_out_tokens = pairs.lengths.sum(), held_out.lengths.sum()
+    settings = dict(batch_size=4, pack_tokens=100, optimizer_state="fp32", dtype="bfloat16", seed=0,
+                    max_iters=6, eval_interval=4, objective="dpo")
+
+    def told(device=cpu, **changes):
+        with torch.device("meta"):
+            model = llama.Llama(llama.LlamaConfig(V, 2, 4, 2, 32, 16, 48))
+        return cost.report(model, pairs, held_out, settings | changes, 1, device, "auto"), model
+    # six steps of half the pairs, the reference of all, three evaluations; a token takes 60 s
+    monkeypatch.setattr(cost, "time_packs", lambda *_: (60.0, 600.0))
+    scored = tokens + 3 * held_out_tokens
+    assert f"about {3 * tokens + scored / 3 + 60:,.1f} minutes" in told()[0]
+    scored = 3 * held_out_tokens
+    assert f"about {3 * tokens + scored / 3 + 60:,.1f} minutes" in told(objective="sft")[0]
+    assert "CPU" not in told(torch.device("cuda"))[0]
+    monkeypatch.undo()
+    monkeypatch.setattr(cost, "free_memory", lambda: 10 ** 5)
+    text, model = told()
+    assert "not timed" in text and "minutes" not in text and model.head_weight.is_meta
 
 
 @pytest.mark.parametrize("lora", [False, True])

@@ -29,7 +29,7 @@ from configurator import (
     cache_path, check_same_run, configure, first_on_each_node, last_checkpoint, load_checkpoint,
     one_line_errors, open_metrics, read_json, remove_checkpoints, require, save_cache,
     save_checkpoint, write_json)
-from scripts import cost
+from scripts import cost, report
 
 # -----------------------------------------------------------------------------
 # Default settings: MMPO on SmolLM2-135M, all weights, one GPU. Config files and --key=value on the
@@ -210,8 +210,8 @@ if max_length > raw_model.config.max_position_embeddings:
         f"{raw_model.config.max_position_embeddings} tokens")
 raw_model.activation_checkpointing = activation_checkpointing
 if dry_run:
-    log(cost.report(raw_model, train_pairs.lengths, batch_size, max_iters, pack_tokens,
-                    ddp_world_size, llama.DTYPES[dtype], 8 if optimizer_state == "fp32" else 2))
+    log(cost.report(raw_model, train_pairs, held_out, settings | {"max_iters": max_iters},
+                    ddp_world_size, device, overrides.get("dtype", "auto")))
     sys.exit()
 # A resumed run must be the same run: the same settings, pairs and base weights, by their content.
 settings |= {"dataset_sha256": train_pairs.fingerprint(), "eval_dataset_sha256":
@@ -284,11 +284,10 @@ if mmpo.OBJECTIVES[objective]:   # its loss reads the reference
 train_constants = constants_of(train_pairs, ref_logps)
 
 # --- the run's records; nothing of an earlier run has been touched so far
-first_eval = None
 if master_process:
     os.makedirs(out_dir, exist_ok=True)
     write_json(os.path.join(out_dir, "train_config.json"), settings)
-    metrics_file, first_eval = open_metrics(os.path.join(out_dir, "metrics.jsonl"), start_iter)
+    metrics_file = open_metrics(os.path.join(out_dir, "metrics.jsonl"), start_iter)
     if wandb_log:
         import wandb
         wandb.init(project=wandb_project, name=os.path.basename(out_dir), config=settings)
@@ -301,15 +300,17 @@ def record(iter_num, metrics):
     metrics_file.write(json.dumps({"iter": iter_num} | metrics, default=float) + "\n")
     if wandb_log:
         wandb.log(metrics, step=iter_num)
-    if "eval/loss" in metrics:
-        return log(f"eval {iter_num:5d} | " + " | ".join(
-            f"{name.removeprefix('eval/')} {value:.4f}" for name, value in metrics.items()))
-    names = {"accuracy": "accuracy/mean", "q_w": "weights/chosen", "norm": "grad_norm",
-             "mfu": "mfu"}
-    some = "".join(f" | {title} {metrics[name]:.3f}" for title, name in names.items()
-                   if name in metrics)
-    log(f"step {iter_num:5d} | loss {metrics['loss']:.4f}{some} | lr {metrics['lr']:.1e} | "
-        f"{metrics['tokens_per_second']:,.0f} tok/s | {metrics['seconds_left'] / 60:.1f} min left")
+    names = {"loss": "eval/loss", "accuracy": "eval/accuracy/mean", "KL": "eval/kl",
+             "implicit": "eval/rewards/accuracies", "chosen": "eval/logps/chosen"}
+    if "loss" in metrics:
+        names = {"loss": "loss", "accuracy": "accuracy/mean", "q_w": "weights/chosen",
+                 "norm": "grad_norm", "mfu": "mfu"}
+    line = f"{'step' if 'loss' in metrics else 'eval'} {iter_num:5d}" + "".join(
+        f" | {title} {metrics[name]:.3f}" for title, name in names.items() if name in metrics)
+    if "loss" in metrics:
+        line += (f" | lr {metrics['lr']:.1e} | {metrics['tokens_per_second']:,.0f} tok/s | "
+                 f"{metrics['seconds_left'] / 60:.1f} min left")
+    log(line)
 
 
 # --- evaluation: held-out pairs, and samples of the reference for the KL estimate
@@ -342,9 +343,7 @@ def evaluate(iter_num):
     if kl_prompts:
         kl = kl_ref_logps - score(kl_pairs, np.arange(len(kl_pairs)))
         metrics["kl"] = (kl.sum() / kl_pairs.lengths[:, 1:].sum()).item()
-    metrics = {f"eval/{name}": value for name, value in metrics.items()}
-    record(iter_num, metrics)
-    return metrics
+    record(iter_num, {f"eval/{name}": value for name, value in metrics.items()})
 
 
 # --- optimizer
@@ -376,13 +375,12 @@ if resume:
     load_checkpoint(raw_model, optimizer, checkpoint)
     log(f"going on from {checkpoint}")
 started = time.time()
-for iter_num in tqdm(range(start_iter, max_iters + 1), "steps",
+for iter_num in tqdm(range(start_iter, max_iters + 1), "steps", max_iters, initial=start_iter,
                      disable=None if master_process else True):   # None: only on a terminal
 
     # evaluate before the first step, now and then, and after the last
     if iter_num % eval_interval == 0 or iter_num == max_iters:
-        metrics = evaluate(iter_num)
-        first_eval = first_eval or metrics
+        evaluate(iter_num)
     if iter_num == max_iters:
         break
     t0 = time.time()
@@ -438,17 +436,16 @@ for iter_num in tqdm(range(start_iter, max_iters + 1), "steps",
     if save_interval and (iter_num + 1) % save_interval == 0 and iter_num + 1 < max_iters:
         save_checkpoint(raw_model, optimizer, out_dir, iter_num + 1)
 
-# --- the aligned model, in Hugging Face layout
-answer("sample after")
+# --- the aligned model, in Hugging Face layout, and what to know about it
 llama.export(raw_model, out_dir, hf_config, folder, llama.DTYPES[export_dtype],
              adapter_of=init_from if export_adapter else None, stop_ids=stop_ids,
              chat_template=tokenizer.template_text if chat_template else None)
+answer("sample after")
 if master_process:
     remove_checkpoints(out_dir)   # the run is complete
-    if "eval/accuracy/mean" in metrics:
-        log(f"held-out preference accuracy: {first_eval['eval/accuracy/mean']:.3f} before, "
-            f"{metrics['eval/accuracy/mean']:.3f} after (mean log-probs)")
-    log(f"aligned model and metrics.jsonl: {out_dir}")
+    report.write_model_card(out_dir)
+    log(report.closing_lines(out_dir, len(held_out)))
+    log(f"aligned model, its card and metrics.jsonl: {out_dir}")
 if ddp:
     dist.barrier()
     del model   # a DDP wrapper that outlives the process group can hang

@@ -32,6 +32,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.nn import functional as F
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))   # for `python scripts/bench.py`
 import data
@@ -322,14 +323,14 @@ def measure(sides, args, pairs):
     first steps follow the gradient's signs, and noise decides those of small entries.
     """
     results, first = {side: [] for side in sides}, None
-    for side in [*sides] * args.repeats:
+    for side in tqdm([*sides] * args.repeats, "measurements", disable=None):
         idea = {OURS: BY_TREE, OURS_COMPILED: COMPILED}.get(side, side)
         run = fresh(run_ours if idea in IDEAS else run_trl, idea, args, pairs)
         results[side].append(run)
         numbers = run["first_batch"]
-        print("{}: {:.4f} s/pair, {:.1f} GB; of the first batch: log-probs {:.4f} and {:.4f}, "
-              "gradient {:.4f}, loss {:.4f}".format(side, run["seconds"], run["peak"], *numbers),
-              flush=True)
+        tqdm.write("{}: {:.4f} s/pair, {:.1f} GB; of the first batch: log-probs {:.4f} and {:.4f}, "
+                   "gradient {:.4f}, loss {:.4f}".format(
+                       side, run["seconds"], run["peak"], *numbers))
         first = first or numbers
         if not np.allclose(numbers, first, rtol=0.01, atol=0.02):
             raise RuntimeError(f"{side} does not compute what {sides[0]} computes")

@@ -1,92 +1,192 @@
 """
-Train one model with several configs on the same pairs, and print the table that compares them.
+Run a grid of settings, evaluate every run, and end in a table and pictures.
 
 $ pip install matplotlib
-$ python -m scripts.compare --model=HuggingFaceTB/SmolLM2-135M-Instruct --train=train.jsonl \
-      --eval=test.jsonl -- --epochs=2 --beta=0.05
+$ python -m scripts.compare config/smollm2_135m.py --jobs=2 --evaluate="--choices sciq.jsonl.gz" \
+      --grid objective=mmpo,dpo beta=0.05,0.5 seed=1,2 --grid config=config/authors.py seed=1,2 \
+      -- --epochs=2
 
-Without --configs there are four runs: config/smollm2_135m.py alone, and with config/authors.py,
-config/dpo.py or config/simpo.py applied after it. Every run also gets the settings that follow
-`--`. A run that is complete in --out is not repeated. One that was interrupted goes on from its
-last checkpoint, and its minutes are then those of the last part.
+A --grid is all combinations of its values; several are put together. Its keys are settings of
+train.py, and `config`: a file that is applied after CONFIG. What follows `--` is for every run.
+
+Called again, the same command goes on where it was stopped: a finished run is not repeated, an
+interrupted one goes on from its last checkpoint. A folder that holds another run is refused. Each
+run writes its folder in --out, beside it a .log and what scripts/evaluate.py writes. Tokens and
+reference log-probs are computed once, by the first run that needs them.
 """
 import argparse
+import glob
+import itertools
 import os
-import platform
+import re
+import shlex
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
+from queue import Queue
+from threading import Lock
 
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))   # for `python scripts/compare.py`
+import mmpo
 from configurator import (
-    HERE, last_checkpoint, one_line_errors, read_json, reading, require, write_json)
-from scripts.plot import plot, read_run
+    HERE, configure, last_checkpoint, one_line_errors, read_json, read_settings,
+    require)
+from scripts import evaluate, plot
 
-BASE = "config/smollm2_135m.py"
-RUNS = [BASE, *(f"{BASE}+config/{name}.py" for name in ("authors", "dpo", "simpo"))]
-COLUMNS = {"accuracy, mean": "eval/accuracy/mean", "accuracy, sum": "eval/accuracy/sum",
-           "KL, nats/token": "eval/kl", "mean q_w": "eval/weights/chosen"}   # title: metric
-
-
-def train(run, settings):
-    """Train into the folder `run`, unless that is done -> the minutes it took."""
-    record = os.path.join(run, "compare.json")
-    if not os.path.exists(record):
-        started = time.time()
-        resume = ["--resume=True"] if last_checkpoint(run)[1] else []
-        command = [sys.executable, os.path.join(HERE, "train.py"), *settings, *resume]
-        if status := subprocess.run(command).returncode:
-            sys.exit(status)   # train.py has said why
-        write_json(record, {"settings": settings, "minutes": (time.time() - started) / 60})
-    with reading(record, "a record of scripts/compare.py"):
-        made = read_json(record)
-        require(made["settings"] == settings,
-                f"{run}: made with {' '.join(made['settings'])}; give another --out")
-        return made["minutes"]
+TRAIN, EVALUATE = (os.path.join(HERE, *file) for file in (["train.py"],
+                                                          ["scripts", "evaluate.py"]))
+COLUMNS = "accuracy", "logps", "choices", "text", "kl", "answers"   # of the table: beginnings
+RECORDED = ("out_dir", "resume", "dtype")   # train_config.json has others than were asked for
 
 
-def cells(curves, which):
-    """What the table shows of a run's first (0) or last (-1) evaluation."""
-    return [f"{curves[metric][1][which]:.3f}" if metric in curves else ""
-            for metric in COLUMNS.values()]
+def plan(configs, grids, more):
+    """-> {name: (arguments of train.py, all its settings)}. Runs of equal settings are one run."""
+    defaults = {name: setting.value for name, setting in read_settings(TRAIN).items()}
+    runs = {}
+    for grid in grids or [[]]:
+        axes = [[(key, value) for value in values.split(",")]
+                for key, _, values in (axis.partition("=") for axis in grid)]
+        for point in itertools.product(*axes):
+            files = [*configs, *(value for key, value in point if key == "config")]
+            name = "_".join(Path(value).stem if key == "config" else f"{key}={value}"
+                            for key, value in point) or Path(configs[-1]).stem
+            arguments = [*files, *more, *(f"--{key}={value}" for key, value in point
+                                          if key != "config")]
+            settings, _ = configure(dict(defaults), arguments, TRAIN,
+                                    {"objective": mmpo.OBJECTIVES})
+            settings["out_dir"] = ""
+            if settings not in (known for _, known in runs.values()):
+                runs[name] = arguments, settings
+    return runs
+
+
+def check_folder(folder, settings):
+    """-> whether the run in this folder is finished. Raises UserError if it is another run's."""
+    config = os.path.join(folder, "train_config.json")
+    if not os.path.exists(config):
+        return False
+    found = read_json(config)
+    for key, value in settings.items():
+        require(key in RECORDED or found.get(key, value) == value,
+                f"{folder}: a run with {key}={found.get(key)!r}, not {value!r}; give another --out")
+    return os.path.exists(os.path.join(folder, "README.md"))   # the last thing that a run writes
+
+
+def run(folder, arguments, settings, evaluation, devices, references):
+    """Train and evaluate one run, unless that is done."""
+    device = devices.get()
+    environment = os.environ | ({} if device is None else {"CUDA_VISIBLE_DEVICES": device})
+    started, metrics = time.time(), os.path.join(folder, "metrics.jsonl")
+    try:
+        with open(f"{folder}.log", "a", encoding="utf-8") as log:
+            start = partial(subprocess.Popen, stdout=log, stderr=log, env=environment)
+            if not check_folder(folder, settings):
+                resume = ["--resume=True"] if last_checkpoint(folder)[1] else []
+                with references:   # the next run starts when this one has the reference's log-probs
+                    training = start([sys.executable, TRAIN, *arguments,
+                                      f"--out_dir={folder}", *resume])
+                    while training.poll() is None and not (
+                            os.path.exists(metrics) and os.path.getmtime(metrics) > started
+                            and os.path.getsize(metrics)):
+                        time.sleep(1)
+                require(training.wait() == 0, f"{folder}: failed; {folder}.log says why")
+            result, asked = f"{folder}.evaluation.json", [folder, *shlex.split(evaluation)]
+            if not (os.path.exists(result)
+                    and read_json(result)["settings"] == vars(evaluate.arguments(asked))):
+                some = glob.glob(os.path.join(os.path.dirname(folder), "*.evaluation.json"))
+                with nullcontext() if some else references:   # the first evaluates the reference
+                    evaluating = start([sys.executable, EVALUATE, *asked]).wait()
+                require(evaluating == 0, f"{folder}: not evaluated; {folder}.log says why")
+    finally:
+        devices.put(device)
+
+
+def run_all(runs, out, evaluation, jobs):
+    """Run what isn't done, `jobs` at a time, with a line for each that ends."""
+    for name, (_, settings) in runs.items():
+        check_folder(os.path.join(out, name), settings)   # before any of them starts
+    os.makedirs(out, exist_ok=True)
+    devices, references, started = Queue(), Lock(), time.time()
+    for job in range(jobs):
+        devices.put(str(job % torch.cuda.device_count()) if torch.cuda.is_available() else None)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // jobs)))
+    failed = []
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = {pool.submit(run, os.path.join(out, name), *r, evaluation, devices, references):
+                   name for name, r in runs.items()}
+        for done, future in enumerate(as_completed(futures), 1):
+            error, left = future.exception(), len(runs) - done
+            minutes = (time.time() - started) / 60 / done * left
+            print(f"{done} of {len(runs)} runs done, about {minutes:.0f} min left: "
+                  f"{futures[future]}{f' FAILED: {error}' if error else ''}", flush=True)
+            failed += [str(error)] * bool(error)
+    require(not failed, "; ".join(failed))
+
+
+def table(runs, out, beside):
+    """A row for each run, over its seeds: the mean of each metric, ± half of its 95% interval, and
+    the seeds' range; at last how its accuracy differs from that of the run `beside`."""
+    groups = {}   # name without its seed: the evaluations
+    for name in runs:
+        groups.setdefault(re.sub("_?seed=[^_]*", "", name) or "run", []).append(
+            read_json(os.path.join(out, f"{name}.evaluation.json")))
+    beside = beside or next(iter(groups))
+    require(beside in groups, f"--beside: one of {', '.join(groups)}")
+    [first, *_] = groups[beside]
+    columns = [metric for metric in first["metrics"] if metric.startswith(COLUMNS)]
+    rows = [["run", *columns, f"accuracy/mean less that of {beside}"], ["---"] * (len(columns) + 2),
+            ["before", *(cell([first["before"].get(metric)]) for metric in columns), ""]]
+    for name, found in groups.items():
+        rows.append([name, *(cell([e["metrics"].get(metric) for e in found]) for metric in columns),
+                     difference(found, groups[beside]) if name != beside else ""])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def cell(values):
+    if None in values:
+        return ""
+    mean, low, high = np.mean(values, axis=0)
+    text = f"{mean:.3g} ± {(high - low) / 2:.2g}"
+    seeds = sorted(value for value, *_ in values)
+    return text + (f" (seeds {seeds[0]:.3g} to {seeds[-1]:.3g})" if len(seeds) > 1 else "")
+
+
+def difference(group, base):
+    """Of the accuracies by mean of two groups of runs on the same pairs, with its 95% interval."""
+    a, b = (np.mean([np.array(e["margins"]["mean"]) > 0 for e in found], axis=0)
+            for found in (base, group))
+    value, low, high = evaluate.ratio(b - a, groups=group[0]["prompts"])
+    return f"{value:+.3f} ({low:+.3f} to {high:+.3f})"
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--model", required=True, help="a Hugging Face folder or a hub id")
-    parser.add_argument("--train", required=True, help="pairs to train on, as train.py's dataset")
-    parser.add_argument("--eval", required=True, help="held-out pairs")
+    parser.add_argument("configs", nargs="+", metavar="CONFIG", help="config files of every run")
+    parser.add_argument("--grid", nargs="+", action="append", metavar="KEY=VALUE,..")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, a core or GPU each")
     parser.add_argument("--out", default="out/compare", help="a folder for all runs")
-    parser.add_argument("--configs", default=",".join(RUNS),
-                        help="other runs, as in config/a.py,config/b.py+config/c.py: the second\n"
-                             "one has two config files, the later one applied last")
-    parser.add_argument("settings", nargs="*", help="--key=value for every run, after --")
-    args = parser.parse_args()
+    parser.add_argument("--evaluate", default="", help="arguments of scripts/evaluate.py, quoted")
+    parser.add_argument("--beside", help="the run (without its seed) that others are tested\n"
+                                         "against; default: the first")
+    own, _, more = " ".join(map(shlex.quote, sys.argv[1:])).partition(" -- ")
+    args = parser.parse_args(shlex.split(own))
+    require(args.jobs > 0, "--jobs: at least 1")
 
-    table, runs = [], []
-    for configs in args.configs.split(","):
-        files = configs.split("+")
-        name = "_".join(os.path.basename(file).removesuffix(".py") for file in files)
-        run = os.path.join(args.out, name)
-        minutes = train(run, [*files, f"--init_from={args.model}", f"--dataset={args.train}",
-                              f"--eval_dataset={args.eval}", f"--out_dir={run}", *args.settings])
-        _, curves = read_run(run)
-        table = table or [["before", *cells(curves, 0), ""]]
-        table.append([name, *cells(curves, -1), f"{minutes:.1f}"])
-        runs.append(run)
-
-    cuda = torch.cuda.is_available()
-    print(f"\n{torch.cuda.get_device_name() if cuda else platform.processor() or 'CPU'}, "
-          f"torch {torch.__version__}: python -m scripts.compare {' '.join(sys.argv[1:])}\n")
-    print("| run | " + " | ".join(COLUMNS) + " | minutes |")
-    print("|---" * (len(COLUMNS) + 2) + "|")
-    for row in table:
-        print(f"| {' | '.join(row)} |")
-    print(plot(runs, os.path.join(args.out, "curves.png")))
+    runs = plan(args.configs, args.grid, shlex.split(more))
+    print(f"{len(runs)} runs in {args.out}, {args.jobs} at a time")
+    run_all(runs, args.out, args.evaluate, args.jobs)
+    print("\n" + table(runs, args.out, args.beside))
+    folders = [os.path.join(args.out, name) for name in runs]
+    for draw, name in ((plot.plot, "curves"), (plot.tradeoff, "tradeoff"), (plot.by_beta, "beta")):
+        print(draw(folders, os.path.join(args.out, f"{name}.png")))
 
 
 if __name__ == "__main__":

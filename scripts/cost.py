@@ -1,18 +1,27 @@
 """
-What a run costs: the memory that `python train.py config/x.py --dry_run=True` predicts, and the
-operations and speed of a step, which are in metrics.jsonl.
+What a run costs: the memory and time that `python train.py config/x.py --dry_run=True` predicts,
+and the operations and speed of a step, which are in metrics.jsonl.
 
 Memory is an estimate for a GPU from shapes alone, so the model may be on the meta device, and
-sharded. A test holds the activations to within 10% of what torch.compile keeps of a block.
+sharded. A test holds the activations to within 10% of what torch.compile keeps of a block. Where
+the run would use a CPU, a few packs are computed there too, and its time and memory told from them.
 """
 import math
+import re
+import sys
+import time
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+import data
+import mmpo
 import model as llama
+
+TIMED_WORK = 1e11   # parameters times tokens of a pack that is timed: 740 tokens of a 135M model
 
 
 def layer_bytes(model, item, stream):
@@ -42,7 +51,8 @@ def memory_parts(model, pack_tokens, dtype, optimizer_bytes):
     trained = sum(p.numel() for p in mine if p.requires_grad)
     sharded = isinstance(model.head_weight, DTensor)
     block = sum(p.numel() for p in model.model.layers[0].parameters())
-    # autocast casts trained weights once a pack; FSDP gathers a block, the next one, the embedding and the head
+    # autocast casts trained weights once a pack; FSDP gathers a block, the next one, the embedding
+    # and the head
     casts = (2 * block + 2 * model.head_weight.numel() if sharded else trained * (item < 4)) * item
     stream = item if sharded or not model.model.norm.weight.requires_grad else 4
     layer = layer_bytes(model, item, stream)
@@ -51,23 +61,111 @@ def memory_parts(model, pack_tokens, dtype, optimizer_bytes):
         kept = c.n_layer * stream * c.n_embd + layer
     logits = min(llama.CHUNK_LOGITS["cuda"], pack_tokens * c.vocab_size)
     head_grad = 4 * model.head_weight.numel() if model.head_weight.requires_grad else 0
-    return {"weights": sum(p.nbytes for p in mine), "cast weights": casts,
+    return {"weights": sum(p.nbytes for p in mine), "copies of weights": casts,
             "gradients": 4 * trained, "optimizer": optimizer_bytes * trained,
             "activations": kept * pack_tokens,
             "logits, in chunks": logits * item + head_grad}
 
 
-def report(model, lengths, batch_size, max_iters, pack_tokens, ranks, dtype, optimizer_bytes):
-    """A run's size and memory, for people. lengths (N, 1 + n): tokens of its pairs; dtype: of
-    matrix products; optimizer_bytes: for each trained weight."""
-    parts = memory_parts(model, pack_tokens, dtype, optimizer_bytes)
+def report(model, pairs, held_out, settings, ranks, device, dtype):
+    """A run's size and memory, for people, and its time if it would use a CPU. pairs, held_out:
+    data.Pairs; settings: train.py's, with a GPU's dtype; dtype: what the user asked for, or auto.
+    """
+    batch_size, pack_tokens = settings["batch_size"], settings["pack_tokens"]
+    parts = memory_parts(model, pack_tokens, llama.DTYPES[settings["dtype"]],
+                         8 if settings["optimizer_state"] == "fp32" else 2)
     parts["in all"] = sum(parts.values())
     unit, name = (2 ** 30, "GiB") if parts["in all"] >= 2 ** 30 else (2 ** 20, "MiB")
-    step_tokens = lengths.sum() / len(lengths) * min(batch_size, len(lengths))
-    return (f"a step: {step_tokens:,.0f} tokens, about {step_tokens / pack_tokens / ranks:.1f} "
-            f"packs of {pack_tokens:,} tokens on each of {ranks} ranks; {max_iters:,} steps\n"
-            f"memory of a rank, {name} (estimate):\n" + "\n".join(
-                f"{size / unit:9.2f} {part}" for part, size in parts.items()))
+    step_tokens = pairs.lengths.sum() / len(pairs) * min(batch_size, len(pairs))
+    on_cpu = device.type == "cpu"
+    lines = [f"a step: {step_tokens:,.0f} tokens, which fill "
+             f"{step_tokens / pack_tokens / ranks:.1f} packs of {pack_tokens:,} tokens on each of "
+             f"{ranks} ranks (processes); {settings['max_iters']:,} steps",
+             f"memory of a rank{' on a GPU' if on_cpu else ''}, {name} (estimate):"]
+    lines += [f"{size / unit:9.2f} {part}" for part, size in parts.items()]
+    if on_cpu:
+        lines.append(cpu_report(model, pairs, held_out, settings, ranks, dtype))
+    return "\n".join(lines)
+
+
+def cpu_report(model, pairs, held_out, settings, ranks, dtype):
+    """What the run takes on this CPU, in words, from three packs that it computes on every rank."""
+    bf16 = dtype == "bfloat16" or dtype == "auto" and llama.fast_bfloat16(torch.device("cpu"))
+    title = f"on this CPU, in {'bfloat16' if bf16 else 'float32'}"
+    if isinstance(model.head_weight, DTensor):
+        return f"{title}: not timed, since the model is sharded"
+    model = model if bf16 else model.float()   # weights that LoRA froze are bf16 up to here
+
+    # the fullest pack of the run, or of its first 100 steps, and three packs that are no fuller
+    batch_size, max_iters = settings["batch_size"], settings["max_iters"]
+    tokens = pairs.lengths.sum(1)
+    batches = [data.batch_indices(len(pairs), batch_size, settings["seed"], i) for i in range(100)]
+    fullest = max(tokens[batch[pack]].sum() for batch in batches[:max_iters] for pack in
+                  data.plan_packs(tokens[batch], settings["pack_tokens"], ranks)[0])
+    room = min(fullest, TIMED_WORK / sum(p.numel() for p in model.parameters()))
+    counts = [max(1, (tokens[batch].cumsum() <= room).sum()) for batch in batches[:3]]
+    packs = [data.collate(pairs, batch, np.arange(n)) for batch, n in zip(batches, counts)]
+    packs.sort(key=lambda pack: len(pack.tree))   # the last finds no room where the others were
+    largest = len(packs[-1].tree)
+
+    parts, free = memory_parts(model, largest, torch.float32, 8), free_memory()
+    # blocks that are not compiled keep two to three times the activations
+    need = ranks * (sum(parts.values()) + 2 * parts["activations"])
+    if need > free:
+        return (f"{title}: not timed, since that may take {need / 2 ** 30:.1f} GiB of memory, and "
+                f"{free / 2 ** 30:.1f} GiB are known to be free")
+    fixed = peak_memory() + parts["weights"] + parts["optimizer"]
+    per_token, per_update = time_packs(model, packs, bf16)
+    peak = peak_memory()
+    peak += (peak - fixed) * max(0, fullest / largest - 1)   # activations grow with the pack
+    trained = tokens.sum() * max_iters / math.ceil(len(pairs) / batch_size)
+    scored = held_out.lengths.sum() * (1 + math.ceil(max_iters / settings["eval_interval"]))
+    if mmpo.OBJECTIVES[settings["objective"]]:   # its loss reads the reference
+        scored += tokens.mean() * min(len(pairs), max_iters * batch_size)
+    # forward is about a third of forward and backward
+    seconds = per_token * (trained + scored / 3) / ranks + per_update * max_iters
+    return (f"{title}: about {seconds / 60:,.1f} minutes, and {peak / 2 ** 30:.2f} GiB of memory a "
+            f"rank ({free / 2 ** 30:.1f} GiB are free)\n    two packs were timed, at "
+            f"{ranks / per_token:,.0f} tokens/s; counted are the steps, the reference pass and the\n"
+            "    evaluations, without loading and generation")
+
+
+def time_packs(model, packs, bf16):
+    """Give a meta-device model random weights on the CPU, and train it on packs. Returns the
+    seconds of a token, forward and backward, and of an update. The first pack warms up."""
+    model.to_empty(device="cpu")
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.02)   # so small that nothing overflows
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer, seconds = torch.optim.AdamW(trained, fused=True), []
+    for pack in packs:
+        t0 = time.time()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            per_token_logps, _ = model(pack)
+        (-per_token_logps.mean()).backward()
+        t1 = time.time()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds.append((t1 - t0, time.time() - t1))
+    passes, updates = np.sum(seconds[1:], axis=0)
+    return passes / sum(len(pack.tree) for pack in packs[1:]), updates / len(packs[1:])
+
+
+def free_memory():
+    """Bytes of memory that this machine can give now; 0 where that can't be known."""
+    try:
+        with open("/proc/meminfo") as f:
+            return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", f.read())[1])
+    except (OSError, TypeError):   # not on Linux
+        return 0
+
+
+def peak_memory():
+    """Bytes of memory that this process has held at most."""
+    import resource   # not on Windows
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def step_flops(model, lengths):

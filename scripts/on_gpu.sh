@@ -18,9 +18,11 @@ for part in ablation profile $(python -c "import trl; print('trl')" 2> /dev/null
         --json="out/bench_gpu_$part.json"
 done
 
-# 3. MMPO, the authors' settings, DPO and SimPO, two epochs each
-python -m scripts.compare --model="$smollm2" --train="$train" --eval="$test" -- \
-    --epochs=2 --beta=0.05 --eval_pairs=1500
+# 3. MMPO, the authors' settings, DPO and SimPO, two epochs each at three betas
+python -m scripts.compare config/smollm2_135m.py --out=out/compare_gpu \
+    --grid objective=mmpo,dpo beta=0.01,0.05,0.5 --grid pref_weight=10 beta=0.01,0.05,0.5 \
+    --grid config=config/authors.py,config/simpo.py beta=0.01,0.05,0.5 \
+    -- --init_from="$smollm2" --dataset="$train" --eval_dataset="$test" --epochs=2 --eval_pairs=1500
 
 # 4. Llama-3-8B: the predicted memory, beside peak_memory_gib, tokens_per_second and mfu in
 #    metrics.jsonl

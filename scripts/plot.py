@@ -1,16 +1,12 @@
 """
-Draw the curves of one or several runs into a PNG.
+Draw runs into a PNG (pip install matplotlib). A run is a folder that train.py writes.
 
-$ pip install matplotlib
 $ python -m scripts.plot out/demo                                 # -> out/demo/curves.png
-$ python -m scripts.plot out/mmpo out/dpo --out=compare.png
+$ python -m scripts.plot --tradeoff out/*/ --out=tradeoff.png     # accuracy, and what it cost
+$ python -m scripts.plot --beta out/*/ --out=beta.png             # both, against beta
 $ python -m scripts.plot --attention --out=assets/attention.png   # README's picture of a pack
-
-A run is a folder with metrics.jsonl, or such a file. Thin lines are training steps, dots are
-held-out pairs.
 """
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
@@ -22,16 +18,19 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).parents[1]))   # for `python scripts/plot.py`
 import data
 import model as llama
-from configurator import one_line_errors, reading, require
+from configurator import one_line_errors, parse_json, read_json, read_settings, reading, require
 
-PANELS = {   # metric: title
-    "loss": "loss",
-    "accuracy/mean": "chosen likelier, mean log-probs",
-    "accuracy/sum": "chosen likelier, summed log-probs",
-    "weights/chosen": "weight of the chosen response, q_w",
-    "rewards/margins": "implicit reward margin",
-    "kl": "KL(reference || policy), nats a token",
-}
+PANELS = {"loss": "loss", "accuracy/mean": "chosen likelier, mean log-probs",   # metric: title
+          "accuracy/sum": "chosen likelier, summed log-probs",
+          "weights/chosen": "weight of the chosen response, q_w",
+          "rewards/margins": "implicit reward margin",
+          "kl": "KL(reference || policy), nats a token"}
+KL_TICKS = [0, 0.005, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100]
+METHOD = ["length_norm", "reward_norm", "pref_weight", "entropy_coef", "reward_chosen"]
+COLOURS = "#0072B2 #E69F00 #009E73 #CC79A7 #000000 #56B4E9 #D55E00".split()   # Okabe and Ito's
+LINES, MARKERS = ["-", "--", "-.", ":", (0, (7, 2, 1, 2, 1, 2))], "os^DvPX<>"
+STYLES = [{"color": COLOURS[i % 7], "linestyle": LINES[i % 5], "marker": MARKERS[i % 9],
+           "fillstyle": ["full", "none"][i // 7 % 2]} for i in range(315)]   # no two alike
 
 
 def read_run(path):
@@ -40,80 +39,140 @@ def read_run(path):
     require(os.path.exists(file), f"{file}: no such file; give a folder that train.py wrote")
     curves = {}
     with open(file, encoding="utf-8") as f, reading(file, "a run's metrics"):
-        for record in map(json.loads, f):
+        for record in (parse_json(line) for line in f if line.endswith("}\n")):   # not half written
             for metric, value in record.items():
                 steps, values = curves.setdefault(metric, ([], []))
                 steps.append(record["iter"])
                 values.append(value)
-    require(curves, f"{file}: empty; has the run logged a step yet?")
+    require(curves, f"{file}: no metrics in it; has the run logged a step yet?")
     return os.path.basename(os.path.dirname(os.path.abspath(file))), curves
+
+
+def read_methods(paths, others=""):
+    """Runs' folders -> {label: {beta: [(path, KLs, accuracies)]}}, all betas. A label: objective,
+    METHOD where it isn't the default, and what the runs differ in of `others`, names and groups."""
+    known, methods = read_settings(Path(__file__).parents[1] / "train.py"), {}
+    runs = [read_json(os.path.join(path, "train_config.json")) for path in paths]
+    differ = [name for name in known if {name, known[name].group} & {*others.split()}
+              and name not in ["objective", "beta", *METHOD] and len({r.get(name) for r in runs}) > 1]
+    for path, run in zip(paths, runs):
+        _, curves = read_run(path)
+        with reading(path, "a run with accuracy and KL"):
+            names = [name for name in METHOD if run[name] != known[name].value] + differ
+            told = [run["objective"], *(f"{n} {run[n]}".removesuffix(".0") for n in names)]
+            methods.setdefault(", ".join(told), {}).setdefault(run["beta"], []).append(
+                (path, curves["eval/kl"][1], curves["eval/accuracy/mean"][1]))
+    return methods, sorted({run["beta"] for run in runs})
+
+
+def finish(axes, out):
+    """Write the PNG, with a legend below the panels, where it covers nothing."""
+    for axis in axes:
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    legend = {name: line for axis in axes for line, name in zip(*axis.get_legend_handles_labels())}
+    axis.figure.legend(legend.values(), legend.keys(), loc="upper left", bbox_to_anchor=(0, 0),
+                       ncols=4, fontsize=8, frameon=False, handlelength=4)
+    axis.figure.savefig(out, dpi=130, bbox_inches="tight")
+    return out
 
 
 def plot(paths, out):
     runs = [read_run(path) for path in paths]
-    figure = Figure(figsize=(12, 6), layout="constrained")
-    axes = figure.subplots(2, 3)
-    for axis, (metric, title) in zip(axes.flat, PANELS.items()):
+    axes = Figure(figsize=(12, 6), layout="constrained").subplots(2, 3).ravel()
+    for axis, (metric, title) in zip(axes, PANELS.items()):
         for i, (name, curves) in enumerate(runs):
             training, held_out = (curves.get(m, ([], [])) for m in (metric, f"eval/{metric}"))
-            axis.plot(*training, color=f"C{i}", alpha=0.35, linewidth=1)
-            axis.plot(*held_out, "o-", color=f"C{i}", markersize=4, label=name)
-        axis.set_title(title, fontsize=10)
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-        if axis in axes[-1]:
-            axis.set_xlabel("step")
+            axis.plot(*training, color=COLOURS[i % 7], alpha=0.35, linewidth=1)
+            axis.plot(*held_out, **STYLES[i % 315], markersize=4, label=name)
+        axis.set(title=title, xlabel="step")
+        axis.locator_params("x", integer=True, min_n_ticks=1)
         if metric.startswith(("accuracy", "weights")):
             axis.set_ylim(-0.03, 1.03)
             axis.axhline(0.5, color="grey", linewidth=0.8, linestyle=":")
-    axes.flat[0].plot([], [], color="grey", alpha=0.5, linewidth=1, label="training steps")
-    axes.flat[0].legend(fontsize=8, frameon=False)
-    figure.savefig(out, dpi=130)
-    return out
+    axes[0].plot([], [], color="grey", alpha=0.5, linewidth=1, label="training steps")
+    return finish(axes, out)
 
 
-def plot_attention(out):
+def tradeoff(paths, out):
+    """Accuracy against KL, over a run's evaluations, and against multiple choice at its end."""
+    methods, betas = read_methods(paths)
+    left, right = Figure(figsize=(11, 4.5), layout="constrained").subplots(1, 2, sharey=True)
+    left.set_xscale("symlog", linthresh=0.01)
+    left.set(xticks=KL_TICKS, xticklabels=KL_TICKS, xlabel=PANELS["kl"], ylabel="held-out accuracy")
+    for i, (label, runs) in enumerate(methods.items()):
+        for beta, (path, kls, accuracies) in [(b, run) for b in sorted(runs) for run in runs[b]]:
+            look = STYLES[i % 315] | {"marker": MARKERS[betas.index(beta) % 9], "linewidth": 1}
+            left.plot(kls, accuracies, **look, markevery=[-1], label=f"{label}, beta {beta:g}")
+            file = os.path.abspath(path) + ".evaluation.json"   # of scripts/evaluate.py
+            found = read_json(file) if os.path.exists(file) else {}
+            star = {"color": "black", "marker": "*", "ms": 12, "lw": 1, "label": "the reference"}
+            for metrics, look in (found.get("metrics"), look), (found.get("before"), star):
+                tasks = np.array([value for name, value in (metrics or {}).items()
+                                  if name.startswith("choices/") and name.endswith("/acc")])
+                if len(tasks) and "accuracy/mean" in metrics:   # (N, 3), of independent errors
+                    errors = np.linalg.norm(tasks - tasks[:, :1], axis=0) / len(tasks)
+                    x = np.sort(tasks[:, 0].mean() + errors * [0, -1, 1])   # low, value, high
+                    y = np.sort(metrics["accuracy/mean"])
+                    right.plot(x[[1, 1, 1]], y, **look | {"marker": ""})
+                    right.plot(x, y[[1, 1, 1]], **look, markevery=[1])
+    right.set(xlabel="multiple-choice accuracy, mean of tasks; 95% bars", visible=right.has_data())
+    return finish([left, right], out)
+
+
+def by_beta(paths, out):
+    """Accuracy and KL at the end against beta; a bar spans the runs that differ in seed only."""
+    methods, betas = read_methods(paths, "init_from data model objective optimizer schedule dtype")
+    axes = Figure(figsize=(11, 4.5), layout="constrained").subplots(1, 2)
+    axes[1].set_yscale("symlog", linthresh=0.01)
+    axes[1].set_yticks(KL_TICKS, KL_TICKS)
+    axes[1].axhline(0, color="grey", linewidth=0.8, linestyle=":")   # the reference
+    for axis, column, title in zip(axes, (2, 1), ("held-out accuracy", PANELS["kl"])):
+        for i, (label, runs) in enumerate(methods.items()):
+            last = [[run[column][-1] for run in runs[beta]] for beta in sorted(runs)]
+            axis.plot(sorted(runs), [*map(np.mean, last)], **STYLES[i % 315], label=label)
+            axis.vlines(sorted(runs), [*map(min, last)], [*map(max, last)], COLOURS[i % 7], lw=1)
+        axis.set_xscale("symlog", linthresh=min(filter(None, betas), default=1))
+        axis.set_xticks(betas, [f"{beta:g}" for beta in betas], rotation=90)
+        axis.set(xlabel="beta (a bar spans the seeds)", ylabel=title)
+    return finish(axes, out)
+
+
+def plot_attention(_, out):
     """Which keys a query sees in a pack of two pairs: data.collate under model.tree_rule."""
     sizes = [(5, 4, 3), (3, 3, 5)]   # tokens of prompt, chosen and rejected
     pairs = data.Pairs.from_ids([[np.zeros(n) for n in pair] for pair in sizes])
     pack = data.collate(pairs, np.arange(2), np.arange(2))
     tree, branch = pack.tree.numpy(), pack.branch.numpy()
-    q, k = np.indices((len(tree), len(tree)))
-    seen = llama.tree_rule(tree, branch)(None, None, q, k)
-    figure = Figure(figsize=(5.2, 4.6), layout="constrained")
-    axis = figure.subplots()
-    axis.imshow(np.where(seen, 1 + branch[k], 0),
+    seen = llama.tree_rule(tree, branch)(None, None, *np.indices(2 * tree.shape))
+    axis = Figure(figsize=(5.2, 4.6), layout="constrained").subplots()
+    axis.imshow(np.where(seen, 1 + branch, 0),   # of each query and key: 0, or the key's branch
                 cmap=ListedColormap(["white", "#9aa5b1", "#3b7dd8", "#e07a5f"]))
-    edges = np.flatnonzero(np.diff(tree * 10 + branch)) + 0.5
+    ends = np.cumsum(sizes) - 0.5
     names = [f"{part} {t + 1}" for t in range(2) for part in ("prompt", "chosen", "rejected")]
-    middles = [(a + b) / 2 for a, b in zip([-0.5, *edges], [*edges, len(tree) - 0.5])]
-    axis.set_xticks(middles, names, rotation=30, ha="right", fontsize=8)
-    axis.set_yticks(middles, names, fontsize=8)
+    axis.set_xticks(ends - np.ravel(sizes) / 2, names, rotation=30, ha="right", fontsize=8)
+    axis.set_yticks(ends - np.ravel(sizes) / 2, names, fontsize=8)
     axis.tick_params(length=0)
-    for edge in edges:
-        axis.axhline(edge, color="black", linewidth=0.5)
-        axis.axvline(edge, color="black", linewidth=0.5)
-    axis.set_xlabel("key")
-    axis.set_ylabel("query")
-    axis.set_title("what a token of a pack sees", fontsize=10)
-    figure.savefig(out, dpi=130)
+    axis.hlines(ends[:-1], *axis.get_xlim(), color="black", linewidth=0.5)
+    axis.vlines(ends[:-1], *axis.get_ylim(), color="black", linewidth=0.5)
+    axis.set(xlabel="key", ylabel="query", title="what a token of a pack sees")
+    axis.figure.savefig(out, dpi=130)
     return out
 
 
 def main():
+    pictures = {"curves": plot, "tradeoff": tradeoff, "beta": by_beta, "attention": plot_attention}
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("runs", nargs="*", metavar="RUN")
-    parser.add_argument("--attention", action="store_true", help="draw the attention rule instead")
-    parser.add_argument("--out", help="the PNG; default: curves.png in the first run's folder")
+    for n in pictures:
+        parser.add_argument("--" + n, dest="name", action="store_const", const=n, default="curves")
+    parser.add_argument("--out", help="the PNG; default: in the folder of one run, here of several")
     args = parser.parse_args()
-    if args.attention:
-        print(plot_attention(args.out or "attention.png"))
-        return
-    if not args.runs:
-        parser.error("name a run: a folder that train.py wrote")
-    first = args.runs[0] if os.path.isdir(args.runs[0]) else os.path.dirname(args.runs[0])
-    print(plot(args.runs, args.out or os.path.join(first, "curves.png")))
+    require(args.runs or args.name == "attention", "name a run: a folder that train.py wrote")
+    folder = args.runs[0] if len(args.runs) == 1 else ""
+    folder = folder if os.path.isdir(folder) else os.path.dirname(folder)
+    print(pictures[args.name](args.runs, args.out or os.path.join(folder, f"{args.name}.png")))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))   # for `python scripts/sample.py`
 import data
@@ -59,10 +60,9 @@ def main():
     if args.instructions:
         os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
         answers = []
-        for i in range(0, len(questions), args.batch_size):
+        for i in tqdm(range(0, len(questions), args.batch_size), "batches", disable=None):
             answers += answer([[{"role": "user", "content": question}]
                                for question in questions[i:i + args.batch_size]])
-            print(f"{len(answers)} of {len(questions)}")
         name = os.path.basename(os.path.abspath(args.model))
         write_json(args.out, [{"instruction": question, "output": text, "generator": name}
                               for question, text in zip(questions, answers)])

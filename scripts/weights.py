@@ -45,7 +45,7 @@ def main():
         require(n > 1, f"{source}: one response a row; q compares at least two")
         pairs = pairs.subset(np.random.default_rng(0).permutation(len(pairs))[:args.pairs])
         r = torch.from_numpy(pairs.rewards) if len(pairs.rewards) else torch.linspace(0.9, 0.1, n)
-        sums = data.score(model, pairs, np.arange(len(pairs)), pack_tokens=4096)
+        sums = data.score(model, pairs, np.arange(len(pairs)), pack_tokens=4096, title=source)
         means = sums / torch.from_numpy(pairs.lengths[:, 1:])
         for name, logps in (("sum", sums), ("mean (`length_norm`)", means)):
             R = mmpo.rewards(r, logps, args.beta)   # before training the policy is the reference

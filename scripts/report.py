@@ -1,0 +1,138 @@
+"""
+What a run did, in words: the last lines of its log, and its model card, out_dir/README.md.
+
+$ python -m scripts.report out/mine      # both again, from train_config.json and metrics.jsonl
+"""
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))   # for `python scripts/report.py`
+from configurator import (
+    HERE, one_line_errors, read_json, read_settings, reading, require, write_text)
+
+FAR_KL = 0.3       # nats a token: runs of the study above it answered visibly worse
+FAR_CHOSEN = 0.1   # share by which the chosen response's log-prob fell, likewise
+CLIPPED = 10       # times grad_clip
+
+NOT_TOLD = "out_dir", "resume", "dtype"   # of the settings: where a run went, not what it was
+TABLE = {   # metric of an evaluation: what it is called
+    "eval/accuracy/mean": "chosen likelier than rejected, by mean log-probs",
+    "eval/accuracy/sum": "the same by summed log-probs",
+    "eval/rewards/accuracies": "chosen gained more than rejected (implicit reward accuracy)",
+    "eval/logps/chosen": "log-prob of the chosen response, nats",
+    "eval/logps/rejected": "log-prob of the rejected response, nats",
+    "eval/kl": "KL(before \\|\\| after), nats a token",
+}
+
+
+def read_run(out_dir):
+    """-> settings, the first evaluation, the last one, the gradient norms of the logged steps."""
+    settings = read_json(os.path.join(out_dir, "train_config.json"))
+    path = os.path.join(out_dir, "metrics.jsonl")
+    with open(path, encoding="utf-8") as f, reading(path, "a run's metrics"):
+        records = [json.loads(line) for line in f]
+    evals = [record for record in records if "eval/loss" in record]
+    require(evals, f"{path}: no evaluation in it; has the run begun?")
+    return settings, evals[0], evals[-1], [r["grad_norm"] for r in records if "grad_norm" in r]
+
+
+def closing_lines(out_dir, n_pairs):
+    """What a person should know when a run ends. n_pairs: held-out pairs of its evaluations."""
+    settings, first, last, norms = read_run(out_dir)
+    before, after = first["eval/logps/chosen"], last["eval/logps/chosen"]
+    kl, fell = last.get("eval/kl", 0), (before - after) / abs(before)
+    moved = f"; KL from the start: {kl:.3f} nats a token" if "eval/kl" in last else ""
+    lines = [f"log-prob of the chosen response: {before:.1f} before, {after:.1f} after{moved}"]
+    if learned := "eval/accuracy/mean" in last:
+        accuracy, start = last["eval/accuracy/mean"], first["eval/accuracy/mean"]
+        implicit, error = last["eval/rewards/accuracies"], math.sqrt(0.5 / n_pairs)
+        lines.insert(0, f"held-out preference accuracy: {start:.3f} before, {accuracy:.3f} after "
+                        f"(mean log-probs); {implicit:.3f} by implicit rewards")
+        learned = accuracy - start > error or implicit - 0.5 > error
+    if kl > FAR_KL or fell > FAR_CHOSEN:
+        why = [f"KL is {kl:.2f}"] * (kl > FAR_KL) + [
+            f"the chosen response became {before - after:.1f} nats less likely"] * (
+            fell > FAR_CHOSEN)
+        lines.append(f"WARNING: the model has moved far from its start: {' and '.join(why)}. Its "
+                     "accuracy then says little about its answers; read the sample above. Gentler: "
+                     + gentler(settings))
+    elif not learned and "eval/accuracy/mean" in last:
+        lines.append(f"note: {n_pairs} held-out pairs show no preference learned beyond their "
+                     f"standard error, {error:.2f}. More: a higher learning_rate, more steps" +
+                     ", a higher pref_weight" * (settings["objective"] == "mmpo"))
+    clip = settings["grad_clip"]
+    clipped = sum(norm > CLIPPED * clip for norm in norms)
+    if clip and clipped > len(norms) / 2:
+        lines.append(f"note: in {clipped} of {len(norms)} logged steps the gradient's norm was over"
+                     f" {CLIPPED} times grad_clip ({clip:g}); learning_rate alone set their size")
+    return "\n".join(lines)
+
+
+def gentler(settings):
+    """The settings to turn when a run moved too far, by what the study found."""
+    advice = [f"a lower learning_rate (now {settings['learning_rate']:g})"]
+    if settings["objective"] == "mmpo" and settings["pref_weight"] > 1:
+        advice.append(f"a lower pref_weight (now {settings['pref_weight']:g})")
+    elif settings["objective"] != "mmpo":
+        advice.append("objective=mmpo with pref_weight=10")
+    return ", or ".join(advice)
+
+
+def hub_ids(sources):
+    """Those of comma-separated sources that are no files here, without their configuration."""
+    names = [source.strip().partition(":")[0] for source in sources.split(",")]
+    return [name for name in names if name.count("/") == 1 and not os.path.exists(name)
+            and not name.startswith((".", "/", "~"))]
+
+
+def write_model_card(out_dir):
+    """out_dir/README.md, with the hub's metadata. One that a person wrote is left alone."""
+    path = os.path.join(out_dir, "README.md")
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as f:
+            if "- nanommpo\n" not in f.read():
+                return
+    settings, first, last, _ = read_run(out_dir)
+    defaults = {k: s.value for k, s in read_settings(os.path.join(HERE, "train.py")).items()}
+    changed = {key: settings[key] for key, default in defaults.items()
+               if settings.get(key, default) != default and key not in NOT_TOLD}
+    base, objective = settings["init_from"], settings["objective"]
+    header = [f"base_model: {base}"] * bool(hub_ids(base))
+    if datasets := hub_ids(settings["dataset"]):
+        header += ["datasets:", *(f"- {name}" for name in datasets)]
+    adapter = settings["export_adapter"]
+    header += [f"library_name: {'peft' if adapter else 'transformers'}",
+               "pipeline_tag: text-generation", "tags:", "- nanommpo", f"- {objective}",
+               *["- lora"] * bool(settings["lora_rank"])]
+    rows = [f"| {title} | {first[key]:.3f} | {last[key]:.3f} |" for key, title in TABLE.items()
+            if key in last]
+    command = " \\\n    ".join(["python train.py", *(f"--{key}={shown(value)}"
+                                                    for key, value in changed.items())])
+    write_text(path, "\n".join([
+        "---", *header, "---", "",
+        f"# {os.path.basename(os.path.abspath(out_dir))}", "",
+        f"{base}, trained with {objective.upper()} on {settings['dataset']} by nanoMMPO, in "
+        f"{last['iter']:,} steps of {settings['batch_size']} pairs.", "",
+        "| on held-out pairs | before | after |", "|---|---|---|", *rows, "",
+        "Settings that differ from nanoMMPO's defaults (all are in train_config.json):", "",
+        "```", command, "```", ""]))
+
+
+def shown(value):
+    text = str(value)
+    return f'"{text}"' if " " in text or not text else text
+
+
+def main():
+    require(len(sys.argv) == 2, "give one folder that train.py wrote")
+    write_model_card(sys.argv[1])
+    print(closing_lines(sys.argv[1], read_json(os.path.join(sys.argv[1], "train_config.json"))[
+        "eval_pairs"]))
+
+
+if __name__ == "__main__":
+    one_line_errors()
+    main()

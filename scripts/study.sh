@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# The study of assets/results.md: what each objective learns and what it forgets, on SmolLM2-135M.
+#
+#   bash scripts/study.sh MODEL TRAIN.jsonl.gz TEST.jsonl.gz "CHOICES.jsonl.gz .." [JOBS]
+#
+# MODEL is SmolLM2-135M-Instruct, a folder or hub id. The pairs have string fields prompt, chosen and
+# rejected, and few prompts with many pairs each. Stopped and started again it goes on.
+set -euo pipefail
+model=$1 train=$2 test=$3 choices=$4 jobs=${5:-2} out=out/study
+mkdir -p "$out"
+
+# Pairs of at most 160 tokens. Held out are all prompts of TEST and 100 of TRAIN: 400 pairs whose
+# chosen response is the longer one and 400 whose chosen one is shorter. 480 others are trained on.
+[ -e "$out/held_out.jsonl" ] || python - "$model" "$train" "$test" "$out" << 'EOF'
+import json
+import sys
+
+import numpy as np
+
+import data
+import model
+
+folder, *files, out = sys.argv[1:]
+tokenizer = data.Tokenizer(model.checkpoint_folder(folder))
+rng = np.random.default_rng(0)
+short = []
+for file in files:
+    rows = (data.parse_json(line.decode()) for _, line in data.read_rows(file, ""))
+    short.append([])
+    for row in ({key: row[key] for key in ("prompt", "chosen", "rejected")} for row in rows):
+        prompt, (a, b) = tokenizer.encode_responses(
+            [data.turn("user", row["prompt"])], [row["chosen"], row["rejected"]])
+        if a != b and len(prompt) + max(len(a), len(b)) <= 160:
+            short[-1].append((row, len(a) - len(b)))
+train, test = short
+prompts = sorted({row["prompt"] for row, _ in train})
+held = {*rng.permutation(prompts)[:100], *(row["prompt"] for row, _ in test)}
+pool = [pair for pair in train + test if pair[0]["prompt"] in held]
+pool = [pool[i] for i in rng.permutation(len(pool))]
+balanced = ([row for row, longer in pool if longer > 0][:400]
+            + [row for row, longer in pool if longer < 0][:400])
+others = [row for row, _ in train if row["prompt"] not in held]
+others = [others[i] for i in rng.permutation(len(others))[:480]]
+balanced = [balanced[i] for i in rng.permutation(len(balanced))]
+for name, rows in (("train", others), ("held_out", balanced)):
+    with open(f"{out}/{name}.jsonl", "w", encoding="utf-8") as f:
+        f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    print(f"{name}: {len(rows)} pairs of {len({row['prompt'] for row in rows})} prompts")
+EOF
