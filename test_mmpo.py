@@ -2653,9 +2653,10 @@ def test_dry_run(checkpoint, tmp_path):
     step_tokens = re.search(r"a step: ([\d,]+) tokens", process.stdout)[1].replace(",", "")
     assert 8 * 10 < int(step_tokens) < 8 * 240   # of the eight pairs there are
     assert "memory of a rank on a GPU, MiB (estimate):" in process.stdout
-    told = re.search(r"on this CPU, in float32: about [\d.]+ minutes, and ([\d.]+) GiB of memory",
-                     process.stdout)
-    assert 0.1 < float(told[1]) < 8   # torch and a tiny model
+    if cost.free_memory():   # elsewhere a dry run times nothing
+        told = re.search(r"on this CPU, in float32: about [\d.]+ minutes, and ([\d.]+) GiB of mem",
+                         process.stdout)
+        assert 0.1 < float(told[1]) < 8   # torch and a tiny model
     assert not glob.glob(f"{tmp_path}/run/*.safetensors")
 
 
@@ -2673,13 +2674,13 @@ def test_dry_run_on_cpu(monkeypatch):
         return cost.report(model, pairs, held_out, settings | changes, 1, device, "auto"), model
     # six steps of half the pairs, the reference of all, three evaluations; a token takes 60 s
     monkeypatch.setattr(cost, "time_packs", lambda *_: (60.0, 600.0))
+    monkeypatch.setattr(cost, "free_memory", lambda: 2 ** 40)
     scored = tokens + 3 * held_out_tokens
     assert f"about {3 * tokens + scored / 3 + 60:,.1f} minutes" in told()[0]
     scored = 3 * held_out_tokens
     assert f"about {3 * tokens + scored / 3 + 60:,.1f} minutes" in told(objective="sft")[0]
     assert "CPU" not in told(torch.device("cuda"))[0]
-    monkeypatch.undo()
-    monkeypatch.setattr(cost, "free_memory", lambda: 10 ** 5)
+    monkeypatch.setattr(cost, "free_memory", lambda: 2 ** 16)
     text, model = told()
     assert "not timed" in text and "minutes" not in text and model.head_weight.is_meta
 

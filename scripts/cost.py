@@ -105,7 +105,7 @@ def cpu_report(model, pairs, held_out, settings, ranks, dtype):
     room = min(fullest, TIMED_WORK / sum(p.numel() for p in model.parameters()))
     counts = [max(1, (tokens[batch].cumsum() <= room).sum()) for batch in batches[:3]]
     packs = [data.collate(pairs, batch, np.arange(n)) for batch, n in zip(batches, counts)]
-    packs.sort(key=lambda pack: len(pack.tree))   # the last finds no room where the others were
+    packs.sort(key=lambda pack: len(pack.tree))   # as in a run, the fullest then needs new memory
     largest = len(packs[-1].tree)
 
     parts, free = memory_parts(model, largest, torch.float32, 8), free_memory()
@@ -126,8 +126,8 @@ def cpu_report(model, pairs, held_out, settings, ranks, dtype):
     seconds = per_token * (trained + scored / 3) / ranks + per_update * max_iters
     return (f"{title}: about {seconds / 60:,.1f} minutes, and {peak / 2 ** 30:.2f} GiB of memory a "
             f"rank ({free / 2 ** 30:.1f} GiB are free)\n    two packs were timed, at "
-            f"{ranks / per_token:,.0f} tokens/s; counted are the steps, the reference pass and the\n"
-            "    evaluations, without loading and generation")
+            f"{ranks / per_token:,.0f} tokens/s; counted are the steps, the reference pass and "
+            "the\n    evaluations, without loading and generation")
 
 
 def time_packs(model, packs, bf16):

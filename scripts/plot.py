@@ -53,8 +53,8 @@ def read_methods(paths, others=""):
     METHOD where it isn't the default, and what the runs differ in of `others`, names and groups."""
     known, methods = read_settings(Path(__file__).parents[1] / "train.py"), {}
     runs = [read_json(os.path.join(path, "train_config.json")) for path in paths]
-    differ = [name for name in known if {name, known[name].group} & {*others.split()}
-              and name not in ["objective", "beta", *METHOD] and len({r.get(name) for r in runs}) > 1]
+    differ = [name for name in known if {name, known[name].group} & {*others.split()} and
+              name not in ["objective", "beta", *METHOD] and len({r.get(name) for r in runs}) > 1]
     for path, run in zip(paths, runs):
         _, curves = read_run(path)
         with reading(path, "a run with accuracy and KL"):
