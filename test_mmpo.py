@@ -2077,7 +2077,8 @@ def test_evaluate_multiple_choice(checkpoint, tokenizer, tmp_path):
     model = llama.from_pretrained(checkpoint)[0]
     path = tmp_path / "words.jsonl"
     write_rows(path, rows)
-    metrics = evaluate.multiple_choice(model, *evaluate.read_items(str(path), tokenizer, 0, 512))
+    metrics = evaluate.multiple_choice(
+        *evaluate.read_items(str(path), tokenizer, 0, 512), model, None)["metrics"]
     right, right_norm = [], []
     for row in rows:
         logps = []
@@ -2130,7 +2131,7 @@ def test_sign_test():
 
 def test_repeated_grams():
     """A 4-gram counts as repeated where the same answer had it before."""
-    found = evaluate.talk([[1, 2, 3, 4, 1, 2, 3, 4], [1, 2, 3, 4, 9]], {9})
+    found = evaluate.describe([[1, 2, 3, 4, 1, 2, 3, 4], [1, 2, 3, 4, 9]], {9})
     assert found["answers/repeated"][0] == 1 / 7 and found["answers/ended"][0] == 0.5
     assert found["answers/tokens"][0] == 6.5
 

@@ -5,12 +5,12 @@ $ python -m scripts.evaluate out/mine                # on the held-out pairs of 
 $ python -m scripts.evaluate out/mmpo out/dpo --reference=HuggingFaceTB/SmolLM2-135M-Instruct \
       --pairs=test.jsonl --choices arc_easy.jsonl.gz lambada.jsonl.gz --text=book.txt
 
-Three questions, asked of the reference (the model before training) too:
 - *Learned:* how often the chosen response of a pair is likelier than the rejected one, by mean and
-  by summed log-probs, and how often it gained more than that since the reference (implicit). Beside
-  these stand the accuracy of "the longer one" and that on pairs whose chosen response is shorter.
-- *Forgotten:* multiple-choice files (a line {"task": .., "pairs": [[context, continuation], ..],
-  "gold": index}), the perplexity of a text, and KL(reference || policy) on the reference's answers.
+  by summed log-probs, and how often it gained more than that since the reference, the model before
+  training (implicit). Beside these the accuracy of "the longer one", and the accuracies on pairs
+  whose chosen response is the shorter one.
+- *Forgotten:* multiple-choice files (a line {"pairs": [[context, continuation], ..], "gold":
+  index}), the perplexity of a text, KL(reference || policy) on the reference's own answers.
 - *Talks:* its answers to held-out prompts: tokens, the share that ends by itself, the share of
   4-grams that were in the same answer before. Three answers are shown in full.
 
@@ -42,6 +42,9 @@ from configurator import (
     write_json)
 
 BRANCHES = 16   # continuations of a tree, at most
+
+# -----------------------------------------------------------------------------
+# log-probs, and intervals
 
 
 @torch.no_grad()
@@ -90,14 +93,22 @@ def ratio(top, bottom=None, groups=None, of=lambda x: x, draws=1000):
         return [float(value), *(float(x) for x in np.nanpercentile(drawn, [2.5, 97.5]))]
 
 
-def preference(logps, ref_logps, lengths, prompts):
-    """Of N pairs: log-probs (N, 2), the reference's or None, tokens (N, 2), the number of its
-    prompt (N,) -> metrics, {how: margins} in nats, from which paired tests are made."""
-    margins = {"mean": logps / lengths, "sum": logps}
-    if ref_logps is not None:
-        margins["implicit"] = logps - ref_logps
-    margins = {how: x[:, 0] - x[:, 1] for how, x in margins.items()}
+# -----------------------------------------------------------------------------
+# The questions. Each is a function of a model and of the reference's results (None for the
+# reference itself) that returns {"metrics": {name: [value, low, high]}, ..}.
+
+
+def preference(pairs, model, base):
+    """Which response of data.Pairs is likelier. Also returns the margins for paired tests, {how:
+    (N,)} in nats, and the number of each pair's prompt."""
+    ids = [[tuple(x.tolist()) for x in pairs.ids(i)] for i in range(len(pairs))]
+    logps = score(model, [(x[0], x[j]) for x in ids for j in (1, -1)], "pairs")[0].reshape(-1, 2)
+    number = {prompt: n for n, prompt in enumerate(dict.fromkeys(x[0] for x in ids))}
+    prompts, lengths = [number[x[0]] for x in ids], pairs.lengths[:, [1, -1]]
     longer, shorter = lengths[:, 0] > lengths[:, 1], lengths[:, 0] < lengths[:, 1]
+    scores = {"mean": logps / lengths, "sum": logps}
+    scores |= {"implicit": logps - base["logps"]} if base else {}
+    margins = {how: x[:, 0] - x[:, 1] for how, x in scores.items()}
     metrics = {"accuracy/longer": ratio(longer + 0.5 * ~(longer | shorter), groups=prompts)}
     for how, margin in margins.items():
         right = margin > 0
@@ -105,7 +116,8 @@ def preference(logps, ref_logps, lengths, prompts):
                     f"accuracy/{how}/chosen_shorter": ratio(right & shorter, shorter, prompts),
                     f"margin/{how}": ratio(margin, groups=prompts)}
     metrics["logps/chosen"] = ratio(logps[:, 0], groups=prompts)
-    return metrics, {how: margin.round(5).tolist() for how, margin in margins.items()}
+    return {"metrics": metrics, "logps": logps.tolist(), "prompts": prompts,
+            "margins": {how: margin.round(5).tolist() for how, margin in margins.items()}}
 
 
 def encode(tokenizer, context, continuation):
@@ -137,16 +149,16 @@ def read_items(file, tokenizer, limit, room):
     return os.path.basename(file).split(".")[0], items, gold, characters
 
 
-def multiple_choice(model, task, items, gold, characters):
+def multiple_choice(task, items, gold, characters, model, _):
     single = all(len(item) == 1 for item in items)
     logps, greedy = score(model, [choice for item in items for choice in item], task, single)
     if single:
-        return {f"choices/{task}/acc": ratio(greedy),
-                f"choices/{task}/perplexity": ratio(-logps, of=np.exp)}
-    by_item = np.split(logps, np.cumsum([len(item) for item in items])[:-1])
-    return {f"choices/{task}/acc": ratio([x.argmax() == g for x, g in zip(by_item, gold)]),
-            f"choices/{task}/acc_norm": ratio([(x / c).argmax() == g for x, c, g in
-                                               zip(by_item, characters, gold)])}
+        found = {"acc": ratio(greedy), "perplexity": ratio(-logps, of=np.exp)}
+    else:
+        logps = np.split(logps, np.cumsum([len(item) for item in items])[:-1])
+        found = {"acc": ratio([x.argmax() == g for x, g in zip(logps, gold)]), "acc_norm": ratio(
+            [(x / c).argmax() == g for x, c, g in zip(logps, characters, gold)])}
+    return {"metrics": {f"choices/{task}/{name}": value for name, value in found.items()}}
 
 
 def text_windows(ids, size=1024):
@@ -157,15 +169,33 @@ def text_windows(ids, size=1024):
             for i in range(1, len(ids), half)]
 
 
-def generate(model, prompts, max_new_tokens, stop_ids, seed, temperature, top_p, title):
-    found = []
-    for i in tqdm(range(0, len(prompts), 16), title, disable=None):
-        found += model.generate(prompts[i:i + 16], max_new_tokens, temperature, 0, top_p, stop_ids,
-                                seed + i)
-    return found
+def perplexity(windows, model, _):
+    logps, tokens = score(model, windows, "text")[0], [len(ids) for _, ids in windows]
+    return {"metrics": {"text/perplexity": ratio(-logps, tokens, of=np.exp)}}
 
 
-def talk(answers, stop_ids):
+def talk(prompts, tokenizer, args, model, base):
+    """KL on the reference's answers, sampled once; and the model's own answers."""
+    stop_ids = tokenizer.stop_ids()
+
+    def ask(title, temperature, top_p):
+        found = []
+        for i in tqdm(range(0, len(prompts), 16), title, disable=None):
+            found += model.generate(prompts[i:i + 16], args.max_new_tokens, temperature, 0, top_p,
+                                    stop_ids, args.seed + i)
+        return found
+
+    samples = base["samples"] if base else ask("samples", 1.0, 1.0)
+    logps = score(model, [*zip(prompts, map(tuple, samples))])[0]
+    answers = ask("answers", args.temperature, 0.95)
+    metrics = {"kl": ratio(base["sample_logps"] - logps, [*map(len, samples)])} if base else {}
+    return {"metrics": metrics | describe(answers, stop_ids), "samples": samples,
+            "sample_logps": logps.tolist(),
+            "answers": [{"prompt": tokenizer.decode(prompt), "answer": tokenizer.decode(ids)}
+                        for prompt, ids in zip(prompts, answers)]}
+
+
+def describe(answers, stop_ids):
     """Metrics of answers, lists of ids."""
     grams = [[tuple(ids[i:i + 4]) for i in range(len(ids) - 3)] for ids in answers]
     return {"answers/tokens": ratio([len(ids) for ids in answers]),
@@ -173,40 +203,8 @@ def talk(answers, stop_ids):
             "answers/repeated": ratio([len(g) - len(set(g)) for g in grams], [*map(len, grams)])}
 
 
-def evaluate(folder, device, args, tokenizer, pairs, tasks, windows, base):
-    """All results of one model. base: those of the reference, or None for the reference itself."""
-    require(data.Tokenizer(folder).bytes_of == tokenizer.bytes_of,
-            f"{folder}: another vocabulary than the first model's; evaluate it by itself")
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    model, _ = llama.from_pretrained(folder, device, dtype)
-    metrics, result = {}, {}
-    if pairs:
-        ids = [[tuple(x.tolist()) for x in pairs.ids(i)] for i in range(len(pairs))]
-        logps = score(model, [(x[0], x[j]) for x in ids for j in (1, -1)], "pairs")[0]
-        logps = logps.reshape(-1, 2)
-        number = {prompt: n for n, prompt in enumerate(dict.fromkeys(x[0] for x in ids))}
-        prompts = [number[x[0]] for x in ids]
-        metrics, margins = preference(logps, np.array(base["logps"]) if base else None,
-                                      pairs.lengths[:, [1, -1]], prompts)
-        result = {"logps": logps.tolist(), "prompts": prompts, "margins": margins}
-    for task in tasks:
-        metrics |= multiple_choice(model, *task)
-    if windows:
-        metrics["text/perplexity"] = ratio(-score(model, windows, "text")[0],
-                                           [len(ids) for _, ids in windows], of=np.exp)
-    if pairs and args.prompts:
-        asked, stop_ids = [*number][:args.prompts], tokenizer.stop_ids()
-        ask = partial(generate, model, asked, args.max_new_tokens, stop_ids, args.seed)
-        samples = base["samples"] if base else ask(1.0, 1.0, "samples")   # the reference's
-        logps = score(model, [*zip(asked, map(tuple, samples))])[0]
-        if base:
-            metrics["kl"] = ratio(base["sample_logps"] - logps, [*map(len, samples)])
-        answers = ask(args.temperature, 0.95, "answers")
-        metrics |= talk(answers, stop_ids)
-        result |= {"samples": samples, "sample_logps": logps.tolist(), "answers": [
-            {"prompt": tokenizer.decode(prompt), "answer": tokenizer.decode(ids)}
-            for prompt, ids in zip(asked, answers)]}
-    return {"metrics": metrics, **result}
+# -----------------------------------------------------------------------------
+# the answers to them
 
 
 def held_out(args, run, tokenizer):
@@ -214,8 +212,9 @@ def held_out(args, run, tokenizer):
     source, split = (args.pairs, args.split) if args.pairs else \
         (run["eval_dataset"], run["eval_split"]) if run["eval_dataset"] else \
         (run["dataset"], run["train_split"])
-    pairs = data.load_pairs(source, split, tokenizer, args.max_length or run["max_length"],
-                            args.max_prompt_length or run["max_prompt_length"],
+    pairs = data.load_pairs(source, split, tokenizer,
+                            args.max_length or run.get("max_length", 2312),
+                            args.max_prompt_length or run.get("max_prompt_length", 1800),
                             run.get("bad_rows", "error"))
     if not args.pairs:   # as train.py draws them
         order = np.random.default_rng(run["seed"]).permutation(len(pairs))
@@ -284,27 +283,45 @@ def main():
     if reference:   # first, since the others are compared with it
         folders = {reference: llama.checkpoint_folder(reference)} | folders
     tokenizer = data.Tokenizer(folders[first])
-    run = {"max_length": 2312, "max_prompt_length": 1800} | run   # train.py's defaults
-    pairs = held_out(args, run, tokenizer) if args.pairs or "dataset" in run else None
     room = llama.config_from_dict(llama.read_config(folders[first])).max_position_embeddings
-    tasks, windows = [read_items(f, tokenizer, args.limit, room) for f in args.choices], []
+
+    pairs = held_out(args, run, tokenizer) if args.pairs or run else None
+    questions = [partial(preference, pairs)] if pairs else []
+    for file in args.choices:
+        questions.append(partial(multiple_choice, *read_items(file, tokenizer, args.limit, room)))
     if args.text:
         with open(args.text, encoding="utf-8") as f, reading(args.text, "a text"):
             windows = text_windows(tokenizer.encode(f.read()), min(room, 1024))
+        questions.append(partial(perplexity, windows))
+    if pairs and args.prompts:
+        prompts = [*dict.fromkeys(tuple(pairs.ids(i)[0].tolist()) for i in range(len(pairs)))]
+        questions.append(partial(talk, prompts[:args.prompts], tokenizer, args))
 
-    device, results = "cuda" if torch.cuda.is_available() else "cpu", {}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    files = [*args.choices, *([args.text] if args.text else [])]
+    key = [tokenizer.fingerprint, device, [sha256(file) for file in files], [
+        pairs.fingerprint() if pairs else "", vars(args) | {"models": []}]]
+
+    def answer(name, folder, base):
+        path = cache_path("evaluation", [llama.weights_fingerprint(folder), *key],
+                          ["data.py", "model.py", "scripts/evaluate.py"])
+        if not base and os.path.exists(path):   # the reference's, of an earlier call
+            return json.loads(str(np.load(path)["result"]))
+        require(data.Tokenizer(folder).bytes_of == tokenizer.bytes_of,
+                f"{name}: another vocabulary than that of {first}; evaluate it by itself")
+        model, _ = llama.from_pretrained(folder, device, torch.bfloat16 if device == "cuda" else
+                                         torch.float32)
+        result = {"metrics": {}}
+        for question in questions:
+            found = question(model, base)
+            result |= found | {"metrics": result["metrics"] | found["metrics"]}
+        if name == reference:
+            save_cache(path, result=json.dumps(result))
+        return result
+
+    results = {}
     for name, folder in folders.items():
-        work = device, args, tokenizer, pairs, tasks, windows
-        if name == reference:   # once, for all runs that start from it
-            key = [llama.weights_fingerprint(folder), tokenizer.fingerprint, device,
-                   pairs and pairs.fingerprint(), [sha256(f) for f in args.choices],
-                   [windows, {k: v for k, v in vars(args).items() if k != "models"}]]
-            path = cache_path("evaluation", key, ["data.py", "model.py", "scripts/evaluate.py"])
-            if not os.path.exists(path):
-                save_cache(path, json=json.dumps(evaluate(folder, *work, None)))
-            results[name] = json.loads(str(np.load(path)["json"]))
-        else:
-            results[name] = evaluate(folder, *work, results.get(reference))
+        results[name] = answer(name, folder, results.get(reference))
         if name in args.models:
             kept = {k: results[name].get(k) for k in ("metrics", "prompts", "margins", "answers")}
             beside = folder.rstrip("/") if os.path.isdir(name) else name.replace("/", "_")
