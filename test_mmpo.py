@@ -2388,12 +2388,11 @@ def resumed(interrupted):
         copied = shutil.copytree(folder / "run-lora", folder / f"run-{name}")
         if damage:
             damage[1](copied / "checkpoint-0000003" / damage[0])
-    shutil.copytree(folder / "run-torn", folder / "run-torn-copy")
     shutil.copytree(folder / "run-two-fsdp", folder / "run-alone")
     jobs = {name: [*args[name], "--resume"] for name in RESUMABLE}
     jobs |= {name: [*args["lora"], *more] for name, (more, _, _) in REFUSED.items()}
-    jobs |= {"alone": [*args["two-ddp"], "--resume"], "torn": args["torn"],
-             "torn-copy": [*args["torn"], "--resume"]}
+    jobs |= {"alone": [*args["two-ddp"], "--resume"], "torn": [*args["torn"], "--resume"],
+             "lora-whole": [*args["lora"], "--resume"]}
     return train_all(interrupted.base, folder, jobs)
 
 
@@ -2425,12 +2424,19 @@ def test_what_can_not_be_resumed(name, interrupted, resumed):
     assert_one_line(resumed[name], *words)
 
 
-def test_half_a_checkpoint_is_none(interrupted, resumed):
-    """A run killed while it writes its first checkpoint can't go on, but can start again."""
-    assert os.listdir(interrupted.folder / "run-torn-copy")
-    assert_one_line(resumed["torn-copy"], "no checkpoint")
+def test_resume_without_a_checkpoint_starts(interrupted, resumed):
+    """One command serves the first start and those after it: a run that was killed while it wrote
+    its first checkpoint starts again, and says so."""
     assert_done(resumed["torn"])
+    assert "no checkpoint in" in resumed["torn"].stdout and "step     0" in resumed["torn"].stdout
     assert not glob.glob(f"{interrupted.folder}/run-torn/checkpoint*")
+
+
+def test_resume_of_a_finished_run(interrupted, resumed):
+    """It stays as it is, and that is no error."""
+    assert_done(resumed["lora-whole"])
+    assert "is finished" in resumed["lora-whole"].stdout
+    assert "step     0" not in resumed["lora-whole"].stdout
 
 
 @pytest.mark.parametrize("what", ["dataset", "init_from"])

@@ -40,7 +40,7 @@ init_from = "HuggingFaceTB/SmolLM2-135M-Instruct"   # the model to align: a hub 
 export_dtype = "bfloat16"         # bfloat16 | float16 | float32: of the exported weights
 export_adapter = False            # with LoRA: write the adapters alone (peft), not merged weights
 save_interval = 0                 # steps between checkpoints to resume from; 0 writes none
-resume = False                    # go on from the last checkpoint in out_dir
+resume = False                    # go on from the last checkpoint in out_dir, if there is one
 dry_run = False                   # print what a run would take, memory by part, and stop
 debug = False                     # show the traceback of errors that otherwise are one line
 # logging
@@ -135,7 +135,6 @@ require(objective != "ipo" or beta > 0, "beta: IPO divides by it; give a value a
 require(warmup <= 1, f"warmup: {warmup} is more than all steps; it is a share, from 0 to 1")
 require(min_lr <= learning_rate, f"min_lr: {min_lr} is above learning_rate, {learning_rate}")
 require(lora_rank or not export_adapter, "export_adapter: no adapters without LoRA; set lora_rank")
-require(checkpoint or not resume, f"resume: no checkpoint in {out_dir}; start without --resume")
 require(resume or dry_run or not checkpoint,
         f"{checkpoint}: an unfinished run; go on with --resume=True, or delete it")
 
@@ -161,6 +160,11 @@ def log(text):
         tqdm.write(text)
 
 
+if resume and not checkpoint:
+    if os.path.exists(os.path.join(out_dir, "README.md")):   # the last thing that a run writes
+        log(f"resume: the run in {out_dir} is finished, and stays as it is")
+        sys.exit()
+    log(f"resume: no checkpoint in {out_dir}, so the run starts")
 log(f"nanoMMPO: {objective} on {ddp_world_size} x {device.type}, {dtype}; set: " +
     (", ".join(f"{k}={v!r}" for k, v in overrides.items()) or "nothing"))
 
@@ -216,7 +220,7 @@ if dry_run:
 # A resumed run must be the same run: the same settings, pairs and base weights, by their content.
 settings |= {"dataset_sha256": train_pairs.fingerprint(), "eval_dataset_sha256":
              held_out.fingerprint(), "init_from_sha256": llama.weights_fingerprint(folder)}
-if resume:
+if checkpoint:
     check_same_run(settings, read_json(os.path.join(out_dir, "train_config.json")))
     require(start_iter <= max_iters, f"max_iters: {max_iters}, and {checkpoint} is past that")
 llama.load_weights(raw_model, folder, device)
@@ -371,7 +375,7 @@ def set_lr(iter_num):
 
 # --- training loop
 answer("sample before")
-if resume:
+if checkpoint:
     load_checkpoint(raw_model, optimizer, checkpoint)
     log(f"going on from {checkpoint}")
 started = time.time()
@@ -442,8 +446,8 @@ llama.export(raw_model, out_dir, hf_config, folder, llama.DTYPES[export_dtype],
              chat_template=tokenizer.template_text if chat_template else None)
 answer("sample after")
 if master_process:
-    remove_checkpoints(out_dir)   # the run is complete
     report.write_model_card(out_dir)
+    remove_checkpoints(out_dir)   # the run is complete
     log(report.closing_lines(out_dir, len(held_out)))
     log(f"aligned model, its card and metrics.jsonl: {out_dir}")
 if ddp:
