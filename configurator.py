@@ -31,15 +31,15 @@ import shutil
 import sys
 import tokenize
 import traceback
-import warnings
 from dataclasses import dataclass
 from types import ModuleType
 
 import numpy as np
+import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions, get_state_dict, set_state_dict)
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -442,70 +442,142 @@ def first_on_each_node(function, *args):
 # -----------------------------------------------------------------------------
 # resuming a run: its checkpoints, and what may change when it goes on
 #
-# A checkpoint is a folder, checkpoint-0000400, with what is trained and AdamW's state in torch's
-# distributed format. Every rank writes its part, and any number of ranks can read them.
-
-TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True, strict=False)
-FAILURES = (Exception, dcp.api.CheckpointException)   # the latter is no Exception
-warnings.filterwarnings("ignore", "torch.distributed is disabled")   # said in a single process
+# A checkpoint is a folder, checkpoint-0000400: for each rank a safetensors file with its rows of what
+# is trained and of the optimizer's state, and that file's sha256. The file's header has the step,
+# the number of ranks and the run's settings. Nothing in it is ever executed, and any number of
+# ranks can read it.
 
 
-def training_state(model, optimizer):
-    return dict(zip(("model", "optimizer"),
-                    get_state_dict(model, optimizer, options=TRAINED_ONLY)))
+def trained_parameters(model):
+    """{name: parameter}. FSDP leaves some gathered after a forward, until state_dict is called."""
+    return {n: p for n, p in model.state_dict(keep_vars=True).items() if p.requires_grad}
 
 
-def save_checkpoint(model, optimizer, folder, iter_num):
+def training_tensors(model, optimizer):
+    """{name: tensor} of all that a checkpoint keeps."""
+    found = {}
+    for name, p in trained_parameters(model).items():
+        found[f"model/{name}"] = p.detach()
+        for key, value in optimizer.state.get(p, {}).items():
+            found[f"optimizer/{name}/{key}"] = torch.as_tensor(value)
+    return found
+
+
+def first_row(tensor):
+    """The first row of this rank's part of a sharded tensor, which torch cuts in equal parts, but
+    for the last ones."""
+    rank, ranks = rank_and_size()
+    return min(rank * -(-len(tensor) // ranks), len(tensor)) if isinstance(tensor, DTensor) else 0
+
+
+def save_checkpoint(model, optimizer, folder, iter_num, settings):
     """Write folder/checkpoint-<iter_num>. When it is whole, the one before it is deleted.
 
-    Every file's sha256 is kept beside it, since torch loads flipped bits without a word. Raises
-    UserError where the checkpoint can't be written.
+    Raises UserError where it can't be written.
     """
     path = os.path.join(folder, f"checkpoint-{iter_num:07d}")
     temporary, (rank, ranks) = path + ".tmp", rank_and_size()
-    if rank == 0:   # of a run that was killed here; the other ranks wait in dcp.save
+    if rank == 0:   # of a run that was killed here
         shutil.rmtree(temporary, ignore_errors=True)
+    if ranks > 1:
+        dist.barrier()
+    mine = {name: tensor for name, tensor in training_tensors(model, optimizer).items()
+            if rank == 0 or isinstance(tensor, DTensor)}   # others are the same on every rank
+    about = {"step": iter_num, "ranks": ranks, "settings": settings,
+             "first_rows": {name: first_row(tensor) for name, tensor in mine.items()}}
+    for name, tensor in mine.items():
+        tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        mine[name] = tensor.to("cpu", copy=True).contiguous()
+    file = os.path.join(temporary, f"{rank}.safetensors")
     try:
-        dcp.save(training_state(model, optimizer), checkpoint_id=temporary)
-        mine = [file for file in os.listdir(temporary) if file.startswith(f"__{rank}_")]
-        mine += [".metadata"] * (rank == 0)
-        write_json(os.path.join(temporary, f"{rank}.sha256"),
-                   {file: sha256(os.path.join(temporary, file)) for file in mine})
-    except FAILURES as e:
-        raise UserError(f"{path}: not written ({last_line(e)}); if the disk is full, free space; "
+        os.makedirs(temporary, exist_ok=True)
+        save_file(mine, file, {"checkpoint": json.dumps(about)})
+        write_text(os.path.join(temporary, f"{rank}.sha256"), sha256(file))
+    except (OSError, SafetensorError) as e:
+        raise UserError(f"{path}: not written ({first_line(e)}); if the disk is full, free space; "
                         "an earlier checkpoint is intact") from e
     if ranks > 1:
         dist.barrier()
     if rank == 0:
-        require(len(manifests(temporary)) == ranks, f"{folder}: other machines' parts of a "
+        require(len(parts_of(temporary)) == ranks, f"{folder}: other machines' parts of a "
                 "checkpoint are not here; all machines must share out_dir")
         publish(temporary, path)
         remove_checkpoints(folder, but=path)
 
 
+def parts_of(path):
+    return sorted(glob.glob(os.path.join(glob.escape(path), "*.safetensors")))
+
+
+def about_part(part):
+    """What an open part of a checkpoint says of itself."""
+    return json.loads(part.metadata()["checkpoint"])
+
+
+def check_checkpoint(path):
+    """The settings of the run that wrote it. Raises UserError unless every part is there, and every
+    byte as it was written. Each rank reads its share."""
+    files, (rank, ranks), known = parts_of(path), rank_and_size(), []
+    for file in files:
+        name = os.path.basename(file)
+        with reading(file, "a part of a checkpoint"):
+            if file in files[rank::ranks]:
+                with open(file.removesuffix("safetensors") + "sha256", encoding="utf-8") as f:
+                    require(f.read() == sha256(file), f"{path}: {name} failed its sha256; delete "
+                            "the checkpoint")
+            with safe_open(file, framework="pt") as part:
+                known.append(about_part(part))
+    expected = {f"{i}.safetensors" for i in range(known[0]["ranks"])} if known else {"0"}
+    require({os.path.basename(file) for file in files} == expected,
+            f"{path}: a rank's part is missing; delete the checkpoint")
+    require({about["step"] for about in known} == {int(path[-7:])},
+            f"{path}: made at another step; was it renamed?")
+    return known[0]["settings"]
+
+
+@torch.no_grad()
 def load_checkpoint(model, optimizer, path):
-    """The reverse. Raises UserError where a byte is not as it was written."""
-    rank, ranks = rank_and_size()
-    for manifest in manifests(path)[rank::ranks]:
-        for file, digest in read_json(manifest).items():
-            require(sha256(os.path.join(path, file)) == digest,
-                    f"{path}: {file} failed its sha256; delete the checkpoint")
-    state = training_state(model, optimizer)
-    try:
-        dcp.load(state, checkpoint_id=path)
-    except FAILURES as e:
-        raise UserError(f"{path}: can't be loaded ({last_line(e)}); is it of another version of "
-                        "this code?") from e
-    set_state_dict(model, optimizer, model_state_dict=state["model"],
-                   optim_state_dict=state["optimizer"], options=TRAINED_ONLY)
+    """The reverse of save_checkpoint, on any number of ranks. The optimizer must be new."""
+    found, params = {}, trained_parameters(model)
+    with contextlib.ExitStack() as stack, reading(path, "a checkpoint of this model"):
+        for file in parts_of(path):
+            part = stack.enter_context(safe_open(file, framework="pt"))
+            for name, row in about_part(part)["first_rows"].items():
+                found.setdefault(name, []).append((row, part.get_slice(name)))
+        names = {name.removeprefix("model/") for name in found if name.startswith("model/")}
+        require(names == params.keys(), f"{path}: holds the training of other weights")
+        for name, pieces in found.items():
+            kind, _, rest = name.partition("/")
+            if kind == "model":
+                fill_rows(params[rest], pieces)
+            else:
+                owner, _, key = rest.rpartition("/")
+                optimizer.state[params[owner]][key] = read_state(params[owner], pieces)
 
 
-def manifests(path):
-    return sorted(glob.glob(os.path.join(glob.escape(path), "*.sha256")))
+def read_state(p, pieces):
+    """A tensor of the optimizer's state of parameter p, sharded as p is if it has p's shape."""
+    shape = pieces[0][1].get_shape()
+    if isinstance(p, DTensor) and shape[1:] == [*p.shape[1:]] and shape:
+        return fill_rows(torch.zeros_like(p), pieces)
+    value = read_rows(pieces, 0, None)
+    return value.item() if value.dtype == torch.int64 else value.to(p.device)
 
 
-def last_line(error):
-    return (str(error).splitlines() or [type(error).__name__])[-1]
+def fill_rows(tensor, pieces):
+    """Copy this rank's rows into a tensor, from the parts that hold them."""
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    start = first_row(tensor)
+    local.copy_(read_rows(pieces, start, start + len(local)))
+    return tensor
+
+
+def read_rows(pieces, start, stop):
+    """Rows start to stop (None: the end) of a tensor, from its parts, [(first row, slice), ..]."""
+    if not pieces[0][1].get_shape():
+        return pieces[0][1][...]
+    return torch.cat([piece[max(start - row, 0):None if stop is None else max(stop - row, 0)]
+                      for row, piece in sorted(pieces, key=lambda piece: piece[0])])
 
 
 def checkpoints(folder, suffix=""):

@@ -749,7 +749,7 @@ def test_checkpoint_of_several_machines(tmp_path, monkeypatch):
     monkeypatch.setattr(configurator.dist, "barrier", lambda: None)
     with pytest.raises(UserError, match="must share out_dir"):
         configurator.save_checkpoint(model, torch.optim.AdamW(model.parameters()), str(tmp_path),
-                                     3)
+                                     3, {})
     assert configurator.last_checkpoint(str(tmp_path)) == (0, None)
 
 
@@ -2355,9 +2355,9 @@ REFUSED = {   # arguments, what happens to the folder before, words of the error
     "unfinished": ([], None, ["unfinished run"]),
     "past": (["--resume", "--max_iters=2"], None, ["error: max_iters: 2"]),
     "beta": (["--resume", "--beta=0.2"], None, ["error: resume: ", "beta=0.05, not 0.2"]),
-    "cut": (["--resume"], ("__0_0.distcp", lambda path: os.truncate(path, 100)), []),
-    "bit": (["--resume"], ("__0_0.distcp", flip_a_bit), []),
-    "meta": (["--resume"], (".metadata", flip_a_bit), []),
+    "cut": (["--resume"], ("0.safetensors", lambda path: os.truncate(path, 100)), []),
+    "bit": (["--resume"], ("0.safetensors", flip_a_bit), []),
+    "sum": (["--resume"], ("0.sha256", flip_a_bit), []),
 }
 
 
@@ -2388,7 +2388,8 @@ def resumed(interrupted):
         copied = shutil.copytree(folder / "run-lora", folder / f"run-{name}")
         if damage:
             damage[1](copied / "checkpoint-0000003" / damage[0])
-    shutil.copytree(folder / "run-two-fsdp", folder / "run-alone")
+    for name in ("alone", "alone-kept"):
+        shutil.copytree(folder / "run-two-fsdp", folder / f"run-{name}")
     jobs = {name: [*args[name], "--resume"] for name in RESUMABLE}
     jobs |= {name: [*args["lora"], *more] for name, (more, _, _) in REFUSED.items()}
     jobs |= {"alone": [*args["two-ddp"], "--resume"], "torn": [*args["torn"], "--resume"],
@@ -2420,7 +2421,7 @@ def test_what_can_not_be_resumed(name, interrupted, resumed):
     """An unfinished run is not overwritten, it doesn't go on as another, nor from damaged files."""
     _, damage, words = REFUSED[name]
     if damage:
-        words = [f"error: {interrupted.folder}/run-{name}/checkpoint-0000003: {damage[0]} failed"]
+        words = [f"error: {interrupted.folder}/run-{name}/checkpoint-0000003: 0.safetensors failed"]
     assert_one_line(resumed[name], *words)
 
 
@@ -2437,6 +2438,39 @@ def test_resume_of_a_finished_run(interrupted, resumed):
     assert_done(resumed["lora-whole"])
     assert "is finished" in resumed["lora-whole"].stdout
     assert "step     0" not in resumed["lora-whole"].stdout
+
+
+def test_a_checkpoint_needs_every_part(interrupted, resumed, tmp_path):
+    """Without a rank's part or its sum, or under another step's name, it is none; and a header
+    without sums of its own is not believed."""
+    whole = interrupted.folder / "run-alone-kept" / "checkpoint-0000003"
+    assert configurator.check_checkpoint(str(whole))["parallel"] == "fsdp"
+    for name, change in {"part": lambda p: os.remove(p / "1.safetensors"),
+                         "first part": lambda p: os.remove(p / "0.safetensors"),
+                         "sum": lambda p: os.remove(p / "1.sha256")}.items():
+        change(shutil.copytree(whole, tmp_path / name / "checkpoint-0000003"))
+        with pytest.raises((UserError, OSError)):
+            configurator.check_checkpoint(str(tmp_path / name / "checkpoint-0000003"))
+    with pytest.raises(UserError, match="another step"):
+        configurator.check_checkpoint(str(shutil.copytree(whole, tmp_path / "checkpoint-0000004")))
+
+
+def test_a_checkpoint_is_not_executed(interrupted, resumed, tmp_path):
+    """Pickles that would run code are not even opened, whatever file of a checkpoint they replace."""
+    bomb = b"cos\nsystem\n(S'touch " + str(tmp_path / "ran").encode() + b"'\ntR."
+    for file in ("0.safetensors", "0.sha256", ".metadata", "__0_0.distcp"):
+        path = shutil.copytree(interrupted.folder / "run-alone-kept" / "checkpoint-0000003",
+                               tmp_path / file / "checkpoint-0000003")
+        (path / file).write_bytes(bomb)
+        digest = configurator.sha256(path / "0.safetensors")
+        if file == "0.safetensors":   # with a sum of the attacker's own
+            (path / "0.sha256").write_text(digest)
+        if file.startswith("0"):
+            with pytest.raises(UserError):
+                configurator.check_checkpoint(str(path))
+        else:
+            configurator.check_checkpoint(str(path))
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("what", ["dataset", "init_from"])

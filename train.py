@@ -26,8 +26,8 @@ import data
 import mmpo
 import model as llama
 from configurator import (
-    cache_path, check_same_run, configure, first_on_each_node, last_checkpoint, load_checkpoint,
-    one_line_errors, open_metrics, read_json, remove_checkpoints, require, save_cache,
+    cache_path, check_checkpoint, check_same_run, configure, first_on_each_node, last_checkpoint,
+    load_checkpoint, one_line_errors, open_metrics, remove_checkpoints, require, save_cache,
     save_checkpoint, write_json)
 from scripts import cost, report
 
@@ -165,6 +165,7 @@ if resume and not checkpoint:
         log(f"resume: the run in {out_dir} is finished, and stays as it is")
         sys.exit()
     log(f"resume: no checkpoint in {out_dir}, so the run starts")
+before = check_checkpoint(checkpoint) if checkpoint and resume else {}   # that run's settings
 log(f"nanoMMPO: {objective} on {ddp_world_size} x {device.type}, {dtype}; set: " +
     (", ".join(f"{k}={v!r}" for k, v in overrides.items()) or "nothing"))
 
@@ -221,7 +222,7 @@ if dry_run:
 settings |= {"dataset_sha256": train_pairs.fingerprint(), "eval_dataset_sha256":
              held_out.fingerprint(), "init_from_sha256": llama.weights_fingerprint(folder)}
 if checkpoint:
-    check_same_run(settings, read_json(os.path.join(out_dir, "train_config.json")))
+    check_same_run(settings, before)
     require(start_iter <= max_iters, f"max_iters: {max_iters}, and {checkpoint} is past that")
 llama.load_weights(raw_model, folder, device)
 trained = [p for p in raw_model.parameters() if p.requires_grad]
@@ -438,7 +439,7 @@ for iter_num in tqdm(range(start_iter, max_iters + 1), "steps", max_iters, initi
         metrics |= cost.throughput(raw_model, tree_lengths, packs, pad_to, time.time() - t0)
         record(iter_num, metrics)
     if save_interval and (iter_num + 1) % save_interval == 0 and iter_num + 1 < max_iters:
-        save_checkpoint(raw_model, optimizer, out_dir, iter_num + 1)
+        save_checkpoint(raw_model, optimizer, out_dir, iter_num + 1, settings)
 
 # --- the aligned model, in Hugging Face layout, and what to know about it
 llama.export(raw_model, out_dir, hf_config, folder, llama.DTYPES[export_dtype],
