@@ -18,6 +18,7 @@ import json
 import math
 import os
 import shutil
+import zlib
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -823,7 +824,7 @@ def export(model, folder, hf_config, base_folder=None, dtype=torch.bfloat16, ada
             layer = layers.get(name.removesuffix(".weight"))
             tensor = layer.merged_weight() if layer else whole(tensors[name])
             if write:
-                shard[name] = tensor.to("cpu", dtype).contiguous()
+                shard[name] = rounded(tensor.cpu(), dtype, seed=zlib.crc32(name.encode()))
                 require(all_finite(shard[name]), f"{folder}: {name} is not finite in {dtype}; use "
                         "--export_dtype=float32, from a checkpoint if there is one")
         if write:
@@ -859,6 +860,18 @@ def export(model, folder, hf_config, base_folder=None, dtype=torch.bfloat16, ada
     for file in new:
         publish(os.path.join(temporary, file), os.path.join(folder, file))
     os.rmdir(temporary)
+
+
+def rounded(tensor, dtype, seed):
+    """The tensor in dtype. fp32 becomes bf16 up or down at random, by which is nearer, so that the
+    mean is kept. What training adds to a weight is mostly less than half the gap between two bf16
+    numbers, so rounding to the nearest would take it away again (assets/results.md)."""
+    if (tensor.dtype, dtype) != (torch.float32, torch.bfloat16):
+        return tensor.to(dtype).contiguous()
+    noise = torch.randint(2 ** 16, tensor.shape, dtype=torch.int32,
+                          generator=torch.Generator().manual_seed(seed))
+    bits = tensor.contiguous().view(torch.int32) + noise   # the upper 16 bits are a bf16 number
+    return (bits & -2 ** 16).view(torch.float32).to(dtype)
 
 
 def adapter_config(layers, base):   # as peft reads it
