@@ -421,6 +421,19 @@ def help_text(known, source):
 # processes
 
 
+def torchrun_ranks():
+    """-> whether torchrun or the like started this process, its rank, its rank on this machine, the
+    number of processes. UserError where what a launcher sets is there in part."""
+    if "RANK" not in os.environ:
+        return False, 0, 0, 1
+    told = {"LOCAL_RANK": "0"} | os.environ
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR"):
+        value = told.get(name, "")
+        require(value and (name == "MASTER_ADDR" or value.isdecimal()),
+                f'RANK is set, but {name} is "{value}"; start with torchrun, or unset RANK')
+    return True, *(int(told[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+
+
 def rank_and_size():
     """This process's rank and how many there are: 0 and 1 where it is alone."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)

@@ -466,10 +466,11 @@ def kind_of(value):
 def read_rows(source, split):
     """Yields (where, row) of a local file, or of a hub dataset's split.
 
-    source: a path, owner/name or owner/name:config. A row is an object or a line of JSON.
+    source: a path, or owner/name[/data_dir][:config][@revision] of the hub. A row is an object or a
+    line of JSON.
     """
     if not os.path.exists(source):
-        require(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?", source)
+        require(re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)+(:[\w.-]+)?(@[\w./-]+)?", source)
                 and not source.endswith((".jsonl", ".gz", ".json", ".parquet", ".csv")),
                 f"{source}: no such file; give a local file or a hub dataset (owner/name)")
         yield from read_hub(source, split)
@@ -506,9 +507,12 @@ def read_rows(source, split):
 
 def read_hub(source, split):
     from datasets import load_dataset
-    name, _, config = source.partition(":")
+    path, _, revision = source.partition("@")
+    path, _, config = path.partition(":")
+    owner, name, *data_dir = path.split("/")
     try:
-        dataset = load_dataset(name, config or None, split=split)
+        dataset = load_dataset(f"{owner}/{name}", config or None, split=split,
+                               data_dir="/".join(data_dir) or None, revision=revision or None)
     except Exception as e:
         raise UserError(f"{source}: no such file here, and split {split} of that hub dataset can't "
                         f"be had ({first_line(e)}); check the name and the split, or give a local "
@@ -752,7 +756,7 @@ def collate(pairs, batch, members, pad_to=1):
     if padding := max(1, -(-start // pad_to)) * pad_to - start:   # an empty pack is all padding
         index, none = np.arange(padding), np.zeros(0)
         # a branch each, so that a token of padding sees itself only
-        columns.append((0 * index, index, 0 * index - 1, 1 + index, none, none, none))
+        columns.append((0 * index, 0 * index, 0 * index - 1, 1 + index, none, none, none))
         trees.append([padding, 0])
     tokens, positions, *rest = (torch.from_numpy(np.concatenate(parts).astype(np.int64))
                                 for parts in zip(*columns))

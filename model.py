@@ -11,13 +11,16 @@ References
    grouped-query attention: Ainslie et al. 2023, arXiv 2305.13245
 4) LoRA: Hu et al. 2021, arXiv 2106.09685; 5) transformers/models/llama/modeling_llama.py
 """
+import atexit
 import contextlib
 import hashlib
 import itertools
 import json
 import math
 import os
+import re
 import shutil
+import tempfile
 import zlib
 from dataclasses import dataclass
 from functools import lru_cache
@@ -27,7 +30,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -55,56 +58,76 @@ class LlamaConfig:
     intermediate_size: int = 2048
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
-    rope_scaling: dict | None = None    # None, or Llama 3's four numbers
+    rope_scaling: dict | None = None    # None, or a rope_type and its numbers, as in ROPE
     max_position_embeddings: int = 2048
     tie_word_embeddings: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False               # Qwen3: an RMSNorm on every query and key head
+    limits: tuple = ()   # (field of config.json, the longest sequence that is exact under it), ..
 
 
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM",
+                 "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}   # by model_type
+ROPE = {   # rope_type: its numbers
+    "default": (), "dynamic": (), "linear": ("factor",),
+    "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor",
+               "high_freq_factor"),
+    "yarn": ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow",
+             "attention_factor")}
 # Fields of config.json that change what the network computes: the values that this file honours,
 # None for a field that is missing, and a hint for all others.
 HONOURED = {
-    "model_type": (("llama", "mistral", "qwen2", "qwen3"), "llama, mistral, qwen2, qwen3"),
-    "hidden_act": (("silu", None), "silu"),
-    "rope_type": (("default", "llama3", None), "default, llama3"),
+    "model_type": (tuple(ARCHITECTURES), ", ".join(ARCHITECTURES)),
+    "hidden_act": (("silu", "swish", None), "silu"),
+    "rope_type": (tuple(ROPE), ", ".join(ROPE)),
     "partial_rotary_factor": ((1.0, None), "1.0"),
-    "sliding_window": ((None,), "use a model without sliding windows"),
+    "mscale": ((None,), "yarn without it"),
+    "truncate": ((True, None), "yarn with true"),
+    "layer_types": ((None,), "full_attention, or sliding_attention with a sliding_window"),
     "quantization_config": ((None, {}), "use the bf16 checkpoint, not quantized weights"),
 }
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
          "num_attention_heads")
 OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings")
-LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 def config_from_dict(hf, where="config.json"):
     """config.json as a dict -> LlamaConfig. UserError names the field that this file can't honour.
 
-    transformers 5 writes rope_parameters, older versions rope_theta and rope_scaling. Both work.
+    transformers 5 writes rope_parameters, older versions rope_theta and rope_scaling. Where there
+    are both, rope_scaling counts, as in transformers 5.
     """
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    require(isinstance(rope, dict), f"{where}: rope parameters must be an object (got {rope!r})")
-    kind, rope_type = hf.get("model_type"), rope.get("rope_type") or rope.get("type")
-    # Qwen names a window that use_sliding_window switches off. Mistral's is 4,096 where its config
-    # doesn't say.
-    window = hf.get("use_sliding_window", kind == "mistral") and hf.get("sliding_window", 4096)
-    if "sliding_attention" in (hf.get("layer_types") or ()):
-        window = "in some layers"
-    partial = rope.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
-    found = hf | {"rope_type": rope_type, "sliding_window": window or None,
-                  "partial_rotary_factor": partial}
+    rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    require(isinstance(rope, dict) and dict not in map(type, rope.values()),
+            f"{where}: rope parameters must be one object of numbers and words (got {rope!r})")
+    rope = {field: value for field, value in rope.items() if value is not None}
+    kind, rope_type = hf.get("model_type"), rope.get("rope_type") or rope.get("type") or "default"
+    # Every Mistral has a window, of 4,096 where its config doesn't say; Qwen's is switched on by
+    # use_sliding_window. A sequence that fits into it doesn't meet it.
+    windowed = kind == "mistral" or hf.get("use_sliding_window")
+    window = hf.get("sliding_window", 4096) if windowed else None
+    layers = set(re.findall(r"\w+", str(hf.get("layer_types") or "")))
+    odd = layers - {"full_attention", "sliding_attention" if window else None}
+    found = hf | rope | {"rope_type": rope_type, "layer_types": min(odd, default=None)}
     for field, (values, hint) in HONOURED.items():
         require(found.get(field) in values,
                 f'{where}: {field} "{found.get(field)}" is not supported ({hint})')
 
     theta, eps = rope.get("rope_theta") or hf.get("rope_theta", 1e4), hf.get("rms_norm_eps", 1e-6)
+    context, factor = hf.get("max_position_embeddings"), rope.get("factor")
+    sharper = 1 + 0.1 * math.log(max(1, factor)) if type(factor) in (int, float) else None
+    given = {"original_max_position_embeddings": context, "beta_fast": 32, "beta_slow": 1,
+             "attention_factor": sharper} | rope
+    given |= {field: hf[field] for field in ["original_max_position_embeddings"] if hf.get(field)}
+    scaling = {field: given.get(field) for field in ROPE[rope_type]}
+    limits = {"sliding_window": None if layers == {"full_attention"} else window,
+              "max_position_embeddings": (context or 2048) if rope_type == "dynamic" else None}
+    optional = {field: hf.get(field) for field in OPTIONAL_SIZES} | {"sliding_window": window}
     whole_numbers = {field: hf.get(field) for field in SIZES}
-    whole_numbers |= {field: hf[field] for field in OPTIONAL_SIZES if hf.get(field) is not None}
-    numbers = {"rope_theta": theta, "rms_norm_eps": eps}
-    numbers |= {field: rope.get(field) for field in LLAMA3_ROPE if rope_type == "llama3"}
+    whole_numbers |= {field: value for field, value in optional.items() if value is not None}
+    numbers = scaling | {"rope_theta": theta, "rms_norm_eps": eps}
     for field, value in (whole_numbers | numbers).items():
         kinds, name = ((int, float), "number") if field in numbers else ((int,), "whole number")
         require(type(value) in kinds and value > 0,
@@ -115,9 +138,10 @@ def config_from_dict(hf, where="config.json"):
         n_head=n_head, n_kv_head=hf.get("num_key_value_heads") or n_head,
         head_dim=hf.get("head_dim") or (128 if kind == "qwen3" else hf["hidden_size"] // n_head),
         intermediate_size=hf["intermediate_size"], norm_eps=eps, rope_theta=theta,
-        rope_scaling=rope if rope_type == "llama3" else None,
-        max_position_embeddings=hf.get("max_position_embeddings") or 2048,
+        rope_scaling={"rope_type": rope_type} | scaling if scaling else None,
+        max_position_embeddings=context or 2048,
         tie_word_embeddings=hf.get("tie_word_embeddings", False),
+        limits=tuple((field, n) for field, n in limits.items() if n),
         mlp_bias=hf.get("mlp_bias", False), qkv_bias=bias or kind == "qwen2",
         o_bias=bias and kind != "qwen2", qk_norm=kind == "qwen3")
 
@@ -156,23 +180,38 @@ class RMSNorm(nn.Module):
         return (self.weight * h).to(compute_dtype(x))
 
 
-def rotary(positions, config):
-    """Positions (B, T) -> cos and sin (B, T, 1, head_dim), fp32, with Llama 3's frequency scaling.
+def frequencies(config, device):
+    """-> (head_dim / 2,) fp32, the angle by which each pair of a head turns from token to token,
+    and a factor on cos and sin, which is 1 but for YaRN.
 
-    Llama 3 leaves the frequencies of short wavelengths alone and divides those of long ones by
-    `factor`. It blends the two where a wavelength fits 1 to 4 times into the original context.
+    Where a model's context was stretched, angles are divided by `factor`. Linear scaling divides
+    all. Llama 3 and YaRN leave those alone that turn often within the original context, divide
+    those that turn seldom, and blend between: Llama 3 by the number of turns, YaRN by the place in
+    the head, from where it turns beta_fast times to where it turns beta_slow times.
     """
-    exponent = torch.arange(0, config.head_dim, 2, device=positions.device) / config.head_dim
+    exponent = torch.arange(0, config.head_dim, 2, device=device) / config.head_dim
     freq = 1 / config.rope_theta ** exponent   # in this order transformers' bits come out
-    if config.rope_scaling:
-        s = config.rope_scaling
-        low, high = s["low_freq_factor"], s["high_freq_factor"]
+    s, alone = config.rope_scaling or {"factor": 1}, 0.0
+    if s.get("rope_type") == "llama3":
         turns = s["original_max_position_embeddings"] * freq / (2 * math.pi)
-        blend = ((turns - low) / (high - low)).clamp(0, 1)   # 0: divide, 1: leave alone
-        freq = blend * freq + (1 - blend) * freq / s["factor"]
+        low, high = s["low_freq_factor"], s["high_freq_factor"]
+        alone = ((turns - low) / (high - low)).clamp(0, 1)   # 1: leave alone, 0: divide
+    elif s.get("rope_type") == "yarn":
+        start, end = (config.head_dim / 2 * math.log(
+            s["original_max_position_embeddings"] / (2 * math.pi * turns), config.rope_theta)
+            for turns in (s["beta_fast"], s["beta_slow"]))
+        start, end = max(math.floor(start), 0), min(math.ceil(end), config.head_dim - 1)
+        place = torch.arange(len(freq), device=device)
+        alone = 1 - ((place - start) / (end - start or 0.001)).clamp(0, 1)
+    return alone * freq + (1 - alone) * freq / s["factor"], s.get("attention_factor", 1.0)
+
+
+def rotary(positions, config):
+    """Positions (B, T) -> cos and sin (B, T, 1, head_dim), fp32."""
+    freq, size = frequencies(config, positions.device)
     angle = positions[:, :, None, None].float() * freq       # (B, T, 1, head_dim / 2)
-    angle = torch.cat((angle, angle), dim=-1)
-    return angle.cos(), angle.sin()                          # both halves turn by the same angles
+    angle = torch.cat((angle, angle), dim=-1)                # both halves turn by the same angles
+    return angle.cos() * size, angle.sin() * size
 
 
 def rotate(x, cos, sin):
@@ -368,8 +407,17 @@ class Llama(nn.Module):
         for block in self.model.layers:
             block.compile(dynamic=dynamic)
 
+    def check_length(self, n):
+        """UserError unless a sequence of n tokens is computed exactly."""
+        for field, limit in self.config.limits:
+            require(n <= limit, f"a sequence of {n} tokens is longer than the model's {field}, "
+                    f"{limit}, beyond which this code isn't exact; shorten it (max_length, "
+                    "max_new_tokens)")
+
     def hidden(self, tokens, positions, layout, caches=None):
         """tokens, positions (B, T) -> final hidden states (B, T, C)."""
+        if self.config.limits:                     # else a GPU need not wait for the CPU
+            self.check_length(int(positions.max()) + 1)
         x = self.model.embed_tokens(tokens)        # (B, T, C)
         rope = rotary(positions, self.config)      # the same in all blocks
         for i, block in enumerate(self.model.layers):
@@ -405,11 +453,12 @@ class Llama(nn.Module):
         Prompts of different lengths are padded on the left and masked, so that a prompt's answer
         does not depend on its neighbours.
         """
+        longest = max(map(len, prompts))
+        self.check_length(longest + max_new_tokens)
         was_training = self.training
         self.eval()
         device = self.head_weight.device
         generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-        longest = max(map(len, prompts))
         pad = torch.tensor([longest - len(p) for p in prompts], device=device)[:, None]
         tokens = [[0] * (longest - len(p)) + list(p) for p in prompts]
         tokens = torch.tensor(tokens, device=device)                                # (B, T)
@@ -659,45 +708,117 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
                    "chat_template.jinja")
 
 
-def checkpoint_folder(name):
-    """A folder as it is; of a hub id, the folder into which the needed files are downloaded."""
-    if os.path.isdir(os.path.expanduser(name)):
-        return os.path.expanduser(name)
-    require(not name.startswith((".", "/", "~")) and name.count("/") == 1,
-            f"{name}: no such folder; give a model's folder or a hub id")
-    from huggingface_hub import snapshot_download
-    try:
-        return snapshot_download(name, allow_patterns=[
-            "config.json", "generation_config.json", "model*.safetensors",
-            "model.safetensors.index.json", *TOKENIZER_FILES])
-    except Exception as e:
-        raise UserError(f"{name}: no such folder here, and the hub can't be reached or refuses "
-                        f"({type(e).__name__}: {first_line(e)}); is the name right? A gated model "
-                        f"asks you to accept its licence at huggingface.co/{name}, then to run "
-                        "`hf auth login`") from e
+def checkpoint_folder(name, where=""):
+    """A folder as it is; of a hub id, owner/name or owner/name@revision, the folder into which the
+    needed files are downloaded; of a LoRA adapter, what `on_its_base` makes of it. where: begins an
+    error."""
+    folder = os.path.expanduser(name)
+    if not os.path.isdir(folder):
+        require(re.fullmatch(r"\w[\w.-]*/[\w.-]+(@.+)?", name),
+                f"{where}{name}: no such folder; give a model's folder or a hub id")
+        repo, _, revision = name.partition("@")
+        from huggingface_hub import snapshot_download
+        try:
+            folder = snapshot_download(repo, revision=revision or None, allow_patterns=[
+                "config.json", "generation_config.json", "model*.safetensors",
+                "model.safetensors.index.json", "adapter_config.json",
+                "adapter_model*.safetensors", *TOKENIZER_FILES])
+        except Exception as e:
+            raise UserError(f"{where}{name}: no such folder here, and the hub can't be reached or "
+                            f"refuses ({type(e).__name__}: {first_line(e)}); is the name right? A "
+                            f"gated model asks you to accept its licence at huggingface.co/{repo}, "
+                            "then to run `hf auth login`") from e
+    adapter = os.path.exists(os.path.join(folder, "adapter_config.json"))
+    return on_its_base(folder) if adapter else folder
+
+
+ADAPTER = "adapter-to-merge"   # what on_its_base calls its link to the adapter's folder
+# Fields of adapter_config.json with which an adapter is (alpha / rank) B A, or tensors that replace
+# the base's. With another field set it may be more.
+LORA_FIELDS = """alpha_pattern auto_mapping base_model_name_or_path bias eva_config exclude_modules
+    fan_in_fan_out inference_mode init_lora_weights layers_pattern layers_to_transform lora_alpha
+    lora_dropout megatron_core modules_to_save peft_type peft_version qalora_group_size r
+    rank_pattern revision runtime_config target_modules task_type use_rslora""".split()
+INITS = True, False, None, "gaussian", "eva", "orthogonal"   # others change the base as well
+
+
+def on_its_base(adapter):
+    """The folder of a LoRA adapter, as peft writes it -> a folder of links to its base's files and
+    its own tokenizer's. `load_weights` merges the adapter there."""
+    path = os.path.join(adapter, "adapter_config.json")
+    config = read_json(path)
+    odd = [field for field, value in config.items() if value and field not in LORA_FIELDS]
+    odd += ["peft_type"] * (config.get("peft_type") != "LORA")
+    odd += ["init_lora_weights"] * (config.get("init_lora_weights") not in INITS)
+    require(not odd, f"{path}: {odd and odd[0]} {odd and config.get(odd[0])!r} is not supported; "
+            "merge the adapter in peft")
+    files, own = os.listdir(adapter), set(os.listdir(adapter)) & set(TOKENIZER_FILES)
+    require("model.safetensors" not in files and "model.safetensors.index.json" not in files,
+            f"{adapter}: a model and an adapter, which may be merged in it already; delete "
+            "adapter_config.json or the model's weights")
+    name, revision = str(config.get("base_model_name_or_path")), config.get("revision")
+    at = f"@{revision}" if revision and not os.path.isdir(name) else ""
+    base = checkpoint_folder(name + at, f"{path}: base model ")
+    require(ADAPTER not in os.listdir(base), f"{path}: its base is an adapter too; merge that one")
+    folder = tempfile.mkdtemp(prefix=f"{os.path.basename(os.path.abspath(adapter))}-on-"
+                              f"{os.path.basename(os.path.abspath(name))}-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    # A tokenizer's files belong together. Some adapters have them without tokenizer.json.
+    instead = set(TOKENIZER_FILES if own - {"chat_template.jinja"} else own)
+    instead -= {"tokenizer.json"} - own
+    for source, files in ((base, set(os.listdir(base)) - instead), (adapter, own)):
+        for file in files:
+            os.symlink(os.path.abspath(os.path.join(source, file)), os.path.join(folder, file))
+    os.symlink(os.path.abspath(adapter), os.path.join(folder, ADAPTER))
+    return folder
 
 
 def read_config(folder):
     """config.json of a checkpoint as a dict."""
-    path, adapters = (os.path.join(folder, f) for f in ("config.json", "adapter_config.json"))
-    require(os.path.exists(path) or not os.path.exists(adapters),
-            f"{folder}: LoRA adapters alone; export them merged (export_adapter=False)")
+    path = os.path.join(folder, "config.json")
     require(os.path.exists(path),
             f"{folder}: no config.json; give a Hugging Face checkpoint folder")
     return read_json(path)
 
 
-def find_tensors(folder):
+def read_adapter(folder):
+    """The tensors of a folder's adapter, without peft's prefix, and its adapter_config.json."""
+    adapter, tensors = os.path.join(folder, ADAPTER), {}
+    if not os.path.exists(adapter):
+        return {}, {}
+    for path in {path for path, *_ in find_tensors(adapter, "adapter_model").values()}:
+        with reading(path, "a complete safetensors file"):
+            tensors |= load_file(path)
+    return ({name.removeprefix("base_model.model.").replace(".base_layer.", "."): tensor
+             for name, tensor in tensors.items()},
+            read_json(os.path.join(adapter, "adapter_config.json")))
+
+
+def merge(weight, name, adapter, config):
+    """A weight of the base as the adapter changes it. What changed it is taken from `adapter`."""
+    layer, change = name.removesuffix(".weight"), adapter.pop(name, weight)
+    if lora := f"{layer}.lora_A.weight" in adapter:
+        A, B = (adapter.pop(f"{layer}.lora_{x}.weight").float() for x in "AB")
+        alpha = next((alpha for layers, alpha in (config.get("alpha_pattern") or {}).items()
+                      if re.match(rf"(.*\.)?({layers})$", layer)), config["lora_alpha"])
+        rank = math.sqrt(len(A)) if config.get("use_rslora") else len(A)
+        change = alpha / rank * (B @ A)
+    require(change.shape == weight.shape, f"the adapter's {name} has shape {tuple(change.shape)}, "
+            f"its base's {tuple(weight.shape)}; merge the adapter in peft")
+    return weight.float() + change if lora else change
+
+
+def find_tensors(folder, stem="model"):
     """{tensor name: (the safetensors file it is in, its first byte there, its end)}.
 
     Headers are read here because the library keeps one of two tensors of a name without a word.
     Where there is one file and an index of shards beside it, the one file counts, as everywhere.
     """
-    index, shards = os.path.join(folder, "model.safetensors.index.json"), ["model.safetensors"]
+    index, shards = os.path.join(folder, f"{stem}.safetensors.index.json"), [f"{stem}.safetensors"]
     if not os.path.exists(os.path.join(folder, shards[0])):
         require(os.path.exists(index),
-                f"{folder}: no model.safetensors and no index of shards; is this a Hugging Face "
-                "checkpoint? (pytorch_model.bin: open it in transformers and save_pretrained)")
+                f"{folder}: no {stem}.safetensors and no index of shards; is this a Hugging Face "
+                "checkpoint? (.bin files: open it in transformers or peft, and save_pretrained)")
         with reading(index, "an index of shards"):
             shards = sorted(map(os.fspath, set(read_json(index)["weight_map"].values())))
     found = {}
@@ -722,7 +843,13 @@ def weights_fingerprint(folder):
     """A sha256 that changes when the model does, wherever its files lie: of config.json, and of up
     to 64 pieces of 4 KiB of every tensor, spread evenly over it. For an 8B model that is 60 MB."""
     digest = hashlib.sha256(json.dumps(read_config(folder), sort_keys=True).encode())
-    for name, (path, start, end) in sorted(find_tensors(folder).items()):
+    tensors, adapter = find_tensors(folder), os.path.join(folder, ADAPTER)
+    if os.path.exists(adapter):
+        tensors |= find_tensors(adapter, "adapter_model")
+        config = read_json(os.path.join(adapter, "adapter_config.json"))
+        scale = [config.get(field) for field in ("lora_alpha", "alpha_pattern", "use_rslora")]
+        digest.update(json.dumps(scale).encode())
+    for name, (path, start, end) in sorted(tensors.items()):
         digest.update(f"{name} {end - start}".encode())
         with open(path, "rb") as f:
             for at in range(start, end, max(4096, (end - start) // 64)):
@@ -731,15 +858,19 @@ def weights_fingerprint(folder):
     return digest.hexdigest()
 
 
-def build(hf_config, dtype, where="config.json"):
-    """The network of a config.json in `dtype`, on the meta device: shapes, but no memory yet."""
+def build(folder, dtype):
+    """The network of a checkpoint in `dtype`, on the meta device (shapes, but no memory yet), and
+    its config.json as a dict."""
+    hf_config = read_config(folder)
+    config = config_from_dict(hf_config, os.path.join(folder, "config.json"))
     with torch.device("meta"):
-        return Llama(config_from_dict(hf_config, where)).to(dtype)
+        return Llama(config).to(dtype), hf_config
 
 
 @torch.no_grad()
 def load_weights(model, folder, device):
-    """Give a model that `build` made its memory on `device` and fill it from safetensors.
+    """Give a model that `build` made its memory on `device` and fill it from safetensors, with the
+    folder's adapter merged in if it has one.
 
     Strict: every tensor of the model exactly once, of the right shape, finite, and none besides;
     else UserError says what is wrong where. The weights are never in memory twice.
@@ -753,6 +884,7 @@ def load_weights(model, folder, device):
                         ("unexpected", where.keys() - expected.keys() - tied)):
         require(not names, f"{folder}: {what} tensor {min(names, default='')} ({len(names)} of "
                 f"{len(expected)}); wrong config.json?")
+    adapter, adapter_settings = read_adapter(folder)
     order = sorted(where, key=lambda name: (name in tied, where[name]))   # by file, the tied last
     for path, names in itertools.groupby(order, where.get):
         with reading(path, "a complete safetensors file"), safe_open(path, framework="pt") as f:
@@ -763,12 +895,16 @@ def load_weights(model, folder, device):
                 require(tensor.is_floating_point() and tensor.element_size() > 1,
                         f"{path}: {name} is {tensor.dtype}; quantized weights are not supported, "
                         "use the bf16 checkpoint")
+                if p is not model.head_weight or not model.config.tie_word_embeddings:
+                    tensor = merge(tensor, name, adapter, adapter_settings)
                 require(all_finite(tensor),
                         f"{path}: {name} holds NaN or infinite values; refusing")
                 require(name not in tied or tensor.to(p.device, p.dtype).equal(whole(p)),
                         f"{folder}: lm_head.weight differs from embed_tokens.weight, but "
                         "config.json ties them; set tie_word_embeddings to false")
                 fill(p, tensor)
+    require(not adapter, f"{folder}: the adapter's {min(adapter, default='')} fits no weight of "
+            "its base, or one that is tied; merge the adapter in peft")
     for layer in lora_layers(model).values():
         layer.init_adapter()
 
@@ -780,8 +916,7 @@ def all_finite(tensor):
 def from_pretrained(name, device="cpu", dtype=torch.float32):
     """A folder or hub id -> (Llama on `device` in `dtype`, config.json as a dict)."""
     folder = checkpoint_folder(name)
-    hf_config = read_config(folder)
-    model = build(hf_config, dtype, os.path.join(folder, "config.json"))
+    model, hf_config = build(folder, dtype)
     load_weights(model, folder, device)
     return model, hf_config
 
@@ -809,7 +944,8 @@ def export(model, folder, hf_config, base_folder=None, dtype=torch.bfloat16, ada
         tensors = {f"base_model.model.{n}": p for n, p in state.items() if "lora_" in n}
     else:
         stem, name = "model", str(dtype).removeprefix("torch.")
-        config = hf_config | {"dtype": name, "torch_dtype": name}
+        config = hf_config | {"dtype": name, "torch_dtype": name, "architectures":
+                              [ARCHITECTURES[hf_config["model_type"]]]}
         tensors = {n: p for n, p in state.items() if "lora_" not in n}
     shards = split_state_dict_into_shards_factory(
         tensors, get_storage_size=lambda p: p.numel() * dtype.itemsize,
@@ -876,8 +1012,20 @@ def rounded(tensor, dtype, seed):
 
 def adapter_config(layers, base):   # as peft reads it
     some, here = next(iter(layers.values())), os.path.abspath(os.path.expanduser(base))
+    name, _, revision = (here, "", "") if os.path.isdir(here) else base.partition("@")
     return {"peft_type": "LORA", "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": here if os.path.isdir(here) else base,
+            "base_model_name_or_path": name, "revision": revision or None,
             "r": some.rank, "lora_alpha": some.alpha, "lora_dropout": some.dropout,
             "target_modules": sorted({name.split(".")[-1] for name in layers}), "bias": "none",
             "fan_in_fan_out": False, "inference_mode": True}
+
+
+def check_target(out_dir, folder, adapter_alone):
+    """UserError where the export of a run that starts from `folder` would overwrite what it started
+    from, or be an adapter on an adapter."""
+    adapter, base = (os.path.realpath(os.path.join(folder, f)) for f in (ADAPTER, "config.json"))
+    require(os.path.realpath(out_dir) not in (os.path.realpath(folder), adapter,
+                                              os.path.dirname(base)),
+            f"out_dir: {out_dir} is init_from or its base, and would be overwritten; give another")
+    require(not adapter_alone or not os.path.exists(adapter), "export_adapter: init_from is an "
+            "adapter, and peft puts none on another; export them merged")

@@ -41,7 +41,7 @@ import data
 import mmpo
 import model as llama
 from configurator import UserError, read_json, write_json
-from scripts import cost, evaluate, report
+from scripts import cost, evaluate, report, sample
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
 SHARED = os.path.join(ROOT, os.environ.get("MMPO_SHARED", "../shared"))
@@ -222,14 +222,19 @@ def load(path, tokenizer, max_length=512, max_prompt_length=256, bad_rows="error
 
 LLAMA3_ROPE = dict(rope_type="llama3", rope_theta=5e5, factor=8.0, low_freq_factor=1.0,
                    high_freq_factor=4.0, original_max_position_embeddings=64)
+LINEAR_ROPE = dict(rope_type="linear", rope_theta=1e4, factor=4.0)
+YARN_ROPE = dict(rope_type="yarn", rope_theta=5e5, factor=8.0, original_max_position_embeddings=64)
 GRID = {
     "llama-gqa": ("llama", {}),
     "llama-mha-tied": ("llama", dict(num_key_value_heads=4, tie_word_embeddings=True)),
     "llama-wide-heads": ("llama", dict(head_dim=24)),
     "llama-rope3": ("llama", dict(rope_parameters=LLAMA3_ROPE)),
+    "llama-linear": ("llama", dict(rope_parameters=LINEAR_ROPE)),
+    "llama-yarn": ("llama", dict(rope_parameters=YARN_ROPE)),
     "llama-biases": ("llama", dict(attention_bias=True, mlp_bias=True, num_key_value_heads=1)),
     "mistral": ("mistral", dict(head_dim=16)),
     "qwen2": ("qwen2", dict(rope_parameters=dict(rope_type="default", rope_theta=1e6))),
+    "qwen2-yarn": ("qwen2", dict(rope_parameters=YARN_ROPE | dict(attention_factor=1.5))),
     "qwen3": ("qwen3", dict(head_dim=16, tie_word_embeddings=True)),
     "qwen3-biases": ("qwen3", dict(head_dim=8, attention_bias=True)),
 }
@@ -247,7 +252,7 @@ def test_logits_equal_transformers(name, style, tmp_path):
         config = read_json(tmp_path / "config.json")
         rope = config.pop("rope_parameters")
         config |= {"rope_theta": rope.pop("rope_theta"), "torch_dtype": config.pop("dtype"),
-                   "rope_scaling": rope if rope["rope_type"] == "llama3" else None}
+                   "rope_scaling": rope if rope["rope_type"] != "default" else None}
         write_json(tmp_path / "config.json", config)
     ours, _ = llama.from_pretrained(str(tmp_path))
     for T in (16, 200, 1024):
@@ -258,6 +263,90 @@ def test_logits_equal_transformers(name, style, tmp_path):
         range(len(r)), r].sum() for r in responses] for p, *responses in all_ids(pairs)]
     pack = pack_of(pairs)
     assert gap(pack.sum_by_response(ours(pack)[0]), torch.tensor(want)) <= 1e-4
+
+
+def save_with(folder, kind, changes, **shape):
+    """A tiny checkpoint whose config.json was written by hand: fields set, or left out ("gone")."""
+    transformers_model(kind, max_position_embeddings=96, **shape).save_pretrained(folder)
+    config = read_json(f"{folder}/config.json") | changes
+    write_json(f"{folder}/config.json", {k: v for k, v in config.items() if v != "gone"})
+    return str(folder)
+
+
+LLAMA3_BARE = {k: v for k, v in LLAMA3_ROPE.items() if k not in (
+    "rope_theta", "original_max_position_embeddings")}
+OLD = {"rope_parameters": "gone", "rope_theta": 5e5}
+CONFIGS = {   # model_type, what config.json says in its own way
+    "linear-type": ("llama", OLD | {"rope_scaling": {"type": "linear", "factor": 2}}),
+    "yarn-type": ("mistral", OLD | {"rope_scaling": {"type": "yarn", "factor": 4.0}}),
+    "yarn-betas": ("llama", OLD | {"rope_scaling": {
+        "rope_type": "yarn", "factor": 4.0, "beta_fast": 16, "beta_slow": 2,
+        "attention_factor": None, "original_max_position_embeddings": 32}}),
+    "llama3-bare": ("llama", OLD | {"rope_scaling": LLAMA3_BARE}),
+    "both": ("llama", {"rope_parameters": LINEAR_ROPE, "rope_scaling": LLAMA3_BARE}),
+    "both-theta": ("llama", {"rope_parameters": LINEAR_ROPE, "rope_theta": 5e5,
+                             "rope_scaling": {"rope_type": "linear", "factor": 2.0}}),
+    "no-scaling": ("llama", {"rope_parameters": LINEAR_ROPE, "rope_scaling": None}),
+    "outside": ("llama", OLD | {"original_max_position_embeddings": 32,
+                                "rope_scaling": {"type": "yarn", "factor": 4.0}}),
+    "swish": ("llama", {"hidden_act": "swish"}),
+    "partial-null": ("llama", OLD | {"partial_rotary_factor": None}),
+    "partial-1": ("llama", OLD | {"partial_rotary_factor": 1}),
+    "qwen-no-window": ("qwen2", {"use_sliding_window": False, "sliding_window": 64}),
+    "qwen-full": ("qwen2", {"use_sliding_window": True, "sliding_window": 64}),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.no_grad()
+def test_config_as_people_have_it(name, tmp_path):
+    """Logits equal transformers', beyond the original context too, for config.json's other ways to
+    say a thing."""
+    folder, tokens = save_with(tmp_path, *CONFIGS[name]), tokens_of(1, 300)
+    logits = llama.from_pretrained(folder)[0].logits(tokens)
+    assert gap(logits, transformers_logits(folder, tokens)) <= 1e-4
+
+
+DYNAMIC = OLD | {"rope_scaling": {"type": "dynamic", "factor": 2.0}}
+LIMITS = {   # model_type, config.json, the field that sets the limit, the limit
+    "window": ("mistral", {"sliding_window": 40}, "sliding_window", 40),
+    "no-switch": ("mistral", {"sliding_window": 40, "use_sliding_window": False}, "sliding", 40),
+    "some-layers": ("qwen2", {"sliding_window": 40, "use_sliding_window": True,
+                              "layer_types": ["full_attention", "sliding_attention"]},
+                    "sliding_window", 40),
+    "dynamic": ("llama", DYNAMIC, "max_position_embeddings", 96),
+}
+
+
+@pytest.mark.parametrize("name", LIMITS)
+@torch.no_grad()
+def test_longest_sequence(name, tmp_path):
+    """Within a sliding window, or dynamic rope's original length, logits equal transformers', where
+    a longer sequence's don't. That one is refused, with both numbers: as text, pack and answer."""
+    kind, changes, field, limit = LIMITS[name]
+    folder = save_with(tmp_path, kind, changes)
+    model, tokens = llama.from_pretrained(folder)[0], tokens_of(1, limit + 1)
+    want = transformers_logits(folder, tokens[:, :limit])
+    assert gap(model.logits(tokens[:, :limit]), want) <= 1e-4
+    ids = tokens[0].tolist()
+    for n in (limit, limit + 1):   # of the whole pair, beside a short one, and with padding
+        pack = pack_of(data.Pairs.from_ids([[ids[:9], ids[9:n], [1]], [[1], [2], [3]]]), 256)
+        calls = (lambda: model.logits(tokens[:, :n]), lambda: model(pack),
+                 lambda: model.generate([ids[:n - 3]], 3), lambda: model.check_length(n))
+        for call in calls:
+            if n == limit:
+                call()
+            else:
+                with pytest.raises(UserError, match=f"{limit + 1} tokens .*{field}.*{limit}"):
+                    call()
+    object.__setattr__(model.config, "limits", ())
+    assert gap(model.logits(tokens), transformers_logits(folder, tokens)) > 1e-3
+
+
+def test_mistral_has_a_window(tmp_path):
+    """Of 4,096 tokens, where its config.json doesn't say."""
+    config = read_json(save_with(tmp_path, "mistral", {"sliding_window": "gone"}) + "/config.json")
+    assert llama.config_from_dict(config).limits == (("sliding_window", 4096),)
 
 
 @needs(SMOLLM2)
@@ -529,6 +618,7 @@ def test_export_opens_in_transformers(checkpoint, tmp_path):
     model, config = llama.from_pretrained(checkpoint)
     model.compile_blocks()   # must leave no trace in the names
     out, tokens = str(tmp_path / "out"), tokens_of(2, 30)
+    del config["architectures"]
     llama.export(model, out, config | {"my": {"a": [1]}}, checkpoint, torch.float32)
     reopened, _ = llama.from_pretrained(out)
     assert gap(transformers_logits(out, tokens), reopened.logits(tokens)) <= 1e-6
@@ -536,6 +626,7 @@ def test_export_opens_in_transformers(checkpoint, tmp_path):
     assert before.keys() == after.keys() and all(before[n].equal(after[n]) for n in before)
     saved = read_json(f"{out}/config.json")
     assert saved["my"] == {"a": [1]} and saved["dtype"] == "float32"
+    assert saved["architectures"] == ["LlamaForCausalLM"]   # which vLLM goes by
     for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         with open(f"{checkpoint}/{file}", "rb") as a, open(f"{out}/{file}", "rb") as b:
             assert a.read() == b.read()
@@ -628,13 +719,6 @@ def damage_index(content):
     return damage
 
 
-def mistral_of_old(folder):
-    """Mistral's window is 4,096 where config.json doesn't say."""
-    config = read_json(f"{folder}/config.json") | {"model_type": "mistral"}
-    del config["sliding_window"]
-    write_json(f"{folder}/config.json", config)
-
-
 def repeat_a_key(folder):
     with open(f"{folder}/model.safetensors", "rb") as f:
         raw = f.read()
@@ -647,7 +731,8 @@ def repeat_a_key(folder):
 
 
 NORM, EMBED = "model.layers.1.input_layernorm.weight", "model.embed_tokens.weight"
-YARN, LINEAR = {"rope_type": "yarn", "factor": 2.0}, {"type": "linear", "factor": 2.0}
+MROPE, LONGROPE = {"rope_type": "mrope", "factor": 2.0}, {"type": "longrope", "factor": 2.0}
+NESTED = {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"
 DAMAGE = {
     "missing": (damage_tensors(lambda t: t.pop(NORM)), "missing tensor", NORM),
@@ -673,12 +758,18 @@ DAMAGE = {
     "no_config": (lambda f: os.remove(f"{f}/config.json"), "no config.json"),
     "half_config": (damage_file("config.json", b'{"model_type": "lla'), "config.json", "JSON"),
     "list_config": (damage_file("config.json", b"[]"), "config.json"),
-    "yarn": (damage_config(rope_parameters=YARN), "config.json", "yarn", "llama3"),
-    "linear": (damage_config(rope_parameters=None, rope_scaling=LINEAR), "config.json", "linear"),
+    "mrope": (damage_config(rope_parameters=MROPE), "config.json", "mrope", "llama3"),
+    "longrope": (damage_config(rope_parameters=None, rope_scaling=LONGROPE), "json", "longrope"),
+    "no_factor": (damage_config(rope_scaling={"rope_type": "yarn"}), "config.json", "factor"),
+    "mscale": (damage_config(rope_scaling=YARN_ROPE | {"mscale": 0.7}), "config.json", "mscale"),
+    "nested": (damage_config(rope_parameters=NESTED), "config.json", "rope parameters"),
+    "partial": (damage_config(partial_rotary_factor=0.5), "config.json", "partial_rotary_factor"),
     "gemma": (damage_config(model_type="gemma"), "config.json", "gemma", "not supported"),
     "gelu": (damage_config(hidden_act="gelu"), "config.json", "gelu"),
-    "window": (damage_config(model_type="mistral", sliding_window=4096), "config.json", "sliding"),
-    "hidden_window": (mistral_of_old, "config.json", "sliding"),
+    "smollm3": (damage_config(model_type="smollm3"), "config.json", "smollm3", "not supported"),
+    "granite": (damage_config(model_type="granite"), "config.json", "granite", "not supported"),
+    "window": (damage_config(model_type="mistral", sliding_window=0), "config.json", "sliding"),
+    "chunks": (damage_config(layer_types=["chunked_attention"]), "layer_types", "chunked"),
     "few_layers": (damage_config(layer_types=["full_attention", "sliding_attention"]), "sliding"),
     "no_eps": (damage_config(rms_norm_eps=None), "config.json", "rms_norm_eps", "None"),
     "odd_theta": (damage_config(rope_parameters=None, rope_theta="1e4"), "config.json", "'1e4'"),
@@ -714,18 +805,25 @@ def test_hub_id(monkeypatch):
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
     hub = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json",
            "tokenizer.json", "tokenizer_config.json", "generation_config.json", "README.md",
-           "special_tokens_map.json", "original/consolidated.00.pth", "pytorch_model.bin"]
-    taken = []
+           "adapter_config.json", "adapter_model.safetensors", "special_tokens_map.json",
+           "original/consolidated.00.pth", "pytorch_model.bin"]
+    taken, asked = set(), []
 
-    def download(name, allow_patterns):
-        taken.extend(huggingface_hub.utils.filter_repo_objects(hub, allow_patterns=allow_patterns))
+    def download(name, revision, allow_patterns):
+        asked.append((name, revision))
+        taken.update(huggingface_hub.utils.filter_repo_objects(hub, allow_patterns=allow_patterns))
         return "folder"
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert llama.checkpoint_folder("meta-llama/Llama-3.2-1B") == "folder"
-    assert sorted(taken) == sorted(set(hub) - {"README.md", *hub[-2:]})
+    for name in ("meta-llama/Llama-3.2-1B", "a/b@v1.0", "a/b@refs/pr/3"):
+        assert llama.checkpoint_folder(name) == "folder"
+    assert asked == [("meta-llama/Llama-3.2-1B", None), ("a/b", "v1.0"), ("a/b", "refs/pr/3")]
+    assert taken == set(hub) - {"README.md", *hub[-2:]}
+    for name in ("a/b@", "a", "a/b/c", "./a/b", "@v1"):
+        with pytest.raises(UserError, match=f"{name}: no such folder; give"):
+            llama.checkpoint_folder(name)
     for kind, words in ((GatedRepoError, "accept its licence at huggingface.co/a/b"),
                         (LocalEntryNotFoundError, "the hub can't be reached")):
-        def refuse(name, allow_patterns, error=kind.__new__(kind)):
+        def refuse(name, revision, allow_patterns, error=kind.__new__(kind)):
             raise error
         monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
         with pytest.raises(UserError, match=words):
@@ -855,9 +953,170 @@ def test_adapter_config(exports, checkpoint):
     assert told["base_model_name_or_path"] == os.path.abspath(checkpoint)
 
 
-def test_adapters_are_no_checkpoint(exports):
-    with pytest.raises(UserError, match="adapter: LoRA adapters alone"):
-        llama.from_pretrained(str(exports / "adapter"))
+# --- LoRA adapters of peft, to start from
+
+ADAPTERS = {   # LoraConfig's arguments
+    "plain": {}, "rslora": dict(use_rslora=True), "bias": dict(bias="all"),
+    "patterns": dict(rank_pattern={"q_proj": 2}, alpha_pattern={r"layers\.1\..*v_proj": 3}),
+    "head": dict(target_modules=["o_proj", "lm_head"]),
+    "saved": dict(modules_to_save=["embed_tokens", "lm_head", "norm"]),
+}
+
+
+def save_adapter(folder, base, **changes):
+    """An adapter as peft writes it, of random numbers -> the model that it makes."""
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+    options = dict(r=4, lora_alpha=6, target_modules=["q_proj", "v_proj", "down_proj"])
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
+                                peft.LoraConfig(task_type="CAUSAL_LM", **options | changes))
+    for p in model.parameters():
+        if p.requires_grad:
+            torch.nn.init.normal_(p, std=0.3, generator=torch.Generator().manual_seed(p.numel()))
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.fixture(scope="module")
+def adapter(checkpoint, tmp_path_factory):
+    """A plain adapter on the checkpoint, its folder and the model that the two make."""
+    folder = str(tmp_path_factory.mktemp("adapters") / "sft")
+    return SimpleNamespace(folder=folder, model=save_adapter(folder, checkpoint))
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+@torch.no_grad()
+def test_start_from_an_adapter(name, tmp_path):
+    """A folder of peft's adapters is its base with those merged in, to peft's logits."""
+    base, folder, tokens = str(tmp_path / "base"), str(tmp_path / "lora"), tokens_of(2, 40)
+    transformers_model("qwen2").save_pretrained(base)
+    theirs, ours = save_adapter(folder, base, **ADAPTERS[name]), llama.from_pretrained(folder)[0]
+    assert gap(ours.logits(tokens), theirs(tokens).logits) <= 1e-5
+    assert gap(ours.logits(tokens), llama.from_pretrained(base)[0].logits(tokens)) > 1e-2
+
+
+def test_own_adapters_open_again(lora, exports):
+    """What export_adapter writes is something to start from."""
+    opened, _ = llama.from_pretrained(str(exports / "adapter"))
+    assert gap(opened(lora.pack)[0], lora.trained) <= 1e-5
+
+
+def change_adapter(**changes):
+    def change(folder):
+        path = f"{folder}/adapter_config.json"
+        write_json(path, read_json(path) | changes)
+    return change
+
+
+def change_tensors(change):
+    def damage(folder):
+        tensors = load_file(f"{folder}/adapter_model.safetensors")
+        change(tensors)
+        save_file(tensors, f"{folder}/adapter_model.safetensors")
+    return damage
+
+
+LORA_A = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
+LORA_B, TIED = LORA_A.replace("_A", "_B"), f"base_model.model.{EMBED}"
+BAD_ADAPTERS = {   # the damage, words of the error
+    "dora": (change_adapter(use_dora=True), "use_dora"),
+    "new": (change_adapter(some_new_way={"a": 1}), "some_new_way"),
+    "ia3": (change_adapter(peft_type="IA3"), "peft_type 'IA3'"),
+    "pissa": (change_adapter(init_lora_weights="pissa"), "init_lora_weights 'pissa'"),
+    "no_base": (change_adapter(base_model_name_or_path=None), "adapter_config.json: base model"),
+    "base_gone": (change_adapter(base_model_name_or_path="/no/base"), "base model /no/base: no"),
+    "tied": (change_tensors(lambda t: t.update({TIED: torch.ones(500, 32)})), EMBED, "tied"),
+    "spare": (change_tensors(lambda t: t.update({LORA_A.replace("1", "7"): t[LORA_A] + 1})), "s.7."),
+    "half": (change_tensors(lambda t: t.pop(LORA_B)), "lora_B"),
+    "magnitude": (change_tensors(lambda t: t.update({LORA_A.replace("A.w", "m.w"): t[LORA_A] + 1})),
+                  "lora_m"),
+    "shape": (change_tensors(lambda t: t.update({LORA_B: torch.ones(7, 4)})), "shape (7, 32)"),
+    "nan": (change_tensors(lambda t: t[LORA_A].fill_(math.nan)), "q_proj.weight holds NaN"),
+    "bin": (lambda f: os.remove(f"{f}/adapter_model.safetensors"), "no adapter_model.safetensors"),
+    "merged": (damage_file("model.safetensors", b""), "a model and an adapter"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ADAPTERS)
+def test_bad_adapter(name, adapter, tmp_path):
+    """What can't be merged exactly is refused by its name."""
+    folder = shutil.copytree(adapter.folder, str(tmp_path / "lora"))
+    damage, *words = BAD_ADAPTERS[name]
+    damage(folder)
+    with pytest.raises(UserError) as e:
+        llama.from_pretrained(folder)
+    assert all(word in str(e.value) for word in words), str(e.value)
+
+
+def test_adapter_on_an_adapter(adapter, tmp_path):
+    """Neither can be started from, nor be written."""
+    folder = shutil.copytree(adapter.folder, str(tmp_path / "second"))
+    change_adapter(base_model_name_or_path=adapter.folder)(folder)
+    with pytest.raises(UserError, match="its base is an adapter too"):
+        llama.checkpoint_folder(folder)
+    with pytest.raises(UserError, match="export_adapter: init_from is an adapter"):
+        llama.check_target(str(tmp_path), llama.checkpoint_folder(adapter.folder), True)
+
+
+def test_out_dir_is_not_init_from(adapter, checkpoint, tmp_path):
+    """A run writes over neither the model that it starts from, nor an adapter, nor its base."""
+    for init_from, taken in ((checkpoint, [checkpoint]),
+                             (adapter.folder, [adapter.folder, checkpoint])):
+        folder = llama.checkpoint_folder(init_from)
+        llama.check_target(str(tmp_path / "new"), folder, False)
+        for out in taken:
+            with pytest.raises(UserError, match="would be overwritten"):
+                llama.check_target(out, folder, False)
+
+
+@pytest.mark.parametrize("own", [(), ("chat_template.jinja",), ("tokenizer_config.json",),
+                                 ("tokenizer.json", "tokenizer_config.json")])
+def test_files_of_an_adapter(own, adapter, checkpoint, tmp_path):
+    """config.json comes from the base. So does the tokenizer, unless the adapter brings its own."""
+    base, folder = str(tmp_path / "base"), shutil.copytree(adapter.folder, str(tmp_path / "lora"))
+    shutil.copytree(checkpoint, base)
+    change_adapter(base_model_name_or_path=base)(folder)
+    for file in ("chat_template.jinja", "special_tokens_map.json"):
+        write_json(f"{base}/{file}", {"of": "base"})
+    for file in own:
+        shutil.copyfile(f"{checkpoint}/tokenizer.json", f"{folder}/{file}")
+    opened = llama.checkpoint_folder(folder)
+    assert read_json(f"{opened}/config.json") == read_json(f"{base}/config.json")
+    there = {file for file in llama.TOKENIZER_FILES if os.path.exists(f"{opened}/{file}")}
+    mine = {file for file in there if os.path.realpath(f"{opened}/{file}").startswith(folder)}
+    assert mine == set(own)
+    of_base = {"tokenizer.json"} if "tokenizer_config.json" in own else {
+        "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"}
+    assert there - mine == of_base - mine
+
+
+@pytest.mark.parametrize("change, differs", [
+    (change_adapter(base_model_name_or_path="elsewhere", lora_dropout=0.7), False),
+    (change_adapter(lora_alpha=7), True), (change_adapter(use_rslora=True), True),
+    (change_tensors(lambda t: t[LORA_A].mul_(1.01)), True)], ids=["path", "alpha", "rs", "noise"])
+def test_fingerprint_of_an_adapter(change, differs, adapter, checkpoint, tmp_path):
+    """It is known by what it makes of its base, wherever the two lie."""
+    folder = shutil.copytree(adapter.folder, str(tmp_path / "lora"))
+    change(folder)
+    base = shutil.copytree(checkpoint, str(tmp_path / "base"))
+    change_adapter(base_model_name_or_path=base)(folder)
+    found = [llama.weights_fingerprint(llama.checkpoint_folder(f))
+             for f in (folder, adapter.folder, checkpoint)]
+    assert (found[0] != found[1]) == differs and found[2] not in found[:2]
+
+
+def test_train_from_an_adapter(adapter, checkpoint, tmp_path):
+    """A run from an adapter exports the merged model, with its base's config and tokenizer. With a
+    learning rate of 0 its logits are peft's."""
+    pairs, out = write_rows(tmp_path / "pairs.jsonl", word_rows(9)), str(tmp_path / "run")
+    assert_done(train(adapter.folder, out, f"--dataset={pairs}", "--eval_pairs=3", "--max_iters=1",
+                      "--learning_rate=0"))
+    tokens = tokens_of(2, 40)
+    assert gap(transformers_logits(out, tokens), adapter.model(tokens).logits) <= 1e-5
+    assert not glob.glob(f"{out}/adapter*")
+    saved, base = (read_json(f"{folder}/config.json") for folder in (out, checkpoint))
+    assert all(saved[k] == v for k, v in base.items() if "dtype" not in k)
+    assert read_json(f"{out}/tokenizer.json") == read_json(f"{checkpoint}/tokenizer.json")
 
 
 @pytest.mark.parametrize("name", ["w_proj", "lm_head"])   # the head has a path without adapters
@@ -2057,6 +2316,21 @@ def test_scripts(command, runs, tmp_path):
         assert (tmp_path / "c.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
+@pytest.mark.parametrize("args, words", [
+    (["--top_p=0"], "--top_p must be above 0"), (["--top_p=nan"], "--top_p must"),
+    (["--top_k=-1"], "--top_k must"), (["--temperature=-1"], "--temperature must be 0 or more"),
+    (["--temperature=inf"], "--temperature must"), (["--max_new_tokens=0"], "--max_new_tokens"),
+    (["--batch_size=0"], "--batch_size must be above 0"), (["--seed=-1"], "--seed must"),
+    (["--instructions={file}"], "row 2: \"instruction\" must be text (got None)")])
+def test_sample_arguments(args, words, tmp_path, monkeypatch):
+    """What scripts.sample can't do with its arguments is an error that names the argument."""
+    write_json(tmp_path / "i.json", [{"instruction": "Hi"}, {"instruction": None}])
+    monkeypatch.setattr(sys, "argv", ["sample", "model", *(
+        arg.format(file=tmp_path / "i.json") for arg in args)])
+    with pytest.raises(UserError, match=re.escape(words)):
+        sample.main()
+
+
 # --- scripts: what a run did, evaluated, told and compared
 
 
@@ -2406,10 +2680,14 @@ def resumed(interrupted):
             damage[1](copied / "checkpoint-0000003" / damage[0])
     for name in ("alone", "alone-kept"):
         shutil.copytree(folder / "run-two-fsdp", folder / f"run-{name}")
+    shutil.copytree(folder / "run-lora", folder / "run-moved")
+    base = shutil.copytree(interrupted.base, folder / "elsewhere")
+    pairs = shutil.copy(interrupted.pairs, base / "rows.jsonl")
     jobs = {name: [*args[name], "--resume"] for name in RESUMABLE}
     jobs |= {name: [*args["lora"], *more] for name, (more, _, _) in REFUSED.items()}
     jobs |= {"alone": [*args["two-ddp"], "--resume"], "torn": [*args["torn"], "--resume"],
-             "lora-whole": [*args["lora"], "--resume"]}
+             "lora-whole": [*args["lora"], "--resume"],
+             "moved": [*args["lora"], f"--init_from={base}", f"--dataset={pairs}", "--resume"]}
     return train_all(interrupted.base, folder, jobs)
 
 
@@ -2423,6 +2701,13 @@ def test_resumed_run_equals_an_uninterrupted_one(name, interrupted, resumed):
     assert not glob.glob(f"{cut}/checkpoint*")
     for a, b in zip(metrics_of(cut), metrics_of(whole), strict=True):
         assert all(a[k] == b[k] for k in ("iter", "loss", "grad_norm", "eval/loss") if k in b)
+
+
+def test_same_files_elsewhere_go_on(interrupted, resumed):
+    """The same model and pairs under other names are the same run: their content decides."""
+    assert_done(resumed["moved"])
+    got, want = (weights_of(interrupted.folder / f"run-{n}") for n in ("moved", "lora-whole"))
+    assert all(got[n].equal(want[n]) for n in want)
 
 
 def test_shards_of_two_ranks_go_on_in_one_process(interrupted, resumed):
@@ -2568,6 +2853,7 @@ MISTAKES = {   # arguments, words of the error
     "typo": (["{folder}/typo.py"], ["typo.py", '"learning_rate"']),
     "objective": (["--objective=dpoo"], ["--objective", '"dpo"']),
     "weights": ([*USABLE, "--init_from={folder}/model"], ["/model: ", "no model.safetensors"]),
+    "no_out_dir": (["--out_dir="], ["out_dir"]),
     "itself": ([*USABLE, "--init_from={checkpoint}", "--out_dir={checkpoint}"],
                ["out_dir", "init_from"]),
     "min_lr": (["--min_lr=1"], ["min_lr", "above learning_rate"]),

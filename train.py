@@ -28,7 +28,7 @@ import model as llama
 from configurator import (
     cache_path, check_checkpoint, check_same_run, configure, first_on_each_node, last_checkpoint,
     load_checkpoint, one_line_errors, open_metrics, remove_checkpoints, require, save_cache,
-    save_checkpoint, write_json)
+    save_checkpoint, torchrun_ranks, write_json)
 from scripts import cost, report
 
 # -----------------------------------------------------------------------------
@@ -36,7 +36,7 @@ from scripts import cost, report
 # command line override them. Words between bars at the start of a comment are the allowed values.
 # I/O
 out_dir = "out"                   # the aligned model, in Hugging Face layout, and metrics.jsonl
-init_from = "HuggingFaceTB/SmolLM2-135M-Instruct"   # the model to align: a hub id or a folder
+init_from = "HuggingFaceTB/SmolLM2-135M-Instruct"   # hub id (@revision), folder, LoRA adapter
 export_dtype = "bfloat16"         # bfloat16 | float16 | float32: of the exported weights; bfloat16
                                   # rounds up or down at random, so that small updates stay
 export_adapter = False            # with LoRA: write the adapters alone (peft), not merged weights
@@ -113,9 +113,7 @@ settings, overrides = configure(
                   "max_iters warmup min_lr seed", below_one="lora_dropout beta1 beta2")
 
 # one process, or one of those that torchrun started
-ddp = "RANK" in os.environ
-ddp_rank, ddp_local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
-ddp_world_size = int(os.environ.get("WORLD_SIZE", 1))
+ddp, ddp_rank, ddp_local_rank, ddp_world_size = torchrun_ranks()
 fsdp = ddp and parallel == "fsdp"
 master_process = ddp_rank == 0
 usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -172,8 +170,7 @@ log(f"nanoMMPO: {objective} on {ddp_world_size} x {device.type}, {dtype}; set: "
 
 # --- data: rows become token ids once, and are read from the cache after that
 folder = first_on_each_node(llama.checkpoint_folder, init_from)
-require(os.path.realpath(folder) != os.path.realpath(out_dir),
-        f"out_dir: {out_dir} is init_from, and would be overwritten; give another")
+llama.check_target(out_dir, folder, export_adapter)
 tokenizer = data.Tokenizer(folder, chat_template)
 tokenizing = (tokenizer, max_length, max_prompt_length, bad_rows)
 train_pairs = first_on_each_node(data.load_pairs, dataset, train_split, *tokenizing)
@@ -199,8 +196,7 @@ log(f"{len(train_pairs):,} pairs, {len(held_out):,} held out; {max_iters} steps 
 # --- model: shapes first, then adapters and shards, then memory and weights.
 # Trained weights are always fp32. Those that LoRA freezes need no more than the products' dtype.
 frozen_dtype = torch.bfloat16 if lora_rank and dtype == "bfloat16" else torch.float32
-hf_config = llama.read_config(folder)
-raw_model = llama.build(hf_config, frozen_dtype, os.path.join(folder, "config.json"))
+raw_model, hf_config = llama.build(folder, frozen_dtype)
 require(tokenizer.n_vocab <= raw_model.config.vocab_size,
         f"{folder}: tokenizer.json has {tokenizer.n_vocab} ids, config.json "
         f"{raw_model.config.vocab_size}; do they belong together?")
@@ -211,6 +207,8 @@ if fsdp:
     llama.shard(raw_model, device.type, torch.bfloat16 if dtype == "bfloat16" else None)
 log(f"{init_from}: {sum(p.numel() for p in raw_model.parameters()):,} parameters, "
     f"{sum(p.numel() for p in raw_model.parameters() if p.requires_grad):,} trained")
+for pairs in (train_pairs, held_out):
+    raw_model.check_length((pairs.lengths[:, 0] + pairs.lengths[:, 1:].max(1)).max())
 if max_length > raw_model.config.max_position_embeddings:
     log(f"note: max_length {max_length} is beyond the model's context of "
         f"{raw_model.config.max_position_embeddings} tokens")

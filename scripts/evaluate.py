@@ -275,7 +275,8 @@ def arguments(argv=None):
 def main():
     args = arguments()
     folders = {name: llama.checkpoint_folder(name) for name in args.models}
-    first, config = args.models[0], os.path.join(folders[args.models[0]], "train_config.json")
+    first = args.models[0]
+    config = os.path.join(os.path.expanduser(first), "train_config.json")
     run = read_json(config) if os.path.exists(config) else {}
     require(args.pairs or args.choices or args.text or run, f"{first}: no train_config.json there, "
             "so say what to evaluate, with --pairs, --choices or --text")
@@ -324,7 +325,8 @@ def main():
         results[name] = answer(name, folder, results.get(reference))
         if name in args.models:
             kept = {k: results[name].get(k) for k in ("metrics", "prompts", "margins", "answers")}
-            beside = folder.rstrip("/") if os.path.isdir(name) else name.replace("/", "_")
+            here = os.path.expanduser(name)   # a folder of LoRA adapters is not what `folder` is
+            beside = here.rstrip("/") if os.path.isdir(here) else name.replace("/", "_")
             write_json(f"{beside}.evaluation.json", {
                 "model": name, "reference": reference, "settings": vars(args),
                 "before": results[reference]["metrics"] if reference else None, **kept})

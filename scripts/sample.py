@@ -11,6 +11,7 @@ The last form reads [{"instruction": ..}, ..] and writes what AlpacaEval takes,
 import argparse
 import contextlib
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))   # for `python scripts/sample.py`
 import data
 import model as llama
-from configurator import one_line_errors, reading, write_json
+from configurator import one_line_errors, reading, require, write_json
 
 
 def main():
@@ -38,12 +39,23 @@ def main():
     parser.add_argument("--seed", type=int)
     parser.add_argument("--batch_size", type=int, default=16, help="instructions at a time")
     args = parser.parse_args()
+    for name, holds, bound in (   # math.inf and NaN fail all of them
+            ("max_new_tokens", args.max_new_tokens > 0, "above 0"),
+            ("batch_size", args.batch_size > 0, "above 0"),
+            ("temperature", 0 <= args.temperature < math.inf, "0 or more"),
+            ("top_k", args.top_k >= 0, "0 (all tokens) or more"),
+            ("top_p", 0 < args.top_p <= 1, "above 0 and at most 1"),
+            ("seed", args.seed is None or 0 <= args.seed < 2 ** 63, "0 or more, below 2 ** 63")):
+        require(holds, f"--{name} must be {bound} (got {getattr(args, name)})")
 
     questions = []
     if args.instructions:
         with open(args.instructions, encoding="utf-8") as f, \
                 reading(args.instructions, 'a list of {"instruction": ..}'):
             questions = [row["instruction"] for row in json.load(f)]
+        for n, question in enumerate(questions, 1):
+            require(isinstance(question, str) and question.strip(),
+                    f'{args.instructions}: row {n}: "instruction" must be text (got {question!r})')
     folder = llama.checkpoint_folder(args.model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
