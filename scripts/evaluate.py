@@ -216,7 +216,8 @@ def held_out(args, run, tokenizer):
         (run["dataset"], run["train_split"])
     pairs = data.load_pairs(source, split, tokenizer, args.max_length or run["max_length"],
                             args.max_prompt_length or run["max_prompt_length"],
-                            run.get("bad_rows", "error"))
+                            run.get("bad_rows", "error"), run.get("columns", ""),
+                            run.get("use_scores", False))
     if not args.pairs:   # as train.py draws them
         order = np.random.default_rng(run["seed"]).permutation(len(pairs))
         pairs = pairs.subset(order[:run["eval_pairs"]])

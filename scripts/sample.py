@@ -5,12 +5,11 @@ $ python -m scripts.sample out/demo --prompt="What does a cow say?"
 $ python -m scripts.sample out/demo                                   # chat; an empty line ends it
 $ python -m scripts.sample out/x --instructions=alpaca_eval.json --out=outputs.json
 
-The last form reads [{"instruction": ..}, ..] and writes what AlpacaEval takes,
+The last form reads [{"instruction": ..}, ..], also as .jsonl, and writes what AlpacaEval takes,
 [{"instruction": .., "output": .., "generator": ..}, ..].
 """
 import argparse
 import contextlib
-import json
 import os
 import sys
 from pathlib import Path
@@ -41,9 +40,9 @@ def main():
 
     questions = []
     if args.instructions:
-        with open(args.instructions, encoding="utf-8") as f, \
-                reading(args.instructions, 'a list of {"instruction": ..}'):
-            questions = [row["instruction"] for row in json.load(f)]
+        with reading(args.instructions, 'rows of {"instruction": ..}'):
+            questions = [data.parse_line(row)["instruction"]
+                         for _, row in data.read_rows(args.instructions, "")]
     folder = llama.checkpoint_folder(args.model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
