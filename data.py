@@ -407,10 +407,17 @@ def parse_row(row, columns=None, use_scores=False):
         answers = [take(row, "chosen", "completion"), take(row, "rejected")]
     elif has(row, "responses"):
         name, values = take(row, "responses")
-        answers = [(name, value) for value in listed(name, values)]
+        values = listed(name, values)
+        if not values or isinstance(values, dict):
+            raise BadRow(f'"{name}" must be a list of responses', f"got {values}")
+        answers = [(name, value) for value in values]
+    elif has(row, "completion"):
+        answers = [take(row, "completion")]
+    elif has(row, "messages"):
+        name, value = take(row, "messages")
+        answers = [(name, listed(name, value))]
     else:
-        kinds = [name for name in ("completion", "messages") if has(row, name)]
-        answers = [take(row, *kinds[:1] or ["chosen"])]
+        raise missing(row, "chosen")
     rewards = take_rewards(row, pair, len(answers), use_scores)
     if rewards:   # the best first; ties stay in order
         order = sorted(range(len(answers)), key=lambda i: -rewards[i])
@@ -418,11 +425,12 @@ def parse_row(row, columns=None, use_scores=False):
             raise BadRow("the rejected response has the higher reward", f"got {rewards}")
         answers, rewards = [answers[i] for i in order], [rewards[i] for i in order]
     template = {name: listed(*take(row, name)) for name in
-                ("tools", "documents", "chat_template_kwargs") if row.get(name)}
+                ("tools", "documents", "chat_template_kwargs") if row.get(name) not in (None, "")}
     new, dialogues = make_dialogues(row, answers)
 
     said = {text_of(t).strip() for turns in dialogues for t in turns}
-    unused = [name for name, value in row.items() if name not in row.used and value
+    roots = {path.split(".")[0] for path in columns.values()}
+    unused = [name for name, value in row.items() if value and name not in row.used | roots
               and not (isinstance(value, str) and (value.strip() in said or hh_turns(value)))]
     unused += [path for path in columns.values() if at(given, path) is None]
     if len(dialogues) > 1:
@@ -460,6 +468,9 @@ def translate(row, columns):
            if name not in columns.values() and name not in other} | found
     if isinstance(row.get("input"), dict):   # OpenAI's preferences
         row |= row.pop("input")
+    if has(row, "rejected") and has(row, "messages") and not has(row, "chosen", "completion"):
+        name = name_of(row, "messages")      # ms-swift's, of which the last is the chosen one
+        *row[name], row["chosen"] = turns_of(name, row[name], "user") or [None]
     if isinstance(row.get(name_of(row, "label")), bool) and not has(row, "rejected"):
         raise BadRow('unpaired: "label" says whether one response is good, and here responses are '
                      'compared; to train on the good ones, leave "label" out, --objective=sft')
@@ -515,12 +526,14 @@ def make_dialogues(row, answers):
 def take_prompt(row, whole):
     """The turns before the responses. Where those are whole dialogues, they repeat what stands
     beside them as text, and messages beside them may end in one of them."""
-    fields = ["prompt"] if whole or "prompt" in row else ["prompt", "input"]
-    if not whole and not has(row, "prompt"):
+    fields = ["prompt"] if whole or name_of(row, "prompt") == "prompt" else ["prompt", "input"]
+    if not whole and not has(row, "prompt") and name_of(row, "messages") not in row.used:
         fields.append("messages")
-    found = [take(row, name) for name in fields if has(row, name)
-             and not (whole and isinstance(row[name_of(row, name)], str))]
+    found = [take(row, name) for name in fields if has(row, name)]
     texts = [value for _, value in found if isinstance(value, str)]
+    if whole and texts:
+        row.used.discard(found[0][0])
+        return []
     turns = [t for name, value in found if not isinstance(value, str)
              for t in turns_of(name, value, "user")]
     if texts:
@@ -571,12 +584,13 @@ def take(row, *fields):
     if name is None:
         raise missing(row, fields[0])
     row.used.add(name)
-    return name, row[name]
+    text = isinstance(row[name], str) and AS_TEXT.fullmatch(row[name].strip())
+    return name, listed(name, row[name]) if text else row[name]
 
 
 def missing(row, name):
     if name_of(row, name):
-        return BadRow(f'"{name_of(row, name)}" must not be null')
+        return BadRow(f'"{name_of(row, name)}" must not be null or empty')
     return BadRow(f'no field "{name}"', f"got {', '.join(map(str, row)) or 'none'}; fields are "
                   "renamed by --columns=prompt:question_text,chosen:good,rejected:bad")
 
@@ -588,8 +602,6 @@ def turn(role, content):
 def turns_of(name, value, role, prompt=""):
     """A field's value -> turns. It holds messages, one message, text of the role's, or an hh-rlhf
     dialogue. (What looks like one and lacks the prompt is text.)"""
-    if isinstance(value, str) and AS_TEXT.fullmatch(value.strip()):
-        value = listed(name, value)
     if isinstance(value, str):
         hh = " ".join(prompt.split()) in " ".join(value.split()) and hh_turns(value, role)
         return hh or [turn(role, value)]
@@ -605,10 +617,10 @@ def check_message(name, message):
     role, content = (rest.pop(key, rest.pop(other, None))
                      for key, other in (("role", "from"), ("content", "value")))
     if isinstance(content, list):   # of parts
-        kinds = [part.get("type", "text") if isinstance(part, dict) else kind_of(part)
-                 for part in content]
-        if {*kinds} - {"text"}:
-            raise BadRow(f'"{name}" has content that is no text', f"got {', '.join(kinds)}")
+        for part in content:
+            kind = part.get("type", "text") if isinstance(part, dict) else kind_of(part)
+            if kind != "text" or not isinstance(part.get("text"), str):
+                raise BadRow(f'"{name}" has content that is no text', f"got a part of type {kind}")
         content = "".join(part["text"] for part in content)
     if not (isinstance(role, str) and isinstance(content, str)
             or content is None and "tool_calls" in rest):
@@ -647,8 +659,8 @@ def listed(name, value):
         with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
             value = parse(value)
             break
-    if not value or not isinstance(value, (list, dict)):
-        raise BadRow(f'"{name}" must be a list', f"got {kind_of(value) if value else 'none'}")
+    if not isinstance(value, (list, dict)):
+        raise BadRow(f'"{name}" must be a list', f"got {kind_of(value)}")
     return value
 
 
@@ -930,7 +942,8 @@ def tokenize_row(row, tokenizer, max_length, max_prompt_length, cut):
     last = [turns[-1] for turns in [row.turns, *row.responses]]
     if not all(text_of(t).strip() or len(t) > 2 for t in last):   # tool calls may be all it says
         raise Drop("empty")
-    if max(len(json.dumps(t)) for turns in [row.turns, *row.responses] for t in turns) > MAX_CHARS:
+    if max(len(str(value)) for turns in [row.turns, *row.responses] for t in turns
+           for value in t.values()) > MAX_CHARS:
         raise Drop(f"over {MAX_CHARS:,} characters")
     # a response of one plain turn is its text
     responses = [turns[0]["content"] if len(turns) == 1 and len(turns[0]) == 2 else turns

@@ -1365,8 +1365,9 @@ ROWS = {   # row, turns, responses, rewards if any
                "rejected": [BRIEF, *say("Hi", "b")]}, [BRIEF, *say("Hi")], ["a", "b"]),
     "parts": ({"prompt": [{"role": "user", "content": [{"type": "text", "text": "H"}, {
         "type": "text", "text": "i"}]}], **AB}, say("Hi"), ["a", "b"]),
-    "csv": ({"prompt": json.dumps(say("Hi")), "chosen": str(say("Hi", "a")),
-             "rejected": str(say("Hi", "b"))}, say("Hi"), ["a", "b"]),
+    "csv": ({"prompt": json.dumps([BRIEF, *say("Hi")]), "chosen": str(say("Hi", "a")),
+             "rejected": str(say("Hi", "b"))}, [BRIEF, *say("Hi")], ["a", "b"]),
+    "ms_swift": ({"messages": say("Hi", "a"), "rejected_response": "b"}, say("Hi"), ["a", "b"]),
     # turns that are there twice, or in one of two places
     "system_apart": ({"prompt": [BRIEF, *say("Hi")], "chosen": say("Hi", "a"),
                       "rejected": say("Hi", "b")}, [BRIEF, *say("Hi")], ["a", "b"]),
@@ -1438,6 +1439,8 @@ MATRIX = {   # a row, or its line of .jsonl -> an error's words, why it is dropp
     "more_responses": ({"prompt": "Hi", "responses": ["a", "b", "c"]},
                        ["3 responses", "--columns=chosen:responses.0,rejected:responses.-1"]),
     "no_responses": ({"prompt": "Hi", "responses": []}, ["responses"]),
+    "text_as_messages": ({"messages": "Hi"}, ["messages", "list"]),
+    "responses_object": ({"prompt": "Hi", "responses": {"a": 1}}, ["responses", "list"]),
     "image": (GOOD | {"prompt": [{"role": "user", "content": [{"type": "image_url"}]}]},
               ["prompt", "no text", "image_url"]),
     "unknown": ({"question_text": "Hi", "answer_0": "a", "answer_1": "b", "score_0": 1},
