@@ -426,6 +426,7 @@ def parse_row(row, columns=None, use_scores=False):
         answers, rewards = [answers[i] for i in order], [rewards[i] for i in order]
     template = {name: listed(*take(row, name)) for name in
                 ("tools", "documents", "chat_template_kwargs") if row.get(name) not in (None, "")}
+    template = {name: value for name, value in template.items() if value}
     new, dialogues = make_dialogues(row, answers)
 
     said = {text_of(t).strip() for turns in dialogues for t in turns}
@@ -945,8 +946,8 @@ def tokenize_row(row, tokenizer, max_length, max_prompt_length, cut):
     if max(len(str(value)) for turns in [row.turns, *row.responses] for t in turns
            for value in t.values()) > MAX_CHARS:
         raise Drop(f"over {MAX_CHARS:,} characters")
-    # a response of one plain turn is its text
-    responses = [turns[0]["content"] if len(turns) == 1 and len(turns[0]) == 2 else turns
+    # a plain turn is its text
+    responses = [turns[0]["content"] if turns == [turn("assistant", text_of(turns[0]))] else turns
                  for turns in row.responses]
     prompt, encoded = tokenizer.encode_responses(row.turns, responses, **row.template)
     room = max_length - min(len(prompt), max_prompt_length)

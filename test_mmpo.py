@@ -1620,6 +1620,25 @@ def test_columns(tokenizer, tmp_path):
             data.load_pairs(other, "", tokenizer, 512, 256, columns=columns)
 
 
+def test_what_the_template_gets(tokenizer, tmp_path, monkeypatch):
+    """Messages with all they have, a response of several turns as these, and the row's own tools,
+    documents and chat_template_kwargs reach the tokenizer; what is empty does not."""
+    got = []
+    monkeypatch.setattr(tokenizer, "encode_responses", lambda turns, responses, **template: (
+        got.append((turns, responses, template)) or ([1], [[2], [3]])))
+    call = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
+    result = {"role": "tool", "content": "2", "tool_call_id": "1", "name": "f"}
+    thought = {"role": "assistant", "content": "b", "reasoning_content": "hm"}
+    user, kwargs = say("Hi")[0] | {"name": "me"}, {"enable_thinking": False}
+    load(write_rows(tmp_path / "a.jsonl", [
+        {"prompt": [user], "chosen": [call, result, *say(0, "a")[1:]], "rejected": thought,
+         "tools": json.dumps([{"type": "function"}]), "chat_template_kwargs": kwargs,
+         "documents": []}, GOOD | {"tools": None}]), tokenizer)
+    assert got == [([user], [[call, result, *say(0, "a")[1:]], [thought]],
+                    {"tools": [{"type": "function"}], "chat_template_kwargs": kwargs}),
+                   (say("Hi"), ["a fox", "a dog"], {})]
+
+
 def test_scores(tokenizer, tmp_path):
     """The scores of a pair are its rewards if asked for, and otherwise told as not used."""
     row = GOOD | {"score_chosen": 8.5, "score_rejected": 3}
@@ -2166,24 +2185,28 @@ def weights_of(folder):
 
 @pytest.fixture(scope="module")
 def runs(checkpoint, tmp_path_factory):
-    """A run of each objective, one of three responses a row, one with many options on."""
+    """A run of each objective, one of three responses a row, one on conversations, one with many
+    options on."""
     folder, rows = tmp_path_factory.mktemp("runs"), word_rows(16)
     pairs = write_rows(folder / "pairs.jsonl", rows)
     triples = write_rows(folder / "triples.jsonl", [
         {"prompt": r["prompt"], "responses": [r["chosen"], "so so", r["rejected"]]} for r in rows])
+    chats = write_rows(folder / "chats.jsonl", [
+        {"messages": say(r["prompt"], r["chosen"], "so so", r["rejected"])} for r in rows[:8]])
     jobs = {name: [f"--objective={name}"] for name in FORMULAS} | {"triples": [], "options": [
         "--lora_rank=4", "--lora_dropout=0.1", "--entropy_coef=0.01", "--dtype=bfloat16",
         "--activation_checkpointing=true", "--chat_template=llama3", "--reward_norm_group=2",
-        "--length_norm=false", "--pref_weight=0.5", "--learning_rate=3e-2"]}
+        "--length_norm=false", "--pref_weight=0.5", "--learning_rate=3e-2"],
+        "chats": ["--objective=sft"]}
     for name, args in jobs.items():
-        path = triples if name == "triples" else pairs
+        path = {"triples": triples, "chats": chats}.get(name, pairs)
         args += [f"--dataset={path}", f"--eval_dataset={path}", "--max_iters=10"]
     for process in train_all(checkpoint, folder, jobs).values():
         assert_done(process)
     return str(folder)
 
 
-@pytest.mark.parametrize("name", [*FORMULAS, "triples", "options"])
+@pytest.mark.parametrize("name", [*FORMULAS, "triples", "options", "chats"])
 def test_training_lowers_the_loss(name, runs):
     """Ten steps on 16 pairs lower the loss on them."""
     first, *steps, last = metrics_of(f"{runs}/run-{name}")
@@ -2233,11 +2256,14 @@ def test_trained_tokenizer_opens_in_transformers(name, runs):
     "-m scripts.plot {runs}/run-mmpo {runs}/run-dpo --out={folder}/c.png",
     "scripts/plot.py {runs}/run-mmpo --out={folder}/c.png",
     "-m scripts.sample {runs}/run-mmpo --prompt=fox --max_new_tokens=5",
+    "-m scripts.sample {runs}/run-mmpo --instructions={folder}/i.jsonl --max_new_tokens=5 "
+    "--out={folder}/o.json",
     "-m scripts.weights {runs}/run-mmpo {folder}/n.jsonl"])   # of three responses a row
 def test_scripts(command, runs, tmp_path):
     """They run, as modules and as files, and plot draws a PNG."""
     pytest.importorskip("matplotlib")
     write_rows(tmp_path / "n.jsonl", [{"prompt": "x", "responses": ["a", "b c", "d"]}] * 3)
+    write_rows(tmp_path / "i.jsonl", [{"instruction": "fox"}] * 2)
     assert_done(run_process(command.format(runs=runs, folder=tmp_path).split()))
     if "plot" in command:
         assert (tmp_path / "c.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
@@ -2749,6 +2775,12 @@ def mistakes(checkpoint, tmp_path_factory):
 def test_mistakes_end_in_one_line(name, mistakes):
     """A user's mistake ends in `error: where: what`, a non-zero exit and no traceback."""
     assert_one_line(mistakes[name], *MISTAKES[name][1])
+
+
+def test_few_pairs_are_warned_of(mistakes):
+    """Held-out pairs that leave less than a batch to train on are told of."""
+    warning = "warning: eval_pairs 1 leaves 2 pairs to train on, less than a batch of 8"
+    assert warning in mistakes["diverged"].stdout and warning not in mistakes["single"].stdout
 
 
 @pytest.mark.parametrize("name, error", [
