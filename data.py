@@ -4,33 +4,45 @@ Preference data: rows of a file -> chat turns -> token ids -> packs for the mode
 Three words: a *row* is a line of the data; a *pair* is that row tokenized, a prompt and n responses
 (mostly two); a *pack* is what one forward pass takes, many pairs end to end.
 
-Row formats, one example each (a hub dataset, or .jsonl, .jsonl.gz, .json, .parquet, .csv):
+Row formats, one example each (a hub dataset, or a file or folder, see READERS):
 
     {"prompt": "Hi", "chosen": "Hello!", "rejected": "What?"}        strings
     {"system": "Be brief.", "question": "Hi",                        Intel/orca_dpo_pairs
      "chosen": "Hello!", "rejected": "No."}
+    {"instruction": "Translate.", "input": "Hi", "chosen": ..}       Alpaca: the prompt is both
     {"prompt": [{"role": "user", "content": "Hi"}],                  TRL, conversational
      "chosen": [{"role": "assistant", "content": "Hello!"}],
      "rejected": [...]}
-    {"prompt": "Hi", "chosen": [all turns, the response last],       ultrafeedback_binarized
-     "rejected": [...]}
+    {"conversations": [{"from": "human", "value": "Hi"}],            ShareGPT
+     "chosen": {"from": "gpt", "value": "Hello!"}, "rejected": ..}
+    {"input": {"messages": [..], "tools": [..]},                     OpenAI
+     "preferred_output": [..], "non_preferred_output": [..]}
+    {"prompt": "Hi", "chosen": [all turns, the response last],       ultrafeedback_binarized, whose
+     "rejected": [...], "score_chosen": 8, "score_rejected": 3}      scores --use_scores takes
     {"chosen": [all turns, the response last], "rejected": [...]}    TRL, implicit prompt
+    {"chosen": "The sky is blue.", "rejected": "The sky is green."}  the same: "The sky is" is asked
     {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello!",                 Anthropic/hh-rlhf
      "rejected": "\n\nHuman: ..."}
-    {"prompt": "Hi", "responses": ["best", "middle", "worst"],       n responses, the best first
-     "rewards": [3, 2, 0]}                                           rewards: in any but .csv
+    {"prompt": "Hi", "responses": ["best", "middle", "worst"],       n responses, the best first, or
+     "rewards": [3, 2, 0]}                                           in any order with rewards
+    {"messages": [..]} or {"prompt": "Hi", "completion": "Hello!"}   for --objective=sft, each turn
+                                                                     of the assistant
 """
+import ast
 import bisect
 import codecs
+import contextlib
 import csv
+import glob
 import gzip
 import hashlib
+import io
 import json
 import os
 import re
 import unicodedata
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import tiktoken
@@ -328,7 +340,30 @@ def compile_template(text, where):
 
 
 # -----------------------------------------------------------------------------
-# rows: whatever format -> turns and responses
+# rows: whatever layout -> turns and responses
+
+# A field, and what data sets call it; the first of the names that a row has counts. Another name is
+# a word here. A layout that takes more than names is a few lines in `translate`.
+NAMES = {name: names.split() for name, names in {
+    "system": "system system_prompt system_message",
+    "messages": "messages conversations conversation trajectory",
+    "prompt": "prompt instruction question query",
+    "input": "input context",   # what an instruction or question is about, or the prompt itself
+    "chosen": "chosen chosen_response preferred_output",
+    "rejected": "rejected rejected_response non_preferred_output",
+    "completion": "completion response output answer",
+    "responses": "responses generations",
+    "rewards": "rewards ratings",
+    "score_chosen": "score_chosen chosen_score chosen_rating chosen-rating",
+    "score_rejected": "score_rejected rejected_score rejected_rating rejected-rating",
+    "label": "label kto_tag",
+    "tools": "tools", "documents": "documents", "chat_template_kwargs": "chat_template_kwargs",
+}.items()}
+ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant",
+         "observation": "tool"}
+AS_TEXT = re.compile(   # messages kept as text, as in a CSV
+    r"\[?\s*\{[^{}\[\]]*(['\"])(role|from)\1\s*:\s*(['\"])(system|user|human|assistant|gpt)\3"
+    r".*[}\]]", re.DOTALL | re.IGNORECASE)
 
 
 class Drop(Exception):
@@ -343,114 +378,291 @@ class BadRow(Exception):
         self.reason = reason
 
 
-def parse_row(row):
-    """A row of any format above -> (turns, responses, rewards or None), preferred response first.
+class Fields(dict):
+    """A row's fields. `used` has the names of those that were taken."""
 
-    row: an object, or the bytes of its line of JSON. turns: [{"role", "content"}] of the prompt.
-    Every format becomes one list of turns a response, the response last; the prompt is what those
-    lists share. Raises Drop, BadRow.
+
+@dataclass
+class Row:
+    """The normal form of a row: a prompt and n ways to go on."""
+    turns: list             # of the prompt: {"role", "content", and what else the row has there}
+    responses: list         # n of them, each a list of turns, the best first
+    rewards: list = None    # r of each, where the row has them
+    template: dict = field(default_factory=dict)   # what the chat template gets beside the turns
+
+
+def parse_row(row, columns=None, use_scores=False):
+    """A row of any layout -> [Row, ..] and the names of the fields that were not used.
+
+    row: an object, or the bytes of its line of JSON. A preference becomes one Row: each response
+    becomes a whole dialogue, and the prompt is what these share. A conversation or a completion
+    becomes a Row for each turn of the assistant in it. Raises Drop, BadRow.
     """
+    columns, given = columns or {}, parse_line(row)
+    row = Fields(translate(given, columns))
+    row.used = set()
+    pair = has(row, "chosen") or has(row, "rejected") or (
+        has(row, "completion") and name_of(row, "rejected"))
+    if pair:
+        answers = [take(row, "chosen", "completion"), take(row, "rejected")]
+    elif has(row, "responses"):
+        name, values = take(row, "responses")
+        values = listed(name, values)
+        if not values or isinstance(values, dict):
+            raise BadRow(f'"{name}" must be a list of responses', f"got {values}")
+        answers = [(name, value) for value in values]
+    elif has(row, "completion"):
+        answers = [take(row, "completion")]
+    elif has(row, "messages"):
+        name, value = take(row, "messages")
+        answers = [(name, listed(name, value))]
+    else:
+        raise missing(row, "chosen")
+    rewards = take_rewards(row, pair, len(answers), use_scores)
+    if rewards:   # the best first; ties stay in order
+        order = sorted(range(len(answers)), key=lambda i: -rewards[i])
+        if pair and order != [0, 1]:
+            raise BadRow("the rejected response has the higher reward", f"got {rewards}")
+        answers, rewards = [answers[i] for i in order], [rewards[i] for i in order]
+    template = {name: listed(*take(row, name)) for name in
+                ("tools", "documents", "chat_template_kwargs") if row.get(name) not in (None, "")}
+    template = {name: value for name, value in template.items() if value}
+    new, dialogues = make_dialogues(row, answers)
+
+    said = {text_of(t).strip() for turns in dialogues for t in turns}
+    roots = {path.split(".")[0] for path in columns.values()}
+    unused = [name for name, value in row.items() if value and name not in row.used | roots
+              and not (isinstance(value, str) and (value.strip() in said or hh_turns(value)))]
+    unused += [path for path in columns.values() if at(given, path) is None]
+    if len(dialogues) > 1:
+        n = shared_turns(dialogues)
+        return [Row(dialogues[0][:n], [d[n:] for d in dialogues], rewards, template)], unused
+    [turns], [new] = dialogues, new
+    rows = [Row(turns[:i], [turns[i:i + 1]], rewards, template)
+            for i in range(max(1, len(turns) - len(new)), len(turns))
+            if turns[i]["role"] == "assistant"]
+    if not rows:
+        raise Drop("no response turn")
+    return rows, unused
+
+
+def parse_line(row):
     if isinstance(row, bytes):
         try:
-            row = parse_json(row.decode("utf-8", errors="replace"))
+            row = parse_json(row.decode())
+        except UnicodeDecodeError as e:
+            raise BadRow("not UTF-8", f"got {row[e.start]:#x} at byte {e.start + 1}") from None
         except ValueError as e:
             raise BadRow("invalid JSON", f"{first_line(e)}; is the line cut off?") from None
     if not isinstance(row, dict):
         raise BadRow("a row must be an object with fields", f"got {kind_of(row)}")
     if None in row:   # where csv puts what has no column
         raise BadRow("more cells than columns; quote text that has commas in it")
-    dialogues = parse_dialogues(row)
-    if any(turns[-1]["role"] != "assistant" for turns in dialogues):
+    return row
+
+
+def translate(row, columns):
+    """The row with `columns` renamed, and with the names of NAMES where its layout lacks them."""
+    found = {name: at(row, path) for name, path in columns.items() if at(row, path) is not None}
+    other = ("chosen", "rejected") if "responses" in found else ()
+    row = {name: value for name, value in row.items()
+           if name not in columns.values() and name not in other} | found
+    if isinstance(row.get("input"), dict):   # OpenAI's preferences
+        row |= row.pop("input")
+    if has(row, "rejected") and has(row, "messages") and not has(row, "chosen", "completion"):
+        name = name_of(row, "messages")      # ms-swift's, of which the last is the chosen one
+        *row[name], row["chosen"] = turns_of(name, row[name], "user") or [None]
+    if isinstance(row.get(name_of(row, "label")), bool) and not has(row, "rejected"):
+        raise BadRow('unpaired: "label" says whether one response is good, and here responses are '
+                     'compared; to train on the good ones, leave "label" out, --objective=sft')
+    return row
+
+
+def at(row, path):
+    """row["a"][0] for the path a.0, or None."""
+    with contextlib.suppress(LookupError, TypeError, ValueError):
+        for key in [path] if path in row else path.split("."):
+            row = row[int(key)] if isinstance(row, list) else row[key]
+        return row
+
+
+def take_rewards(row, pair, n, use_scores):
+    """r of each of the n responses, or None."""
+    if pair and use_scores and not has(row, "rewards"):
+        (name, a), (_, b) = take(row, "score_chosen"), take(row, "score_rejected")
+        rewards = [a, b]
+    elif has(row, "rewards") and not (pair and has(row, "responses")):   # or they are of those
+        name, rewards = take(row, "rewards")
+        rewards = listed(name, rewards)
+    else:
+        return None
+    with contextlib.suppress(ValueError):   # CSV files have text
+        rewards = [float(r) if isinstance(r, str) else r for r in rewards]
+    if len(rewards) != n or not all(type(r) in (int, float) and abs(r) < 1e30 for r in rewards):
+        raise BadRow(f'"{name}" must be one number a response', f"got {str(rewards)[:50]}")
+    return rewards
+
+
+def make_dialogues(row, answers):
+    """-> the turns that each answer brings, and the same behind the turns of the prompt."""
+    asked = row.get(name_of(row, "prompt", "input"))
+    new = [turns_of(name, value, "assistant", asked if isinstance(asked, str) else "")
+           for name, value in answers]
+    whole = all(next((t["role"] for t in turns if t["role"] != "system"), "") == "user"
+                for turns in new)
+    prompt = take_prompt(row, whole)
+    if not prompt and not whole and any(len(turns) == 1 for turns in new):
+        # TRL's implicit prompt in text: what the responses share, up to a space
+        texts = [value for _, value in answers if isinstance(value, str) and not hh_turns(value)]
+        shared = re.match(r"(.*\S)\s+\S*$", os.path.commonprefix(texts), re.DOTALL)
+        if len(texts) < max(2, len(answers)) or not shared or name_of(row, "prompt"):
+            raise missing(row, "prompt")
+        prompt = [turn("user", shared[1])]
+        new = [[turn("assistant", text[len(shared[1]):])] for text in texts]
+    if row.get(name_of(row, "system")):
+        prompt = join(turns_of(*take(row, "system"), "system"), prompt)
+    return new, [join(prompt, turns) for turns in new]
+
+
+def take_prompt(row, whole):
+    """The turns before the responses. Where those are whole dialogues, they repeat what stands
+    beside them as text, and messages beside them may end in one of them."""
+    fields = ["prompt"] if whole or name_of(row, "prompt") == "prompt" else ["prompt", "input"]
+    if not whole and not has(row, "prompt") and name_of(row, "messages") not in row.used:
+        fields.append("messages")
+    found = [take(row, name) for name in fields if has(row, name)]
+    texts = [value for _, value in found if isinstance(value, str)]
+    if whole and texts:
+        row.used.discard(found[0][0])
+        return []
+    turns = [t for name, value in found if not isinstance(value, str)
+             for t in turns_of(name, value, "user")]
+    if texts:
+        turns += turns_of(found[0][0], "\n\n".join(filter(None, texts)), "user")
+    return turns
+
+
+def join(prompt, turns):
+    """Prompt and turns, less those that both have."""
+    (system, prompt), (own, turns) = ((x[:1], x[1:]) if x and x[0]["role"] == "system"
+                                      else ([], x) for x in (prompt, turns))
+    n = next((n for n in range(min(len(prompt), len(turns)), 0, -1)
+              if same(prompt[-n:], turns[:n])), 0)
+    if system and own and not same(system, own):
+        raise BadRow("two different system turns")
+    if not n and prompt and turns and prompt[-1]["role"] == turns[0]["role"] == "assistant":
+        raise BadRow("the prompt ends in a turn of the assistant")
+    return (own or system) + prompt[:len(prompt) - n] + turns
+
+
+def shared_turns(dialogues):
+    """How many turns are the prompt: as many as all have in common, with the assistant's next."""
+    if any(not turns or turns[-1]["role"] != "assistant" for turns in dialogues):
         raise Drop("no response turn")
-    if any(turns[:-1] != dialogues[0][:-1] for turns in dialogues):
-        raise Drop("prompts differ")
-    rewards = row.get("rewards")
-    if rewards is not None and (not isinstance(rewards, list) or len(rewards) != len(dialogues)
-                                or not all(type(r) in (int, float) and abs(r) < 1e30
-                                           for r in rewards)):
-        raise BadRow('"rewards" must be one number a response')
-    if rewards and sorted(rewards, reverse=True) != rewards:
-        raise BadRow('"rewards" must not rise: responses are in order, the best first')
-    return dialogues[0][:-1], [turns[-1]["content"] for turns in dialogues], rewards
+    for n in range(min(map(len, dialogues)) - 1, 0, -1):
+        if all(turns[n]["role"] == "assistant" and same(turns[:n], dialogues[0][:n])
+               for turns in dialogues):
+            return n
+    raise Drop("prompts differ")
 
 
-def parse_dialogues(row):
-    """A row -> one list of turns a response, preferred response first."""
-    if "responses" in row:
-        responses = row["responses"]
-        if not isinstance(responses, list) or not responses:
-            raise BadRow('"responses" must be a list of strings', f"got {kind_of(responses)}")
-        prompt = prompt_turns(row)
-        return [prompt + [turn("assistant", text({"responses": r}, "responses"))]
-                for r in responses]
-    fields = "chosen", "rejected"
-    kinds = [kind_of(row[f] if isinstance(row.get(f), list) else text(row, f)) for f in fields]
-    if kinds[0] != kinds[1]:
-        raise BadRow('"chosen" and "rejected" must be of one kind', f"got {' and '.join(kinds)}")
-    return [parse_dialogue(row, field) for field in fields]
+# --- fields and turns
 
 
-def parse_dialogue(row, field):
-    """The turns of the prompt, and of the response in row[field]."""
-    value = row[field]
-    if isinstance(value, list):
-        turns, prompt = check_turns(value, field), row.get("prompt")
-        if len(turns) < 2:               # the response alone
-            return prompt_turns(row) + turns
-        if isinstance(prompt, list):     # the turns repeat the prompt, or go on from it
-            prompt = check_turns(prompt, "prompt")
-            turns = turns if turns[:len(prompt)] == prompt else prompt + turns
-        return with_system(row, turns)   # a prompt that is a string is the first of these turns
-    if "prompt" in row or "question" in row:
-        return prompt_turns(row) + [turn("assistant", value)]
-    if not value.lstrip().startswith("Human:"):
-        raise BadRow(f'no field "prompt", and "{field}" is not in hh-rlhf form; '
-                     'add a prompt column')
-    return with_system(row, hh_turns(value))
+def name_of(row, *fields):
+    """What the row calls a field: the first name that holds something, or else that is there."""
+    there = [name for f in fields for name in NAMES[f] if name in row]
+    return next((name for name in there if row[name] not in (None, "")), (there or [None])[0])
+
+
+def has(row, *fields):
+    return row.get(name_of(row, *fields)) is not None
+
+
+def take(row, *fields):
+    """-> a field's name in the row, its value."""
+    name = name_of(row, *fields)
+    if name is None:
+        raise missing(row, fields[0])
+    row.used.add(name)
+    text = isinstance(row[name], str) and AS_TEXT.fullmatch(row[name].strip())
+    return name, listed(name, row[name]) if text else row[name]
+
+
+def missing(row, name):
+    if name_of(row, name):
+        return BadRow(f'"{name_of(row, name)}" must not be null or empty')
+    return BadRow(f'no field "{name}"', f"got {', '.join(map(str, row)) or 'none'}; fields are "
+                  "renamed by --columns=prompt:question_text,chosen:good,rejected:bad")
 
 
 def turn(role, content):
     return {"role": role, "content": content}
 
 
-def prompt_turns(row):
-    """The turns before the response, from the fields prompt (or question) and system."""
-    if isinstance(row.get("prompt"), list):
-        return with_system(row, check_turns(row["prompt"], "prompt"))
-    prompt = text(row, "question" if "question" in row and "prompt" not in row else "prompt")
-    if re.match(r"\s*Human:.*\n\nAssistant:\s*$", prompt, re.DOTALL):
-        return with_system(row, hh_turns(prompt)[:-1])
-    return with_system(row, [turn("user", prompt)])
+def turns_of(name, value, role, prompt=""):
+    """A field's value -> turns. It holds messages, one message, text of the role's, or an hh-rlhf
+    dialogue. (What looks like one and lacks the prompt is text.)"""
+    if isinstance(value, str):
+        hh = " ".join(prompt.split()) in " ".join(value.split()) and hh_turns(value, role)
+        return hh or [turn(role, value)]
+    if not isinstance(value, (list, dict)):
+        raise BadRow(f'"{name}" must be a string or messages', f"got {kind_of(value)}")
+    return [check_message(name, m) for m in (value if isinstance(value, list) else [value])]
 
 
-def with_system(row, turns):
-    """The turns behind the row's system prompt, if it has one and they don't start with one."""
-    if not row.get("system") or turns and turns[0]["role"] == "system":
+def check_message(name, message):
+    """A message with its role and content by these names, and what else it has. (Null is what Arrow
+    writes for what isn't there.)"""
+    rest = {k: v for k, v in message.items() if v is not None} if isinstance(message, dict) else {}
+    role, content = (rest.pop(key, rest.pop(other, None))
+                     for key, other in (("role", "from"), ("content", "value")))
+    if isinstance(content, list):   # of parts
+        for part in content:
+            kind = part.get("type", "text") if isinstance(part, dict) else kind_of(part)
+            if kind != "text" or not isinstance(part.get("text"), str):
+                raise BadRow(f'"{name}" has content that is no text', f"got a part of type {kind}")
+        content = "".join(part["text"] for part in content)
+    if not (isinstance(role, str) and isinstance(content, str)
+            or content is None and "tool_calls" in rest):
+        raise BadRow(f'"{name}" must hold messages with role and content', f"got {kind_of(message)}"
+                     + f", {kind_of(role)} and {kind_of(content)}" * isinstance(message, dict))
+    role = role.strip().lower()
+    return turn(ROLES.get(role, role), content) | rest
+
+
+def hh_turns(dialogue, role="assistant"):
+    """hh-rlhf's "\n\nHuman: ...\n\nAssistant: ..." -> turns, split at the markers, or [] for other
+    text. The user's part, a prompt, ends where the assistant's begins."""
+    first, *pieces = re.split(r"(?:^|\n\n)(Human|Assistant):", "\n\n" + dialogue.lstrip())
+    turns = [turn(ROLES.get(who.lower(), "assistant"), what.strip())
+             for who, what in zip(pieces[::2], pieces[1::2])]
+    if first.strip() or not turns or turns[0]["role"] == "assistant":
+        return []
+    if role == "assistant" or turns[-1]["role"] == "user" and dialogue.startswith("\n\n"):
         return turns
-    return [turn("system", text(row, "system"))] + turns
+    return turns[:-1] if turns[-1] == turn("assistant", "") else []
 
 
-def hh_turns(dialogue):
-    """hh-rlhf's "\n\nHuman: ...\n\nAssistant: ..." -> turns, split at the markers."""
-    pieces = re.split(r"(?:^|\n\n)(Human|Assistant):", "\n\n" + dialogue.lstrip())
-    role = {"Human": "user", "Assistant": "assistant"}
-    return [turn(role[who], what.strip()) for who, what in zip(pieces[1::2], pieces[2::2])]
+def text_of(turn):
+    return turn["content"] or ""   # a turn of tool calls may have none
 
 
-def check_turns(turns, field):
-    """A list of messages, with nothing but their role and content."""
-    for t in turns:
-        if not isinstance(t, dict) or not isinstance(t.get("role"), str):
-            raise BadRow(f'"{field}" must hold messages with role and content', f"got {kind_of(t)}")
-    return [turn(t["role"], text(t, "content")) for t in turns]
+def same(a, b):
+    """Whether turns are the same, but for white space."""
+    return [t | {"content": text_of(t).split()} for t in a] == [
+        t | {"content": text_of(t).split()} for t in b]
 
 
-def text(row, field):
-    if field not in row:
-        raise BadRow(f'no field "{field}"', f"got {', '.join(map(str, row)) or 'none'}")
-    if not isinstance(row[field], str):
-        raise BadRow(f'"{field}" must be a string', f"got {kind_of(row[field])}")
-    return row[field]
+def listed(name, value):
+    """A list or an object, also where it is kept as text."""
+    for parse in (parse_json, ast.literal_eval) if isinstance(value, str) else ():
+        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+            value = parse(value)
+            break
+    if not isinstance(value, (list, dict)):
+        raise BadRow(f'"{name}" must be a list', f"got {kind_of(value)}")
+    return value
 
 
 def kind_of(value):
@@ -464,45 +676,103 @@ def kind_of(value):
 
 
 def read_rows(source, split):
-    """Yields (where, row) of a local file, or of a hub dataset's split.
+    """Yields (where, row) of a local file or folder, or of a hub dataset's split.
 
     source: a path, or owner/name[/data_dir][:config][@revision] of the hub. A row is an object or a
     line of JSON.
     """
+    stem, packing = re.fullmatch(r"(.*?)(\.gz|\.zst)?", source).groups()
+    kind = os.path.splitext(stem)[1]
     if not os.path.exists(source):
         require(re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)+(:[\w.-]+)?(@[\w./-]+)?", source)
-                and not source.endswith((".jsonl", ".gz", ".json", ".parquet", ".csv")),
+                and not packing and kind not in READERS,
                 f"{source}: no such file; give a local file or a hub dataset (owner/name)")
         yield from read_hub(source, split)
-    elif source.endswith((".jsonl", ".jsonl.gz")):
-        kind, opened = ("gzip", gzip.open) if source.endswith(".gz") else (".jsonl", open)
-        with opened(source, "rb") as f, reading(source, f"a {kind} file"):
-            for n, line in enumerate(f, 1):
-                line = line.removeprefix(codecs.BOM_UTF8) if n == 1 else line
-                if line.strip():
-                    yield f"{source}:{n}", line
-    elif source.endswith(".json"):
-        with open(source, encoding="utf-8-sig", errors="replace") as f, \
-                reading(source, "valid JSON"):
-            rows = parse_json(f.read())
-        require(isinstance(rows, list), f"{source}: must be a list of rows (got {kind_of(rows)}); "
-                "a file with one row a line is called .jsonl")
-        yield from ((f"{source}: row {i}", row) for i, row in enumerate(rows, 1))
-    elif source.endswith(".parquet"):
-        import pyarrow.parquet
-        with reading(source, "a parquet file"):
-            batches = pyarrow.parquet.ParquetFile(source).iter_batches()
-            rows = (row for batch in batches for row in batch.to_pylist())
-            yield from ((f"{source}: row {i}", row) for i, row in enumerate(rows, 1))
-    elif source.endswith(".csv"):
-        csv.field_size_limit(2 ** 31 - 1)
-        with open(source, encoding="utf-8-sig", errors="replace", newline="") as f, \
-                reading(source, "a CSV file"):
-            for row in (reader := csv.DictReader(f)):
-                yield f"{source}:{reader.line_num}", row
+    elif os.path.isdir(source):
+        yield from read_folder(source, split)
     else:
-        raise UserError(f"{source}: unknown kind of file; "
-                        "use .jsonl, .jsonl.gz, .json, .parquet or .csv")
+        require(kind in READERS, f"{source}: unknown kind of file; use {', '.join(READERS)}, any "
+                "of them also as .gz or .zst")
+        what = f"a {kind[1:]} file" + {".gz": " in gzip", ".zst": " in zstd"}.get(packing, "")
+        with opened(source, packing) as f, reading(source, what):
+            yield from READERS[kind](source, f)
+
+
+def opened(source, packing):
+    if packing == ".zst":   # pyarrow's, since zstandard's reader takes half a file for a whole one
+        import pyarrow
+        return io.BufferedReader(pyarrow.input_stream(source, compression="zstd"))
+    return (gzip.open if packing else open)(source, "rb")
+
+
+def read_lines(source, f):
+    for n, line in enumerate(f, 1):
+        line = line.removeprefix(codecs.BOM_UTF8) if n == 1 else line
+        if line.strip():
+            yield f"{source}:{n}", line
+
+
+def read_json_rows(source, f):
+    content = f.read()
+    if not content.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):   # then a row a line
+        yield from read_lines(source, io.BytesIO(content))
+        return
+    text = decoded(source, content)
+    with reading(source, "valid JSON"):
+        rows = parse_json(text)
+    yield from ((f"{source}: row {i}", row) for i, row in enumerate(rows, 1))
+
+
+def read_csv(source, f):
+    csv.field_size_limit(2 ** 31 - 1)
+    separator = "\t" if ".tsv" in source[-8:] else ","
+    rows = csv.DictReader(io.StringIO(decoded(source, f.read()), newline=""), delimiter=separator,
+                          strict=True)
+    names = rows.fieldnames or [""]
+    for other, name in ((";", "semicolons"), ("\t", "tabs"), (",", "commas")):
+        require(other not in names[0] or len(names) > 1, f"{source}: its cells are separated by "
+                f"{name}; a .csv file has commas, a .tsv file tabs")
+    require(len({*names}) == len(names), f"{source}: columns with the same name; rename them")
+    try:
+        yield from ((f"{source}:{rows.line_num}", row) for row in rows)
+    except csv.Error as e:
+        raise UserError(f"{source}:{rows.line_num}: not CSV ({e}); is a quote missing?") from e
+
+
+def read_parquet(source, f):
+    import pyarrow.parquet
+    file = pyarrow.parquet.ParquetFile(f if f.seekable() else io.BytesIO(f.read()))
+    rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
+    if "arrow.json" in str(file.schema_arrow):   # columns of JSON, which Arrow gives as text
+        from datasets import Features
+        rows = map(Features.from_arrow_schema(file.schema_arrow).decode_example, rows)
+    yield from ((f"{source}: row {i}", row) for i, row in enumerate(rows, 1))
+
+
+READERS = {".jsonl": read_lines, ".ndjson": read_lines, ".json": read_json_rows, ".csv": read_csv,
+           ".tsv": read_csv, ".parquet": read_parquet}
+
+
+def decoded(source, content):
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        line = e.object.count(b"\n", 0, e.start) + 1
+        raise UserError(f"{source}:{line}: not UTF-8 (got {e.object[e.start]:#x}); save the file "
+                        "as UTF-8") from None
+
+
+def read_folder(source, split):
+    """Rows of a folder that `Dataset.save_to_disk` made, or of a folder's parquet files."""
+    from datasets import load_dataset, load_from_disk
+    with reading(source, "a folder of parquet files, or one that Dataset.save_to_disk made"):
+        saved = {"state.json", "dataset_dict.json"} & {*os.listdir(source)}
+        found = load_from_disk(source) if saved else load_dataset("parquet", data_dir=source)
+    splits = found if isinstance(found, dict) else {split: found}
+    require(split in splits or len(splits) == 1, f"{source}: no split {split}; it has "
+            f"{', '.join(splits)}; give --train_split (or --eval_split)")
+    rows = splits.get(split, next(iter(splits.values())))
+    yield from ((f"{source}: row {i}", row) for i, row in enumerate(rows, 1))
 
 
 def read_hub(source, split):
@@ -515,8 +785,8 @@ def read_hub(source, split):
                                data_dir="/".join(data_dir) or None, revision=revision or None)
     except Exception as e:
         raise UserError(f"{source}: no such file here, and split {split} of that hub dataset can't "
-                        f"be had ({first_line(e)}); check the name and the split, or give a local "
-                        "file") from e
+                        f"be had ({first_line(e)}); check the name, give --train_split (or "
+                        "--eval_split), or a local file") from e
     yield from ((f"{source}:{split}: row {i}", row) for i, row in enumerate(dataset, 1))
 
 
@@ -573,39 +843,76 @@ def hold_out(pairs, n, seed):
     return pairs.subset(np.sort(order[n:])), pairs.subset(order[:n])
 
 
-def load_pairs(sources, split, tokenizer, max_length, max_prompt_length, bad_rows="error"):
+def load_pairs(sources, split, tokenizer, max_length, max_prompt_length, bad_rows="error",
+               columns="", use_scores=False):
     """Read, tokenize and truncate every row of comma-separated sources -> Pairs, cached on disk.
 
+    split: of hub datasets, one for all or one for each source, separated by commas.
     Truncation keeps the prompt's last max_prompt_length tokens, then cuts the response's end at
     max_length minus the prompt. bad_rows "drop" counts malformed rows instead of ending the run.
-    Raises UserError that names the source and line.
+    columns: "prompt:question_text,chosen:good", which names rows have instead. use_scores: their
+    scores are the rewards. Raises UserError that names the source and line.
     """
-    sources = [os.path.expanduser(s.strip()) for s in sources.split(",") if s.strip()]
-    key = [tokenizer.fingerprint, max_length, max_prompt_length, bad_rows,
-           # a hub dataset counts by its name, since its own library caches it
-           [sha256(s) if os.path.exists(s) else [s, split] for s in sources]]
-    path = cache_path("pairs", key, code=["data.py"])
+    sources, columns = find_sources(sources, split), parse_columns(columns)
+    args = max_length, max_prompt_length, bad_rows, columns, use_scores
+    # a hub dataset counts by its name, since its own library caches it
+    contents = [[split, *([sha256(s)] if os.path.isfile(s) else [sha256(f) for f in sorted(
+        glob.glob(f"{glob.escape(s)}/**", recursive=True)) if os.path.isfile(f)] or [s])]
+                for s, split in sources]
+    path = cache_path("pairs", [tokenizer.fingerprint, *args, contents], code=["data.py"])
     if os.path.exists(path):
         with np.load(path) as z:
             return Pairs(z["tokens"], z["lengths"], z["rewards"], str(z["report"]))
-    pairs = tokenize(sources, split, tokenizer, max_length, max_prompt_length, bad_rows)
+    pairs = tokenize(sources, tokenizer, *args)
     save_cache(path, tokens=pairs.tokens, lengths=pairs.lengths, rewards=pairs.rewards,
                report=pairs.report)
     return pairs
 
 
-def tokenize(sources, split, tokenizer, max_length, max_prompt_length, bad_rows):
+def find_sources(sources, split):
+    """-> [(a path or a hub dataset's name, its split), ..], with all files that a glob finds."""
+    names, splits = [s.strip() for s in sources.split(",") if s.strip()], split.split(",")
+    require(len(splits) in (1, len(names)), f"{split}: {len(splits)} splits for {len(names)} "
+            "datasets; give one for all, or one for each")
+    found = []
+    for name, split in zip(names, splits if len(splits) > 1 else splits * len(names)):
+        name = os.path.expanduser(name)
+        files = [] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
+        found += [(file, split.strip()) for file in files or [name]]
+    return found
+
+
+def parse_columns(text):
+    """"prompt:question_text,chosen:good" -> {"prompt": "question_text", "chosen": "good"}."""
+    columns = dict(part.strip().partition(":")[::2] for part in text.split(",") if part.strip())
+    for name, path in columns.items():
+        require(path and name in NAMES, f'columns: "{name}:{path}" should be NAME:FIELD, with a '
+                f"field of the data and one of these names: {', '.join(NAMES)}")
+    return columns
+
+
+def tokenize(sources, tokenizer, max_length, max_prompt_length, bad_rows, columns, use_scores):
     """load_pairs without the cache. Every row is used, or counted as dropped, by its reason."""
     pairs, rewards = [], []
-    seen, dropped, cut = 0, Counter(), Counter()
-    for where, row in (found for source in sources for found in read_rows(source, split)):
+    seen, used, dropped, cut, unused = 0, 0, Counter(), Counter(), Counter()
+    for where, line in (found for source in sources for found in read_rows(*source)):
         seen += 1
         try:
-            ids, row_rewards = tokenize_row(row, tokenizer, max_length, max_prompt_length, cut)
-            if pairs and len(ids) != len(pairs[0]):
-                raise BadRow(f"{len(ids) - 1} responses where the first row has "
-                             f"{len(pairs[0]) - 1}")
-            if pairs and (row_rewards is None) != (not rewards):
+            rows, names = parse_row(line, columns, use_scores)
+            made, reasons = [], []
+            for row in rows:   # one, or the turns of a conversation
+                try:
+                    made.append(tokenize_row(row, tokenizer, max_length, max_prompt_length, cut))
+                except Drop as reason:
+                    reasons.append(str(reason))
+            if not made:
+                raise Drop(reasons[0])
+            n, first = len(rows[0].responses), len((pairs or made)[0]) - 1
+            if n != first:
+                raise BadRow(f"{n} responses where the first row has {first}", "to take the first "
+                             "and the last of each, sorted from the best to the worst: "
+                             "--columns=chosen:responses.0,rejected:responses.-1")
+            if pairs and (rows[0].rewards is None) != (not rewards):
                 raise BadRow('some rows have "rewards" and some have not')
         except Drop as reason:
             dropped[str(reason)] += 1
@@ -614,28 +921,39 @@ def tokenize(sources, split, tokenizer, max_length, max_prompt_length, bad_rows)
             require(bad_rows == "drop", f"{where}: {e}; fix or delete the row, or --bad_rows=drop")
             dropped[e.reason] += 1
             continue
-        pairs.append([np.array(x, dtype=np.int32) for x in ids])
-        if row_rewards is not None:
-            rewards.append(row_rewards)
+        used += 1
+        unused.update(names)
+        pairs += made
+        rewards += [row.rewards for row in rows[:len(made)] if row.rewards is not None]
 
     why = ", ".join(f"{n:,} {reason}" for reason, n in dropped.most_common())
     why = f" ({why})" if why else ""
-    require(pairs, f"{', '.join(sources)}: 0 usable pairs of {seen:,}{why}; check the data"
-            + (", or raise max_length" if dropped["no room for a response"] else ""))
-    report = f"{seen:,} rows = {len(pairs):,} used + {sum(dropped.values()):,} dropped{why}"
+    require(pairs, f"{', '.join(s for s, _ in sources)}: 0 usable pairs of {seen:,}{why}; check "
+            "the data" + (", or raise max_length" if dropped["no room for a response"] else ""))
+    for path in columns.values():
+        require(unused[path] < used, f"columns: no row has a field {path}")
+    report = f"{seen:,} rows = {used:,} used + {sum(dropped.values()):,} dropped{why}"
+    if len(pairs) != used:
+        report += f"; {len(pairs):,} pairs, one for each turn of the assistant"
     if any(cut.values()):
         report += f"; cut to length: {', '.join(f'{n:,} {what}' for what, n in cut.items())}"
+    if unused:
+        report += f"; fields not used: {', '.join(map(str, unused))}"
     return Pairs.from_ids(pairs, rewards, report)
 
 
 def tokenize_row(row, tokenizer, max_length, max_prompt_length, cut):
-    """-> [prompt ids, response ids, ..], rewards or None. Counts what it truncates in `cut`."""
-    turns, responses, rewards = parse_row(row)
-    if not all(s.strip() for s in responses) or not turns or not turns[-1]["content"].strip():
+    """-> [prompt ids, response ids, ..]. Counts what it truncates in `cut`. Raises Drop, BadRow."""
+    last = [turns[-1] for turns in [row.turns, *row.responses]]
+    if not all(text_of(t).strip() or len(t) > 2 for t in last):   # tool calls may be all it says
         raise Drop("empty")
-    if max(len(s) for s in [*responses, *(t["content"] for t in turns)]) > MAX_CHARS:
+    if max(len(str(value)) for turns in [row.turns, *row.responses] for t in turns
+           for value in t.values()) > MAX_CHARS:
         raise Drop(f"over {MAX_CHARS:,} characters")
-    prompt, encoded = tokenizer.encode_responses(turns, responses)
+    # a plain turn is its text
+    responses = [turns[0]["content"] if turns == [turn("assistant", text_of(turns[0]))] else turns
+                 for turns in row.responses]
+    prompt, encoded = tokenizer.encode_responses(row.turns, responses, **row.template)
     room = max_length - min(len(prompt), max_prompt_length)
     if room < 1:
         raise Drop("no room for a response")
@@ -643,7 +961,8 @@ def tokenize_row(row, tokenizer, max_length, max_prompt_length, cut):
         raise Drop("identical")
     cut["prompts"] += len(prompt) > max_prompt_length
     cut["responses"] += sum(len(r) > room for r in encoded)
-    return [prompt[-max_prompt_length:], *(r[:room] for r in encoded)], rewards
+    return [np.array(ids, dtype=np.int32)
+            for ids in (prompt[-max_prompt_length:], *(r[:room] for r in encoded))]
 
 
 def describe_example(pairs, tokenizer, i=0):

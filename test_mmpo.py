@@ -1614,6 +1614,70 @@ ROWS = {   # row, turns, responses, rewards if any
     "scored": ({"prompt": "Hi", "responses": ["a", "b"], "rewards": [3, 0.5]},
                say("Hi"), ["a", "b"], [3, 0.5]),
     "scored_pair": ({"prompt": "Hi", **AB, "rewards": [3, 0.5]}, say("Hi"), ["a", "b"], [3, 0.5]),
+    "unsorted": ({"prompt": "Hi", "responses": list("abcd"), "rewards": [1, 3, 0, 3]}, say("Hi"),
+                 list("bdac"), [3, 3, 1, 0]),
+    "distilabel": ({"instruction": "Hi", "generations": ["a", "b"], "ratings": [2, 5.0]}, say("Hi"),
+                   ["b", "a"], [5, 2]),
+    # the names that fields have elsewhere
+    "alpaca": ({"instruction": "Hi", "input": "you", **AB}, say("Hi\n\nyou"), ["a", "b"]),
+    "no_input": ({"instruction": "Hi", "input": "", **AB}, say("Hi"), ["a", "b"]),
+    "input": ({"input": "Hi", "system": None, **AB}, say("Hi"), ["a", "b"]),
+    "context": ({"context": say("Hi", "A") + say("B"), **AB}, say("Hi", "A", "B"), ["a", "b"]),
+    "context_of": ({"context": "a text", "question": "Hi", **AB}, say("Hi\n\na text"), ["a", "b"]),
+    "query": ({"query": "Hi", "response": "a", "rejected_response": "b"}, say("Hi"), ["a", "b"]),
+    "argilla": ({"instruction": "Hi", "chosen_response": "a", "rejected_response": "b"}, say("Hi"),
+                ["a", "b"]),
+    "ultrainteract": ({"trajectory": [{"from": "user", "value": "Hi"}], **AB}, say("Hi"),
+                      ["a", "b"]),
+    "sharegpt": ({"conversations": [{"from": "human", "value": "Hi"}], "chosen": {
+        "from": "gpt", "value": "a"}, "rejected": {"from": "GPT", "value": "b"}}, say("Hi"),
+        ["a", "b"]),
+    "openai": ({"input": {"messages": say("Hi"), "tools": []}, "preferred_output": say(0, "a")[1:],
+                "non_preferred_output": say(0, "b")[1:]}, say("Hi"), ["a", "b"]),
+    "roles": ({"chosen": [{"role": "System", "content": "Be brief."}, {"role": "Human", "content":
+                                                                       "Hi"},
+                          {"role": "Assistant", "content": "a"}],
+               "rejected": [BRIEF, *say("Hi", "b")]}, [BRIEF, *say("Hi")], ["a", "b"]),
+    "parts": ({"prompt": [{"role": "user", "content": [{"type": "text", "text": "H"}, {
+        "type": "text", "text": "i"}]}], **AB}, say("Hi"), ["a", "b"]),
+    "csv": ({"prompt": json.dumps([BRIEF, *say("Hi")]), "chosen": str(say("Hi", "a")),
+             "rejected": str(say("Hi", "b"))}, [BRIEF, *say("Hi")], ["a", "b"]),
+    "ms_swift": ({"messages": say("Hi", "a"), "rejected_response": "b"}, say("Hi"), ["a", "b"]),
+    # turns that are there twice, or in one of two places
+    "system_apart": ({"prompt": [BRIEF, *say("Hi")], "chosen": say("Hi", "a"),
+                      "rejected": say("Hi", "b")}, [BRIEF, *say("Hi")], ["a", "b"]),
+    "system_with_answer": ({"prompt": "Hi", "chosen": [BRIEF, *say(0, "a")[1:]],
+                            "rejected": [BRIEF, *say(0, "b")[1:]]}, [BRIEF, *say("Hi")],
+                           ["a", "b"]),
+    "white_space": ({"prompt": say("Hi  you\n"), "chosen": say("Hi you", "a"),
+                     "rejected": say(" Hi you", "b")}, say("Hi you"), ["a", "b"]),
+    "last_turn_again": ({"prompt": say("Hi", "A", "B"), "chosen": say("B", "a"),
+                         "rejected": say("B", "b")}, say("Hi", "A", "B"), ["a", "b"]),
+    "prompt_is_last_turn": ({"prompt": "B", "chosen": say("Hi", "A", "B", "a"),
+                             "rejected": say("Hi", "A", "B", "b")}, say("Hi", "A", "B"),
+                            ["a", "b"]),
+    "messages_beside": ({"messages": say("Hi", "a"), "chosen": say("Hi", "a"),
+                         "rejected": say("Hi", "b")}, say("Hi"), ["a", "b"]),
+    "text_and_turns": ({"prompt": "Hi", "chosen": say("Hi", "a"), "rejected": "b"}, say("Hi"),
+                       ["a", "b"]),
+    "hh_twice": ({"prompt": HH, "chosen": HH + " a", "rejected": HH + " b"}, HH_TURNS, ["a", "b"]),
+    "hh_beside_text": ({"prompt": "Hi", "chosen": "\n\nHuman: Hi\n\nAssistant: a", "rejected":
+                        "\n\nHuman: Hi\n\nAssistant: b"}, say("Hi"), ["a", "b"]),
+    "like_hh": ({"prompt": "Write a chat.", "chosen": "Human: Hi\n\nAssistant: a", "rejected": "b"},
+                say("Write a chat."), ["Human: Hi\n\nAssistant: a", "b"]),
+    "implicit_text": ({"chosen": "The sky is blue.", "rejected": "The sky is black."},
+                      say("The sky is"), [" blue.", " black."]),
+    "turns_differ": ({"prompt": say("Hi"), "chosen": say(0, "A", "B", "a")[1:],
+                      "rejected": say(0, "C", "D", "b")[1:]}, say("Hi"),
+                     [say(0, "A", "B", "a")[1:], say(0, "C", "D", "b")[1:]]),
+    "both": ({"prompt": "Hi", **AB, "responses": ["b", "a", "c"], "rewards": [2, 1, 0]}, say("Hi"),
+             ["a", "b"]),
+    "calls": ({"messages": say("Hi"), "chosen": {"role": "assistant", "content": None, "name": None,
+                                                 "tool_calls": [{"id": "1"}]},
+               "rejected": {"role": "assistant", "content": "b", "reasoning_content": "c"}},
+              say("Hi"),
+              [[{"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}],
+               [{"role": "assistant", "content": "b", "reasoning_content": "c"}]]),
 }
 
 
@@ -1621,7 +1685,11 @@ ROWS = {   # row, turns, responses, rewards if any
 def test_row_formats(name):
     """Every documented row format gives the right turns, responses and rewards."""
     row, turns, responses, *rewards = ROWS[name]
-    assert data.parse_row(row) == (turns, responses, *(rewards or [None]))
+    before = copy.deepcopy(row)
+    [got], _ = data.parse_row(row)
+    responses = [say(None, r)[1:] if isinstance(r, str) else r for r in responses]
+    assert (got.turns, got.responses, got.rewards) == (turns, responses, *(rewards or [None]))
+    assert row == before
 
 
 GOOD = {"prompt": "Hi", "chosen": "a fox", "rejected": "a dog"}
@@ -1630,7 +1698,10 @@ MATRIX = {   # a row, or its line of .jsonl -> an error's words, why it is dropp
     "null_prompt": (GOOD | {"prompt": None}, ["prompt", "null"]),
     "int": (GOOD | {"rejected": 3}, ["rejected", "number"]),
     "list": (GOOD | {"chosen": [1], "rejected": [2]}, ["chosen", "number"]),
-    "mixed": (GOOD | {"chosen": say("Hi", "a")}, ["chosen", "list"]),
+    "mixed": (GOOD | {"chosen": say("Hi", "a")}, "used"),
+    "null_beside_list": ({"chosen": say("Hi", "a"), "rejected": None}, ["rejected", "null"]),
+    "null_elsewhere": ({"prompt": "Hi", "response": "a", "rejected_response": None},
+                       ["rejected_response", "null"]),
     "missing": ({"prompt": "Hi", "chosen": "a"}, ["rejected", "prompt, chosen"]),
     "no_prompt": (AB, ["prompt"]),
     "half_hh": ({"chosen": HH + " a", "rejected": "b"}, ["rejected"]),
@@ -1639,8 +1710,21 @@ MATRIX = {   # a row, or its line of .jsonl -> an error's words, why it is dropp
     "null_content": (GOOD | {"prompt": [{"role": "user", "content": None}]}, ["content", "null"]),
     "null_role": (GOOD | {"prompt": [{"role": None, "content": "Hi"}]}, ["role"]),
     "nan": ({"prompt": "Hi", "responses": ["a", "b"], "rewards": [1, math.nan]}, ["one number"]),
-    "order": ({"prompt": "Hi", "responses": ["a", "b"], "rewards": [1, 2]}, ["best first"]),
-    "more_responses": ({"prompt": "Hi", "responses": ["a", "b", "c"]}, ["responses"]),
+    "order": (GOOD | {"rewards": [1, 2]}, ["rejected", "higher reward"]),
+    "more_responses": ({"prompt": "Hi", "responses": ["a", "b", "c"]},
+                       ["3 responses", "--columns=chosen:responses.0,rejected:responses.-1"]),
+    "no_responses": ({"prompt": "Hi", "responses": []}, ["responses"]),
+    "text_as_messages": ({"messages": "Hi"}, ["messages", "list"]),
+    "responses_object": ({"prompt": "Hi", "responses": {"a": 1}}, ["responses", "list"]),
+    "image": (GOOD | {"prompt": [{"role": "user", "content": [{"type": "image_url"}]}]},
+              ["prompt", "no text", "image_url"]),
+    "unknown": ({"question_text": "Hi", "answer_0": "a", "answer_1": "b", "score_0": 1},
+                ["question_text, answer_0, answer_1, score_0", "--columns=prompt:"]),
+    "unpaired": ({"prompt": "Hi", "completion": "a", "label": False}, ["unpaired", "label"]),
+    "numpy_text": (GOOD | {"prompt": "[{'role': 'user', 'content': 'a'}\n {'role': 'user'}]"},
+                   ["prompt", "list"]),
+    "two_systems": (GOOD | {"prompt": [BRIEF, *say("Hi")], "system": "No."}, ["two", "system"]),
+    "answered": ({"messages": say("Hi", "c"), **AB}, ["prompt ends"]),
     "twice": (b'{"prompt": "Hi", "chosen": "a", "chosen": "c", "rejected": "b"}', ["twice"]),
     "half_a_line": (b'{"prompt": "Hi", "chosen": "a', ["invalid JSON", "column"]),
     "deep": (b'{"prompt": ' + b"[" * 100000, ["nested"]),
@@ -1656,7 +1740,7 @@ MATRIX = {   # a row, or its line of .jsonl -> an error's words, why it is dropp
     "two_prompts": ({"chosen": say("Hi", "a"), "rejected": say("Ho", "b")}, "prompts differ"),
     "surrogate": (GOOD | {"chosen": "a \ud800 b"}, "used"),
     "nul": (GOOD | {"chosen": "a\0b"}, "used"),
-    "not_utf8": (b'{"prompt": "Hi", "chosen": "a \xff b", "rejected": "b"}', "used"),
+    "not_utf8": (b'{"prompt": "Hi", "chosen": "a \xff b", "rejected": "b"}', ["not UTF-8", "0xff"]),
     "extra": (GOOD | {"score": [1, {"x": None}]}, "used"),
 }
 
@@ -1685,12 +1769,19 @@ def test_bad_row(name, tokenizer, tmp_path):
 @pytest.mark.parametrize("file, content, words", [
     ("a.jsonl", b"", "0 usable pairs of 0"), ("b.jsonl", None, "no such file"),
     ("c.jsonl", json.dumps(GOOD | {"chosen": "a dog"}).encode(), r"of 1 \(1 identical"),
-    ("d.txt", b"x", "unknown kind of file"), ("e.json", b'{"prompt": "x"}', "list of rows"),
+    ("d.txt", b"x", "unknown kind of file"), ("e.json", b'{"prompt": "x"}', "e.json:1: no field"),
     ("f.json", b'[{"prompt": "x"', "not valid JSON"), ("g.parquet", b"PAR1", "not a parquet file"),
     ("h.jsonl.gz", gzip.compress(b"{}" * 99)[:-12], "gzip"), ("i.jsonl.gz", b"{}", "gzip"),
     ("j.jsonl.gz", gzip.compress(b"{}")[:10] + b"\xff" * 99, "gzip"),
     ("k.csv", b"prompt,chosen,rejected\na,b,c\nd,e\n", r"k.csv:3: .*rejected"),
-    ("l.csv", b"prompt,chosen,rejected\na,well, b,c\n", r"l.csv:2: more cells than columns")])
+    ("l.csv", b"prompt,chosen,rejected\na,well, b,c\n", r"l.csv:2: more cells than columns"),
+    ("m.csv", b"prompt;chosen;rejected\na;b;c\n", "separated by semicolons"),
+    ("n.csv", b"prompt\tchosen\trejected\na\tb\tc\n", "separated by tabs"),
+    ("o.csv", b"prompt,chosen,chosen\na,b,c\n", "same name"),
+    ("p.csv", b"prompt,chosen,rejected\na,b,c\nd,\xff,f\n", "p.csv:3: not UTF-8"),
+    ("q.json", b'[{"prompt": "a",\n"chosen": "\xff"}]', "q.json:2: not UTF-8"),
+    ("r.csv", b'prompt,chosen,rejected\na,b,c\nd,"e,f\n', "not CSV"),
+    ("s.jsonl.zst", b"{}", "zstd"), ("t*.jsonl", None, "no such file")])
 def test_bad_file(file, content, words, tokenizer, tmp_path):
     """A file without usable rows is an error that names it."""
     if content is not None:
@@ -1705,7 +1796,8 @@ def test_bad_file(file, content, words, tokenizer, tmp_path):
 
 
 def test_file_kinds_agree(tokenizer, tmp_path):
-    """The same rows as .jsonl, .jsonl.gz, .json, .parquet and .csv give the same pairs."""
+    """The same rows in any kind of file, packed or not, and in any kind of folder give the same
+    pairs."""
     import pyarrow
     import pyarrow.parquet
     rows = [*word_rows(5), {"prompt": "2024-01-01", "chosen": 'NA, "q"\nline', "rejected": "null"}]
@@ -1722,9 +1814,138 @@ def test_file_kinds_agree(tokenizer, tmp_path):
     assert [[tokenizer.decode(ids) for ids in ids3] for ids3 in want] == [
         [f"<|im_start|>user\n{row['prompt']}<|im_end|>\n<|im_start|>assistant\n",
          row["chosen"] + "<|im_end|>", row["rejected"] + "<|im_end|>"] for row in rows]
-    for kind in ("jsonl.gz", "json", "parquet", "csv"):
-        assert all_ids(load(tmp_path / f"a.{kind}", tokenizer)) == want, kind
+    with open(tmp_path / "a.tsv", "w", newline="", encoding="utf-8") as f:
+        writer = csv.DictWriter(f, rows[0], delimiter="\t")
+        writer.writeheader()
+        writer.writerows(rows)
+    shutil.copy(jsonl, tmp_path / "a.ndjson")
+    shutil.copy(jsonl, tmp_path / "lines.json")
+    for kind in ("jsonl", "csv", "tsv", "parquet"):
+        content = (tmp_path / f"a.{kind}").read_bytes()
+        half = content.index(b"\n") + 1   # two frames, which are one file
+        (tmp_path / f"a.{kind}.zst").write_bytes(b"".join(
+            pyarrow.compress(x, "zstd", asbytes=True) for x in (content[:half], content[half:])))
+        (tmp_path / f"b.{kind}.gz").write_bytes(gzip.compress(content))
+    for file in os.listdir(tmp_path):
+        assert all_ids(load(tmp_path / file, tokenizer)) == want, file
     assert all_ids(load(f"{jsonl}, {tmp_path}/a.csv", tokenizer)) == want + want
+    assert all_ids(load(f"{tmp_path}/*.jsonl.zst,{tmp_path}/a.?sv", tokenizer)) == want * 3
+
+
+def test_folders(tokenizer, tmp_path, monkeypatch):
+    """What Dataset.save_to_disk wrote and a folder of parquet files are read, by split. Columns of
+    Arrow's JSON type are what they say."""
+    import datasets
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = [{"prompt": say(str(i)), "chosen": "a", "rejected": "b"} for i in range(4)]
+    features = datasets.Features({"prompt": datasets.List(datasets.Json()), **{
+        name: datasets.Value("string") for name in ("chosen", "rejected")}})
+    one, two = (datasets.Dataset.from_list(x, features=features) for x in (rows[:3], rows[3:]))
+    both = datasets.DatasetDict({"train": one, "test": two})
+    one.save_to_disk(tmp_path / "one")
+    both.save_to_disk(tmp_path / "both")
+    (tmp_path / "parquet" / "data").mkdir(parents=True)
+    for split, part in both.items():
+        part.to_parquet(tmp_path / "parquet" / "data" / f"{split}-00000-of-00001.parquet")
+    part.to_parquet(tmp_path / "x.parquet")
+    want = all_ids(load(write_rows(tmp_path / "a.jsonl", rows), tokenizer))
+    for name in ("one", "both", "parquet"):
+        assert all_ids(load(tmp_path / name, tokenizer)) == want[:3], name
+    assert all_ids(load(tmp_path / "x.parquet", tokenizer)) == want[3:]
+    for name in ("both", "parquet"):
+        with pytest.raises(UserError, match="no split other; it has t.*, t.*--train_split"):
+            data.load_pairs(str(tmp_path / name), "other", tokenizer, 512, 256)
+    path = f"{tmp_path}/parquet,{tmp_path}/both"   # a split each
+    assert all_ids(data.load_pairs(path, "train,test", tokenizer, 512, 256)) == want
+    with pytest.raises(UserError, match="2 splits for 1 datasets"):
+        data.load_pairs(str(tmp_path / "both"), "train,test", tokenizer, 512, 256)
+
+
+def test_hub_split(tokenizer, monkeypatch):
+    """A hub dataset that lacks the split is an error that lists those it has, and the setting."""
+    import datasets
+
+    def load_dataset(*args, **kwargs):   # as datasets says it
+        raise ValueError("Unknown split \"train\". Should be one of ['train_sft', 'test_sft'].")
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(UserError, match="owner/name.*train_sft.*--train_split"):
+        load("owner/name", tokenizer)
+
+
+def test_columns(tokenizer, tmp_path):
+    """--columns renames the fields of any row; a path takes one of a list. What no row has, and
+    names that are none, are errors."""
+    want = all_ids(load(write_rows(tmp_path / "a.jsonl", [GOOD]), tokenizer))
+    other = write_rows(tmp_path / "b.jsonl", [{
+        "ask": {"text": "Hi"}, "prompt": "no", "chosen": "a dog", "rejected": "a fox",
+        "answers": ["a fox", "so so", "a dog"], "responses": ["x"]}])
+    for columns in ("prompt:ask.text,chosen:answers.0,rejected:answers.-1",
+                    "prompt:ask.text, chosen:rejected, rejected:chosen"):
+        pairs = data.load_pairs(other, "", tokenizer, 512, 256, columns=columns)
+        assert all_ids(pairs) == want and "responses" in pairs.report.split("not used: ")[1]
+    ranked = data.load_pairs(other, "", tokenizer, 512, 256,
+                             columns="prompt:ask.text,responses:answers")
+    assert ranked.n_responses == 3
+    mixed = data.load_pairs(f"{tmp_path}/a.jsonl,{other}", "", tokenizer, 512, 256,
+                            columns="prompt:ask.text,chosen:answers.0,rejected:answers.2")
+    assert all_ids(mixed) == want + want
+    for columns, words in (("prompt:asked", "no row has a field asked"), ("prompt", '"prompt:" should be'),
+                           ("ask:prompt", '"ask:prompt" should be NAME:FIELD')):
+        with pytest.raises(UserError, match=f"columns: {words}"):
+            data.load_pairs(other, "", tokenizer, 512, 256, columns=columns)
+
+
+def test_what_the_template_gets(tokenizer, tmp_path, monkeypatch):
+    """Messages with all they have, a response of several turns as these, and the row's own tools,
+    documents and chat_template_kwargs reach the tokenizer; what is empty does not."""
+    got = []
+    monkeypatch.setattr(tokenizer, "encode_responses", lambda turns, responses, **template: (
+        got.append((turns, responses, template)) or ([1], [[2], [3]])))
+    call = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
+    result = {"role": "tool", "content": "2", "tool_call_id": "1", "name": "f"}
+    thought = {"role": "assistant", "content": "b", "reasoning_content": "hm"}
+    user, kwargs = say("Hi")[0] | {"name": "me"}, {"enable_thinking": False}
+    load(write_rows(tmp_path / "a.jsonl", [
+        {"prompt": [user], "chosen": [call, result, *say(0, "a")[1:]], "rejected": thought,
+         "tools": json.dumps([{"type": "function"}]), "chat_template_kwargs": kwargs,
+         "documents": []}, GOOD | {"tools": None}]), tokenizer)
+    assert got == [([user], [[call, result, *say(0, "a")[1:]], [thought]],
+                    {"tools": [{"type": "function"}], "chat_template_kwargs": kwargs}),
+                   (say("Hi"), ["a fox", "a dog"], {})]
+
+
+def test_scores(tokenizer, tmp_path):
+    """The scores of a pair are its rewards if asked for, and otherwise told as not used."""
+    row = GOOD | {"score_chosen": 8.5, "score_rejected": 3}
+    path = write_rows(tmp_path / "a.jsonl", [row])
+    pairs = load(path, tokenizer)
+    assert not len(pairs.rewards) and "not used: score_chosen, score_rejected" in pairs.report
+    pairs = data.load_pairs(path, "", tokenizer, 512, 256, use_scores=True)
+    assert pairs.rewards.tolist() == [[8.5, 3]] and "not used" not in pairs.report
+    for change, words in (({"score_chosen": 2}, "higher"), ({"score_rejected": None}, "number")):
+        write_rows(path, [row | change])
+        with pytest.raises(UserError, match=words):
+            data.load_pairs(path, "", tokenizer, 512, 256, use_scores=True)
+
+
+def test_conversations(tokenizer, tmp_path):
+    """Of a conversation and of a completion each turn of the assistant is trained, as the one
+    response to all before it."""
+    chat = [BRIEF, *say("Hi", "A", "B", "b", "bye")]
+    rows = [{"messages": chat, "prompt": "Hi"}, {"prompt": "Hi", "completion": "A"},
+            {"prompt": say("Hi", "A", "B"), "completion": say(0, "b", "C", "c")[1:]},
+            {"conversations": [{"from": "gpt", "value": "A"}, {"from": "human", "value": "B"},
+                               {"from": "gpt", "value": "b"}]},
+            {"messages": say("Hi", "", "B", "b")}, {"messages": say("Hi")}]
+    pairs = load(write_rows(tmp_path / "a.jsonl", rows), tokenizer)
+    want = [(chat[:2], "A"), (chat[:4], "b"), (say("Hi"), "A"), (say("Hi", "A", "B"), "b"),
+            (say("Hi", "A", "B", "b", "C"), "c"), (say(0, "A", "B")[1:], "b"),
+            (say("Hi", "", "B"), "b")]
+    assert [[ids.tolist() for ids in pairs.ids(i)] for i in range(len(pairs))] == [
+        [prompt, *ids] for prompt, ids in (tokenizer.encode_responses(turns, [response])
+                                           for turns, response in want)]
+    assert pairs.report.startswith("6 rows = 5 used + 1 dropped (1 no response turn); 7 pairs")
+    assert "not used" not in pairs.report
 
 
 def test_cache(tokenizer, tmp_path, monkeypatch):
@@ -2239,24 +2460,28 @@ def weights_of(folder):
 
 @pytest.fixture(scope="module")
 def runs(checkpoint, tmp_path_factory):
-    """A run of each objective, one of three responses a row, one with many options on."""
+    """A run of each objective, one of three responses a row, one on conversations, one with many
+    options on."""
     folder, rows = tmp_path_factory.mktemp("runs"), word_rows(16)
     pairs = write_rows(folder / "pairs.jsonl", rows)
     triples = write_rows(folder / "triples.jsonl", [
         {"prompt": r["prompt"], "responses": [r["chosen"], "so so", r["rejected"]]} for r in rows])
+    chats = write_rows(folder / "chats.jsonl", [
+        {"messages": say(r["prompt"], r["chosen"], "so so", r["rejected"])} for r in rows[:8]])
     jobs = {name: [f"--objective={name}"] for name in FORMULAS} | {"triples": [], "options": [
         "--lora_rank=4", "--lora_dropout=0.1", "--entropy_coef=0.01", "--dtype=bfloat16",
         "--activation_checkpointing=true", "--chat_template=llama3", "--reward_norm_group=2",
-        "--length_norm=false", "--pref_weight=0.5", "--learning_rate=3e-2"]}
+        "--length_norm=false", "--pref_weight=0.5", "--learning_rate=3e-2"],
+        "chats": ["--objective=sft"]}
     for name, args in jobs.items():
-        path = triples if name == "triples" else pairs
+        path = {"triples": triples, "chats": chats}.get(name, pairs)
         args += [f"--dataset={path}", f"--eval_dataset={path}", "--max_iters=10"]
     for process in train_all(checkpoint, folder, jobs).values():
         assert_done(process)
     return str(folder)
 
 
-@pytest.mark.parametrize("name", [*FORMULAS, "triples", "options"])
+@pytest.mark.parametrize("name", [*FORMULAS, "triples", "options", "chats"])
 def test_training_lowers_the_loss(name, runs):
     """Ten steps on 16 pairs lower the loss on them."""
     first, *steps, last = metrics_of(f"{runs}/run-{name}")
@@ -2306,11 +2531,14 @@ def test_trained_tokenizer_opens_in_transformers(name, runs):
     "-m scripts.plot {runs}/run-mmpo {runs}/run-dpo --out={folder}/c.png",
     "scripts/plot.py {runs}/run-mmpo --out={folder}/c.png",
     "-m scripts.sample {runs}/run-mmpo --prompt=fox --max_new_tokens=5",
+    "-m scripts.sample {runs}/run-mmpo --instructions={folder}/i.jsonl --max_new_tokens=5 "
+    "--out={folder}/o.json",
     "-m scripts.weights {runs}/run-mmpo {folder}/n.jsonl"])   # of three responses a row
 def test_scripts(command, runs, tmp_path):
     """They run, as modules and as files, and plot draws a PNG."""
     pytest.importorskip("matplotlib")
     write_rows(tmp_path / "n.jsonl", [{"prompt": "x", "responses": ["a", "b c", "d"]}] * 3)
+    write_rows(tmp_path / "i.jsonl", [{"instruction": "fox"}] * 2)
     assert_done(run_process(command.format(runs=runs, folder=tmp_path).split()))
     if "plot" in command:
         assert (tmp_path / "c.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
@@ -2890,6 +3118,12 @@ def mistakes(checkpoint, tmp_path_factory):
 def test_mistakes_end_in_one_line(name, mistakes):
     """A user's mistake ends in `error: where: what`, a non-zero exit and no traceback."""
     assert_one_line(mistakes[name], *MISTAKES[name][1])
+
+
+def test_few_pairs_are_warned_of(mistakes):
+    """Held-out pairs that leave less than a batch to train on are told of."""
+    warning = "warning: eval_pairs 1 leaves 2 pairs to train on, less than a batch of 8"
+    assert warning in mistakes["diverged"].stdout and warning not in mistakes["single"].stdout
 
 
 @pytest.mark.parametrize("name, error", [

@@ -55,7 +55,7 @@ wandb_log = False                 # log to Weights & Biases too
 wandb_project = "nanommpo"        # the project there
 # data
 dataset = "HuggingFaceH4/ultrafeedback_binarized,HuggingFaceH4/orca_dpo_pairs"   # files, hub ids
-train_split = "train_prefs"       # of a hub dataset
+train_split = "train_prefs"       # of a hub dataset; one for each if they differ: a,b
 eval_dataset = ""                 # held-out pairs; "" takes eval_pairs pairs out of dataset
 eval_split = "test_prefs"         # of a hub eval_dataset
 eval_pairs = 256                  # at most so many held-out pairs
@@ -63,6 +63,8 @@ max_length = 2312                 # tokens of the prompt and one response, at mo
 max_prompt_length = 1800          # tokens of the prompt, at most; its end is kept
 chat_template = ""                # chatml, llama3 or a .jinja file; "" takes the model's own
 bad_rows = "error"                # error | drop: a malformed row ends the run, or is dropped
+columns = ""                      # other names of fields: prompt:question_text,chosen:good
+use_scores = False                # score_chosen and score_rejected of a row are its rewards
 # objective
 objective = "mmpo"                # the loss, one of OBJECTIVES in mmpo.py: dpo, simpo, sft, ..
 beta = 0.05                       # weight of the reference in R; the scale in DPO, IPO and SimPO
@@ -172,7 +174,7 @@ log(f"nanoMMPO: {objective} on {ddp_world_size} x {device.type}, {dtype}; set: "
 folder = first_on_each_node(llama.checkpoint_folder, init_from)
 llama.check_target(out_dir, folder, export_adapter)
 tokenizer = data.Tokenizer(folder, chat_template)
-tokenizing = (tokenizer, max_length, max_prompt_length, bad_rows)
+tokenizing = (tokenizer, max_length, max_prompt_length, bad_rows, columns, use_scores)
 train_pairs = first_on_each_node(data.load_pairs, dataset, train_split, *tokenizing)
 log(f"{dataset}: {train_pairs.report}")
 if eval_dataset:
@@ -181,6 +183,9 @@ if eval_dataset:
     held_out = held_out.subset(np.random.default_rng(seed).permutation(len(held_out))[:eval_pairs])
 else:
     train_pairs, held_out = data.hold_out(train_pairs, eval_pairs, seed)
+    if len(train_pairs) < batch_size:
+        log(f"warning: eval_pairs {eval_pairs} leaves {len(train_pairs)} pairs to train on, less "
+            f"than a batch of {batch_size}; lower it, or give eval_dataset")
 log(data.describe_example(train_pairs, tokenizer))
 longest = max(train_pairs.lengths.sum(1).max(), held_out.lengths.sum(1).max())
 require(longest <= pack_tokens, f"pack_tokens: {pack_tokens} is less than the longest pair "

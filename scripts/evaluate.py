@@ -215,7 +215,8 @@ def held_out(args, run, tokenizer):
     pairs = data.load_pairs(source, split, tokenizer,
                             args.max_length or run.get("max_length", 2312),
                             args.max_prompt_length or run.get("max_prompt_length", 1800),
-                            run.get("bad_rows", "error"))
+                            *(run.get(name, default) for name, default in (
+                                ("bad_rows", "error"), ("columns", ""), ("use_scores", False))))
     if not args.pairs:   # as train.py draws them
         order = np.random.default_rng(run["seed"]).permutation(len(pairs))
         pairs = pairs.subset(order[:run["eval_pairs"]])

@@ -5,12 +5,11 @@ $ python -m scripts.sample out/demo --prompt="What does a cow say?"
 $ python -m scripts.sample out/demo                                   # chat; an empty line ends it
 $ python -m scripts.sample out/x --instructions=alpaca_eval.json --out=outputs.json
 
-The last form reads [{"instruction": ..}, ..] and writes what AlpacaEval takes,
+The last form reads [{"instruction": ..}, ..], also as .jsonl, and writes what AlpacaEval takes,
 [{"instruction": .., "output": .., "generator": ..}, ..].
 """
 import argparse
 import contextlib
-import json
 import math
 import os
 import sys
@@ -50,9 +49,9 @@ def main():
 
     questions = []
     if args.instructions:
-        with open(args.instructions, encoding="utf-8") as f, \
-                reading(args.instructions, 'a list of {"instruction": ..}'):
-            questions = [row["instruction"] for row in json.load(f)]
+        with reading(args.instructions, 'rows of {"instruction": ..}'):
+            questions = [data.parse_line(row)["instruction"]
+                         for _, row in data.read_rows(args.instructions, "")]
         for n, question in enumerate(questions, 1):
             require(isinstance(question, str) and question.strip(),
                     f'{args.instructions}: row {n}: "instruction" must be text (got {question!r})')

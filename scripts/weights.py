@@ -27,6 +27,7 @@ def main():
     parser.add_argument("model", help="a Hugging Face folder or a hub id")
     parser.add_argument("data", nargs="+", help="files or hub datasets")
     parser.add_argument("--split", default="train_prefs", help="of a hub dataset")
+    parser.add_argument("--columns", default="", help="other names of fields, as in train.py")
     parser.add_argument("--pairs", type=int, default=210, help="random pairs of each")
     parser.add_argument("--beta", type=float, default=0.05)
     parser.add_argument("--max_length", type=int, default=1300)
@@ -40,7 +41,7 @@ def main():
     print("|---" * 6 + "|")
     for source in args.data:
         pairs = data.load_pairs(source, args.split, tokenizer, args.max_length,
-                                args.max_prompt_length)
+                                args.max_prompt_length, columns=args.columns)
         n = pairs.n_responses
         require(n > 1, f"{source}: one response a row; q compares at least two")
         pairs = pairs.subset(np.random.default_rng(0).permutation(len(pairs))[:args.pairs])
