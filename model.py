@@ -734,12 +734,13 @@ def checkpoint_folder(name, where=""):
 
 ADAPTER = "adapter-to-merge"   # what on_its_base calls its link to the adapter's folder
 # Fields of adapter_config.json with which an adapter is (alpha / rank) B A, or tensors that replace
-# the base's. With another field set it may be more.
+# the base's. With any other field that is set it may be more.
 LORA_FIELDS = """alpha_pattern auto_mapping base_model_name_or_path bias eva_config exclude_modules
-    fan_in_fan_out inference_mode init_lora_weights layers_pattern layers_to_transform lora_alpha
-    lora_dropout megatron_core modules_to_save peft_type peft_version qalora_group_size r
-    rank_pattern revision runtime_config target_modules task_type use_rslora""".split()
-INITS = True, False, None, "gaussian", "eva", "orthogonal"   # others change the base as well
+    fan_in_fan_out inference_mode layers_pattern layers_to_transform lora_alpha lora_dropout
+    megatron_core modules_to_save peft_version qalora_group_size r rank_pattern revision
+    runtime_config target_modules task_type use_rslora""".split()
+LORA_VALUES = {"peft_type": ("LORA",), "init_lora_weights":   # others change the base as well
+               (True, False, None, "gaussian", "eva", "orthogonal")}
 
 
 def on_its_base(adapter):
@@ -747,13 +748,12 @@ def on_its_base(adapter):
     its own tokenizer's. `load_weights` merges the adapter there."""
     path = os.path.join(adapter, "adapter_config.json")
     config = read_json(path)
-    odd = [field for field, value in config.items() if value and field not in LORA_FIELDS]
-    odd += ["peft_type"] * (config.get("peft_type") != "LORA")
-    odd += ["init_lora_weights"] * (config.get("init_lora_weights") not in INITS)
-    require(not odd, f"{path}: {odd and odd[0]} {odd and config.get(odd[0])!r} is not supported; "
-            "merge the adapter in peft")
-    files, own = os.listdir(adapter), set(os.listdir(adapter)) & set(TOKENIZER_FILES)
-    require("model.safetensors" not in files and "model.safetensors.index.json" not in files,
+    for field, value in config.items():
+        known = not value or field in LORA_FIELDS
+        require(value in LORA_VALUES[field] if field in LORA_VALUES else known,
+                f"{path}: {field} {value!r} is not supported; merge the adapter in peft")
+    files = set(os.listdir(adapter))
+    require(not files & {"model.safetensors", "model.safetensors.index.json"},
             f"{adapter}: a model and an adapter, which may be merged in it already; delete "
             "adapter_config.json or the model's weights")
     name, revision = str(config.get("base_model_name_or_path")), config.get("revision")
@@ -763,7 +763,9 @@ def on_its_base(adapter):
     folder = tempfile.mkdtemp(prefix=f"{os.path.basename(os.path.abspath(adapter))}-on-"
                               f"{os.path.basename(os.path.abspath(name))}-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    # A tokenizer's files belong together. Some adapters have them without tokenizer.json.
+    # A tokenizer's files belong together; but some adapters have them without tokenizer.json, or
+    # a template alone.
+    own = files & set(TOKENIZER_FILES)
     instead = set(TOKENIZER_FILES if own - {"chat_template.jinja"} else own)
     instead -= {"tokenizer.json"} - own
     for source, files in ((base, set(os.listdir(base)) - instead), (adapter, own)):
@@ -796,16 +798,17 @@ def read_adapter(folder):
 
 def merge(weight, name, adapter, config):
     """A weight of the base as the adapter changes it. What changed it is taken from `adapter`."""
-    layer, change = name.removesuffix(".weight"), adapter.pop(name, weight)
-    if lora := f"{layer}.lora_A.weight" in adapter:
+    layer, merged = name.removesuffix(".weight"), adapter.pop(name, weight)
+    if f"{layer}.lora_A.weight" in adapter:
         A, B = (adapter.pop(f"{layer}.lora_{x}.weight").float() for x in "AB")
         alpha = next((alpha for layers, alpha in (config.get("alpha_pattern") or {}).items()
                       if re.match(rf"(.*\.)?({layers})$", layer)), config["lora_alpha"])
         rank = math.sqrt(len(A)) if config.get("use_rslora") else len(A)
         change = alpha / rank * (B @ A)
-    require(change.shape == weight.shape, f"the adapter's {name} has shape {tuple(change.shape)}, "
+        merged = merged.float() + change if merged.shape == change.shape else change
+    require(merged.shape == weight.shape, f"the adapter's {name} has shape {tuple(merged.shape)}, "
             f"its base's {tuple(weight.shape)}; merge the adapter in peft")
-    return weight.float() + change if lora else change
+    return merged
 
 
 def find_tensors(folder, stem="model"):

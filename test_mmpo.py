@@ -1026,7 +1026,8 @@ BAD_ADAPTERS = {   # the damage, words of the error
     "no_base": (change_adapter(base_model_name_or_path=None), "adapter_config.json: base model"),
     "base_gone": (change_adapter(base_model_name_or_path="/no/base"), "base model /no/base: no"),
     "tied": (change_tensors(lambda t: t.update({TIED: torch.ones(500, 32)})), EMBED, "tied"),
-    "spare": (change_tensors(lambda t: t.update({LORA_A.replace("1", "7"): t[LORA_A] + 1})), "s.7."),
+    "spare": (change_tensors(lambda t: t.update({LORA_A.replace("1", "7"): t[LORA_A] + 1})),
+              "layers.7."),
     "half": (change_tensors(lambda t: t.pop(LORA_B)), "lora_B"),
     "magnitude": (change_tensors(lambda t: t.update({LORA_A.replace("A.w", "m.w"): t[LORA_A] + 1})),
                   "lora_m"),
@@ -1948,6 +1949,21 @@ def test_conversations(tokenizer, tmp_path):
     assert "not used" not in pairs.report
 
 
+@pytest.mark.parametrize("source, asked", [
+    ("a/b", ("a/b", None, None, None)), ("a/b:c", ("a/b", "c", None, None)),
+    ("a/b@v1.0", ("a/b", None, None, "v1.0")), ("a/b/c-d/e", ("a/b", None, "c-d/e", None)),
+    ("a/b/c:d@refs/pr/1", ("a/b", "d", "c", "refs/pr/1"))])
+def test_hub_dataset(source, asked, monkeypatch):
+    """owner/name[/data_dir][:config][@revision] of the hub, each part where load_dataset has it."""
+    import datasets
+
+    def load_dataset(name, config, split, data_dir, revision):
+        assert (name, config, data_dir, revision) == asked and split == "train"
+        return [GOOD]
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert list(data.read_rows(source, "train")) == [(f"{source}:train: row 1", GOOD)]
+
+
 def test_cache(tokenizer, tmp_path, monkeypatch):
     """Tokenized once, then read from the cache until file, limits or tokenizer change."""
     path, calls = write_rows(tmp_path / "a.jsonl", word_rows(4)), []
@@ -2395,6 +2411,27 @@ def test_two_ranks_give_one_gradient(tmp_path):
         assert_same_grads(first, grads(model), 1e-6)
 
 
+LAUNCHED = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "here", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize("told, found", [
+    ({}, (False, 0, 0, 1)), ({"WORLD_SIZE": "8", "LOCAL_RANK": "3"}, (False, 0, 0, 1)),
+    (LAUNCHED, (True, 1, 0, 2)), (LAUNCHED | {"LOCAL_RANK": "1"}, (True, 1, 1, 2)),
+    ({"RANK": "0"}, "WORLD_SIZE"), (LAUNCHED | {"MASTER_ADDR": ""}, "MASTER_ADDR"),
+    (LAUNCHED | {"RANK": "one"}, 'RANK is "one"'), (LAUNCHED | {"MASTER_PORT": "x"}, "_PORT")])
+def test_torchrun_ranks(told, found, monkeypatch):
+    """What torchrun sets is taken whole. A part of it is an error that names what is missing."""
+    for name in (*LAUNCHED, "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    if isinstance(found, tuple):
+        assert configurator.torchrun_ranks() == found
+    else:
+        with pytest.raises(UserError, match=f"RANK is set, but .*{found}"):
+            configurator.torchrun_ranks()
+
+
 # -----------------------------------------------------------------------------
 # train.py, end to end
 
@@ -2730,6 +2767,12 @@ def test_closing_lines(name, evaluated, tmp_path):
                read_json(f"{evaluated[0]}/train_config.json") | settings)
     lines = report.closing_lines(str(tmp_path), 200)
     assert all(word in lines for word in said) and not any(word in lines for word in unsaid), lines
+
+
+def test_hub_ids():
+    """A model card's metadata name repositories, not their revisions, folders or files here."""
+    sources = f"a/b, a/b:c@v1,o/n/dir/sub@main,{__file__},/x/y,./m/n,mine.jsonl"
+    assert report.hub_ids(sources) == ["a/b", "a/b", "o/n"]
 
 
 def test_model_card(evaluated, tmp_path):
@@ -3087,6 +3130,7 @@ MISTAKES = {   # arguments, words of the error
     "min_lr": (["--min_lr=1"], ["min_lr", "above learning_rate"]),
     "device": (["--device=" + ("mps" if torch.cuda.is_available() else "cuda")], ["device: no"]),
     "single": ([*USABLE, "--eval_dataset={folder}/single.jsonl"], ["single.jsonl", "one response"]),
+    "window": ([*USABLE, "--init_from={folder}/windowed"], ["tokens", "sliding_window, 8"]),
     "diverged": ([*USABLE, "--learning_rate=1e38", "--max_iters=9"], ["step", "not finite"]),
 }
 
@@ -3097,6 +3141,8 @@ def mistakes(checkpoint, tmp_path_factory):
     folder, good = tmp_path_factory.mktemp("mistakes"), word_rows(3)
     shutil.copytree(checkpoint, folder / "model")
     os.remove(folder / "model" / "model.safetensors")
+    damage_config(model_type="mistral", sliding_window=8)(
+        shutil.copytree(checkpoint, folder / "windowed"))
     for name, rows in {"column": [*good, {"prompt": "x", "chosen": "y"}], "good": good, "empty": [],
                        "null": [GOOD | {"chosen": None}], "same": [GOOD | {"chosen": "a dog"}] * 4,
                        "single": [{"prompt": "x", "responses": ["y"]}]}.items():

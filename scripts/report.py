@@ -6,6 +6,7 @@ $ python -m scripts.report out/mine      # both again, from train_config.json an
 import json
 import math
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -82,10 +83,10 @@ def gentler(settings):
 
 
 def hub_ids(sources):
-    """Those of comma-separated sources that are no files here, without their configuration."""
-    names = [source.strip().partition(":")[0] for source in sources.split(",")]
-    return [name for name in names if name.count("/") == 1 and not os.path.exists(name)
-            and not name.startswith((".", "/", "~"))]
+    """owner/name of those comma-separated sources that are no files here."""
+    names = [re.split("[:@]", source.strip())[0] for source in sources.split(",")]
+    return ["/".join(name.split("/")[:2]) for name in names if "/" in name
+            and not os.path.exists(name) and not name.startswith((".", "/", "~"))]
 
 
 def write_model_card(out_dir):
@@ -100,7 +101,7 @@ def write_model_card(out_dir):
     changed = {key: settings[key] for key, default in defaults.items()
                if settings.get(key, default) != default and key not in NOT_TOLD}
     base, objective = settings["init_from"], settings["objective"]
-    header = [f"base_model: {base}"] * bool(hub_ids(base))
+    header = [f"base_model: {name}" for name in hub_ids(base)]
     if datasets := hub_ids(settings["dataset"]):
         header += ["datasets:", *(f"- {name}" for name in datasets)]
     adapter = settings["export_adapter"]

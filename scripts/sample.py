@@ -38,7 +38,7 @@ def main():
     parser.add_argument("--seed", type=int)
     parser.add_argument("--batch_size", type=int, default=16, help="instructions at a time")
     args = parser.parse_args()
-    for name, holds, bound in (   # math.inf and NaN fail all of them
+    for name, holds, bound in (   # NaN holds nowhere
             ("max_new_tokens", args.max_new_tokens > 0, "above 0"),
             ("batch_size", args.batch_size > 0, "above 0"),
             ("temperature", 0 <= args.temperature < math.inf, "0 or more"),
