@@ -209,13 +209,18 @@ class Tokenizer:
         """Turns up to the response -> ids, with the assistant's header at the end."""
         return self.encode(self.render(self.shield_turns(turns), add_generation_prompt=True))
 
-    def encode_responses(self, turns, responses):
+    def encode_responses(self, turns, responses, **template):
         """-> prompt ids, [response ids, ..]. Each response ends with the template's end-of-turn
         token, or with eos where the template has none.
 
         Prompt and responses are encoded apart, so that all responses share the prompt's ids
         exactly. Encoded together, a token could straddle the border.
         """
+        # A template could take these, but this code does not give them to it yet.
+        extra = {key for t in turns for key in t} & {"tool_calls", "reasoning_content"}
+        if template or extra or list in map(type, responses):
+            raise BadRow("tools, template arguments, reasoning and responses of several turns or "
+                         "with more than text are not supported")
         turns = self.shield_turns(turns)
         prompt = self.render(turns, add_generation_prompt=True)
         encoded = []
