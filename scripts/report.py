@@ -14,8 +14,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))   # for `python scripts/repor
 from configurator import (
     HERE, one_line_errors, read_json, read_settings, reading, require, write_text)
 
-FAR_KL = 0.3       # nats a token: runs of the study above it answered visibly worse
-FAR_CHOSEN = 0.1   # share by which the chosen response's log-prob fell, likewise
+FAR_KL = 0.3       # nats a token; the short recipe of assets/results.md ends at half of it or less
+FAR_CHOSEN = 0.1   # share by which the chosen response's log-prob fell; there it rises
 CLIPPED = 10       # times grad_clip
 
 NOT_TOLD = "out_dir", "resume", "dtype"   # of the settings: where a run went, not what it was
@@ -59,7 +59,7 @@ def closing_lines(out_dir, n_pairs):
             fell > FAR_CHOSEN)
         lines.append(f"WARNING: the model has moved far from its start: {' and '.join(why)}. Its "
                      "accuracy then says little about its answers; read the sample above. Gentler: "
-                     + gentler(settings))
+                     + gentler(settings, fell))
     elif not learned and "eval/accuracy/mean" in last:
         lines.append(f"note: {n_pairs} held-out pairs show no preference learned beyond their "
                      f"standard error, {error:.2f}. More: a higher learning_rate, more steps" +
@@ -72,10 +72,10 @@ def closing_lines(out_dir, n_pairs):
     return "\n".join(lines)
 
 
-def gentler(settings):
-    """The settings to turn when a run moved too far, by what the study found."""
+def gentler(settings, fell):
+    """The settings to turn when a run moved too far, as assets/results.md shows them."""
     advice = [f"a lower learning_rate (now {settings['learning_rate']:g})"]
-    if settings["objective"] == "mmpo" and settings["pref_weight"] > 1:
+    if settings["objective"] == "mmpo" and settings["pref_weight"] > 1 and fell > FAR_CHOSEN:
         advice.append(f"a lower pref_weight (now {settings['pref_weight']:g})")
     elif settings["objective"] != "mmpo":
         advice.append("objective=mmpo with pref_weight=10")
