@@ -36,7 +36,7 @@ from scripts import cost, report
 # command line override them. Words between bars at the start of a comment are the allowed values.
 # I/O
 out_dir = "out"                   # the aligned model, in Hugging Face layout, and metrics.jsonl
-init_from = "HuggingFaceTB/SmolLM2-135M-Instruct"   # hub id (@revision), folder, LoRA adapter
+init_from = "HuggingFaceTB/SmolLM2-135M-Instruct"   # the model: hub id[@revision], folder, adapter
 export_dtype = "bfloat16"         # bfloat16 | float16 | float32: of the exported weights; bfloat16
                                   # rounds up or down at random, so that small updates stay
 export_adapter = False            # with LoRA: write the adapters alone (peft), not merged weights
