@@ -37,8 +37,7 @@ from scripts import cost, report
 # I/O
 out_dir = "out"                   # the aligned model, in Hugging Face layout, and metrics.jsonl
 init_from = "HuggingFaceTB/SmolLM2-135M-Instruct"   # the model: hub id[@revision], folder, adapter
-export_dtype = "bfloat16"         # bfloat16 | float16 | float32: of the exported weights; bfloat16
-                                  # rounds up or down at random, so that small updates stay
+export_dtype = "bfloat16"         # bfloat16 | float16 | float32: of the exported weights
 export_adapter = False            # with LoRA: write the adapters alone (peft), not merged weights
 save_interval = 0                 # steps between checkpoints to resume from; 0 writes none
 resume = False                    # go on from the last checkpoint in out_dir, if there is one
