@@ -455,10 +455,10 @@ def first_on_each_node(function, *args):
 # -----------------------------------------------------------------------------
 # resuming a run: its checkpoints, and what may change when it goes on
 #
-# A checkpoint is a folder, checkpoint-0000400: for each rank a safetensors file with its rows of what
-# is trained and of the optimizer's state, and that file's sha256. The file's header has the step,
-# the number of ranks and the run's settings. Nothing in it is ever executed, and any number of
-# ranks can read it.
+# A checkpoint is a folder, checkpoint-0000400: for each rank a safetensors file with its rows of
+# what is trained and of the optimizer's state, and that file's sha256. The file's header has the
+# step, the number of ranks and the run's settings. Nothing in it is ever executed, and any number
+# of ranks can read it.
 
 
 def trained_parameters(model):
@@ -616,13 +616,16 @@ def open_metrics(path, start_iter):
     A new run (start_iter 0) empties it. One that goes on keeps the steps before start_iter, and
     makes those after it again.
     """
-    past = []
-    if start_iter:
-        with open(path, encoding="utf-8") as f, reading(path, "a run's metrics"):
-            past = [line for line in f
-                    if line.endswith("\n") and json.loads(line)["iter"] < start_iter]
-    write_text(path, "".join(past))
+    past = read_metrics(path) if start_iter else []
+    write_text(path, "".join(json.dumps(record) + "\n" for record in past
+                             if record["iter"] < start_iter))
     return open(path, "a", buffering=1, encoding="utf-8")
+
+
+def read_metrics(path):
+    """The records of a metrics.jsonl, without a last line that a run has not finished writing."""
+    with open(path, encoding="utf-8") as f, reading(path, "a run's metrics"):
+        return [parse_json(line) for line in f if line.endswith("}\n")]
 
 
 # What may change when a run resumes (beginnings of names): where and how it is computed, how far it

@@ -690,11 +690,11 @@ def test_export_of_what_fp16_can_not_hold(checkpoint, tmp_path):
         llama.export(model, str(tmp_path), config, checkpoint, torch.float16)
 
 
-def damage_tensors(change):
+def damage_tensors(change, file="model.safetensors"):
     def damage(folder):
-        tensors = load_file(f"{folder}/model.safetensors")
+        tensors = load_file(f"{folder}/{file}")
         change(tensors)
-        save_file(tensors, f"{folder}/model.safetensors", {"format": "pt"})
+        save_file(tensors, f"{folder}/{file}", {"format": "pt"})
     return damage
 
 
@@ -705,10 +705,9 @@ def damage_file(file, content):
     return damage
 
 
-def damage_config(**changes):
+def damage_config(file="config.json", **changes):
     def damage(folder):
-        path = f"{folder}/config.json"
-        write_json(path, read_json(path) | changes)
+        write_json(f"{folder}/{file}", read_json(f"{folder}/{file}") | changes)
     return damage
 
 
@@ -1002,18 +1001,11 @@ def test_own_adapters_open_again(lora, exports):
 
 
 def change_adapter(**changes):
-    def change(folder):
-        path = f"{folder}/adapter_config.json"
-        write_json(path, read_json(path) | changes)
-    return change
+    return damage_config("adapter_config.json", **changes)
 
 
 def change_tensors(change):
-    def damage(folder):
-        tensors = load_file(f"{folder}/adapter_model.safetensors")
-        change(tensors)
-        save_file(tensors, f"{folder}/adapter_model.safetensors")
-    return damage
+    return damage_tensors(change, "adapter_model.safetensors")
 
 
 LORA_A = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"

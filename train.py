@@ -308,17 +308,16 @@ def record(iter_num, metrics):
     metrics_file.write(json.dumps({"iter": iter_num} | metrics, default=float) + "\n")
     if wandb_log:
         wandb.log(metrics, step=iter_num)
+    kind, speed = "eval", ""
     names = {"loss": "eval/loss", "accuracy": "eval/accuracy/mean", "KL": "eval/kl",
              "implicit": "eval/rewards/accuracies", "chosen": "eval/logps/chosen"}
     if "loss" in metrics:
-        names = {"loss": "loss", "accuracy": "accuracy/mean", "q_w": "weights/chosen",
-                 "norm": "grad_norm", "mfu": "mfu"}
-    line = f"{'step' if 'loss' in metrics else 'eval'} {iter_num:5d}" + "".join(
-        f" | {title} {metrics[name]:.3f}" for title, name in names.items() if name in metrics)
-    if "loss" in metrics:
-        line += (f" | lr {metrics['lr']:.1e} | {metrics['tokens_per_second']:,.0f} tok/s | "
+        kind, names = "step", {"loss": "loss", "accuracy": "accuracy/mean", "q_w":
+                               "weights/chosen", "norm": "grad_norm", "mfu": "mfu"}
+        speed = (f" | lr {metrics['lr']:.1e} | {metrics['tokens_per_second']:,.0f} tok/s | "
                  f"{metrics['seconds_left'] / 60:.1f} min left")
-    log(line)
+    log(f"{kind} {iter_num:5d}" + "".join(f" | {title} {metrics[name]:.3f}" for title, name in
+                                          names.items() if name in metrics) + speed)
 
 
 # --- evaluation: held-out pairs, and samples of the reference for the KL estimate

@@ -40,8 +40,7 @@ from configurator import (
     require)
 from scripts import evaluate, plot
 
-TRAIN, EVALUATE = (os.path.join(HERE, *file) for file in (["train.py"],
-                                                          ["scripts", "evaluate.py"]))
+TRAIN, EVALUATE = os.path.join(HERE, "train.py"), evaluate.__file__
 COLUMNS = "accuracy", "logps", "choices", "text", "kl", "answers"   # of the table: beginnings
 RECORDED = ("out_dir", "resume", "dtype")   # train_config.json has others than were asked for
 

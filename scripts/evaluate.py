@@ -38,8 +38,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))   # for `python scripts/evalu
 import data
 import model as llama
 from configurator import (
-    cache_path, one_line_errors, parse_json, read_json, reading, require, save_cache, sha256,
-    write_json)
+    cache_path, one_line_errors, read_json, reading, require, save_cache, sha256, write_json)
 
 BRANCHES = 16   # continuations of a tree, at most
 
@@ -135,7 +134,7 @@ def read_items(file, tokenizer, limit, room):
     items, gold, characters = [], [], []
     for where, line in data.read_rows(file, ""):
         with reading(where, "a multiple-choice item"):
-            row = parse_json(line) if isinstance(line, bytes) else line
+            row = data.parse_line(line)
             choices = [encode(tokenizer, *pair) for pair in row["pairs"]]
             require(row["gold"] in range(len(choices)) and all(c and ids for c, ids in choices),
                     f"{where}: gold must be the index of a choice, and no text may be empty")

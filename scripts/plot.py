@@ -18,7 +18,8 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).parents[1]))   # for `python scripts/plot.py`
 import data
 import model as llama
-from configurator import one_line_errors, parse_json, read_json, read_settings, reading, require
+from configurator import (
+    one_line_errors, read_json, read_metrics, read_settings, reading, require)
 
 PANELS = {"loss": "loss", "accuracy/mean": "chosen likelier, mean log-probs",   # metric: title
           "accuracy/sum": "chosen likelier, summed log-probs",
@@ -38,8 +39,8 @@ def read_run(path):
     file = os.path.join(path, "metrics.jsonl") if os.path.isdir(path) else path
     require(os.path.exists(file), f"{file}: no such file; give a folder that train.py wrote")
     curves = {}
-    with open(file, encoding="utf-8") as f, reading(file, "a run's metrics"):
-        for record in (parse_json(line) for line in f if line.endswith("}\n")):   # not half written
+    with reading(file, "a run's metrics"):
+        for record in read_metrics(file):
             for metric, value in record.items():
                 steps, values = curves.setdefault(metric, ([], []))
                 steps.append(record["iter"])

@@ -3,7 +3,6 @@ What a run did, in words: the last lines of its log, and its model card, out_dir
 
 $ python -m scripts.report out/mine      # both again, from train_config.json and metrics.jsonl
 """
-import json
 import math
 import os
 import re
@@ -12,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))   # for `python scripts/report.py`
 from configurator import (
-    HERE, one_line_errors, read_json, read_settings, reading, require, write_text)
+    HERE, one_line_errors, read_json, read_metrics, read_settings, require, write_text)
 
 FAR_KL = 0.3       # nats a token; the short recipe of assets/results.md ends at half of it or less
 FAR_CHOSEN = 0.1   # share by which the chosen response's log-prob fell; there it rises
@@ -33,8 +32,7 @@ def read_run(out_dir):
     """-> settings, the first evaluation, the last one, the gradient norms of the logged steps."""
     settings = read_json(os.path.join(out_dir, "train_config.json"))
     path = os.path.join(out_dir, "metrics.jsonl")
-    with open(path, encoding="utf-8") as f, reading(path, "a run's metrics"):
-        records = [json.loads(line) for line in f]
+    records = read_metrics(path)
     evals = [record for record in records if "eval/loss" in record]
     require(evals, f"{path}: no evaluation in it; has the run begun?")
     return settings, evals[0], evals[-1], [r["grad_norm"] for r in records if "grad_norm" in r]
