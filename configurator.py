@@ -628,6 +628,12 @@ def read_metrics(path):
         return [parse_json(line) for line in f if line.endswith("}\n")]
 
 
+def is_finished(folder):
+    """Whether a run that train.py started in this folder also ended there."""
+    path = os.path.join(folder, "train_config.json")
+    return os.path.exists(path) and read_json(path).get("finished", False)
+
+
 # What may change when a run resumes (beginnings of names): where and how it is computed, how far it
 # goes, what it writes.
 RESUME_MAY_CHANGE = (

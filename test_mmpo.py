@@ -1882,7 +1882,8 @@ def test_columns(tokenizer, tmp_path):
     mixed = data.load_pairs(f"{tmp_path}/a.jsonl,{other}", "", tokenizer, 512, 256,
                             columns="prompt:ask.text,chosen:answers.0,rejected:answers.2")
     assert all_ids(mixed) == want + want
-    for columns, words in (("prompt:asked", "no row has a field asked"), ("prompt", '"prompt:" should be'),
+    for columns, words in (("prompt:asked", "no row has a field asked"),
+                           ("prompt", '"prompt:" should be'),
                            ("ask:prompt", '"ask:prompt" should be NAME:FIELD')):
         with pytest.raises(UserError, match=f"columns: {words}"):
             data.load_pairs(other, "", tokenizer, 512, 256, columns=columns)
@@ -2819,7 +2820,9 @@ def test_compare(tmp_path):
     assert {"curves.png", "tradeoff.png", "beta.png"} <= {*os.listdir(tmp_path)}
     weights = tmp_path / "objective=dpo_seed=1" / "model.safetensors"
     made = weights.stat().st_mtime_ns
-    os.remove(tmp_path / "objective=mmpo_seed=1" / "README.md")   # it was stopped before its end
+    stopped = tmp_path / "objective=mmpo_seed=1" / "train_config.json"   # before its end
+    write_json(stopped, read_json(stopped) | {"finished": False})
+    os.remove(tmp_path / "objective=mmpo_seed=1" / "README.md")
     assert_done(run_process(command))
     assert weights.stat().st_mtime_ns == made
     assert (tmp_path / "objective=mmpo_seed=1" / "README.md").exists()
@@ -2944,6 +2947,7 @@ def resumed(interrupted):
     for name in ("alone", "alone-kept"):
         shutil.copytree(folder / "run-two-fsdp", folder / f"run-{name}")
     shutil.copytree(folder / "run-lora", folder / "run-moved")
+    (folder / "run-torn" / "README.md").write_text("mine")
     base = shutil.copytree(interrupted.base, folder / "elsewhere")
     pairs = shutil.copy(interrupted.pairs, base / "rows.jsonl")
     jobs = {name: [*args[name], "--resume"] for name in RESUMABLE}
@@ -2991,7 +2995,7 @@ def test_what_can_not_be_resumed(name, interrupted, resumed):
 
 def test_resume_without_a_checkpoint_starts(interrupted, resumed):
     """One command serves the first start and those after it: a run that was killed while it wrote
-    its first checkpoint starts again, and says so."""
+    its first checkpoint starts again, and says so. A person's README.md there is not its end."""
     assert_done(resumed["torn"])
     assert "no checkpoint in" in resumed["torn"].stdout and "step     0" in resumed["torn"].stdout
     assert not glob.glob(f"{interrupted.folder}/run-torn/checkpoint*")
@@ -3020,7 +3024,7 @@ def test_a_checkpoint_needs_every_part(interrupted, resumed, tmp_path):
 
 
 def test_a_checkpoint_is_not_executed(interrupted, resumed, tmp_path):
-    """Pickles that would run code are not even opened, whatever file of a checkpoint they replace."""
+    """Pickles that would run code are not even opened, whatever file of a checkpoint they are."""
     bomb = b"cos\nsystem\n(S'touch " + str(tmp_path / "ran").encode() + b"'\ntR."
     for file in ("0.safetensors", "0.sha256", ".metadata", "__0_0.distcp"):
         path = shutil.copytree(interrupted.folder / "run-alone-kept" / "checkpoint-0000003",

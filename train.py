@@ -26,9 +26,9 @@ import data
 import mmpo
 import model as llama
 from configurator import (
-    cache_path, check_checkpoint, check_same_run, configure, first_on_each_node, last_checkpoint,
-    load_checkpoint, one_line_errors, open_metrics, remove_checkpoints, require, save_cache,
-    save_checkpoint, torchrun_ranks, write_json)
+    cache_path, check_checkpoint, check_same_run, configure, first_on_each_node, is_finished,
+    last_checkpoint, load_checkpoint, one_line_errors, open_metrics, remove_checkpoints, require,
+    save_cache, save_checkpoint, torchrun_ranks, write_json)
 from scripts import cost, report
 
 # -----------------------------------------------------------------------------
@@ -161,7 +161,7 @@ def log(text):
 
 
 if resume and not checkpoint:
-    if os.path.exists(os.path.join(out_dir, "README.md")):   # the last thing that a run writes
+    if is_finished(out_dir):
         log(f"resume: the run in {out_dir} is finished, and stays as it is")
         sys.exit()
     log(f"resume: no checkpoint in {out_dir}, so the run starts")
@@ -450,7 +450,8 @@ llama.export(raw_model, out_dir, hf_config, folder, llama.DTYPES[export_dtype],
 answer("sample after")
 if master_process:
     report.write_model_card(out_dir)
-    remove_checkpoints(out_dir)   # the run is complete
+    write_json(os.path.join(out_dir, "train_config.json"), settings | {"finished": True})
+    remove_checkpoints(out_dir)
     log(report.closing_lines(out_dir, len(held_out)))
     log(f"aligned model, its card and metrics.jsonl: {out_dir}")
 if ddp:

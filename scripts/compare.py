@@ -36,7 +36,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))   # for `python scripts/compare.py`
 import mmpo
 from configurator import (
-    HERE, configure, last_checkpoint, one_line_errors, read_json, read_settings,
+    HERE, configure, is_finished, last_checkpoint, one_line_errors, read_json, read_settings,
     require)
 from scripts import evaluate, plot
 
@@ -75,7 +75,7 @@ def check_folder(folder, settings):
     for key, value in settings.items():
         require(key in RECORDED or found.get(key, value) == value,
                 f"{folder}: a run with {key}={found.get(key)!r}, not {value!r}; give another --out")
-    return os.path.exists(os.path.join(folder, "README.md"))   # the last thing that a run writes
+    return is_finished(folder)
 
 
 def run(folder, arguments, settings, evaluation, devices, references):
