@@ -61,6 +61,7 @@ eval_pairs = 256                  # at most so many held-out pairs
 max_length = 2312                 # tokens of the prompt and one response, at most
 max_prompt_length = 1800          # tokens of the prompt, at most; its end is kept
 chat_template = ""                # chatml, llama3 or a .jinja file; "" takes the model's own
+chat_template_kwargs = ""         # variables for the template: '{"enable_thinking": false}'
 bad_rows = "error"                # error | drop: a malformed row ends the run, or is dropped
 # objective
 objective = "mmpo"                # the loss, one of OBJECTIVES in mmpo.py: dpo, simpo, sft, ..
@@ -168,7 +169,7 @@ log(f"nanoMMPO: {objective} on {ddp_world_size} x {device.type}, {dtype}; set: "
 folder = first_on_each_node(llama.checkpoint_folder, init_from)
 require(os.path.realpath(folder) != os.path.realpath(out_dir),
         f"out_dir: {out_dir} is init_from, and would be overwritten; give another")
-tokenizer = data.Tokenizer(folder, chat_template)
+tokenizer = data.Tokenizer(folder, chat_template, chat_template_kwargs)
 tokenizing = (tokenizer, max_length, max_prompt_length, bad_rows)
 train_pairs = first_on_each_node(data.load_pairs, dataset, train_split, *tokenizing)
 log(f"{dataset}: {train_pairs.report}")
@@ -439,7 +440,7 @@ for iter_num in tqdm(range(start_iter, max_iters + 1), "steps", max_iters, initi
 # --- the aligned model, in Hugging Face layout, and what to know about it
 llama.export(raw_model, out_dir, hf_config, folder, llama.DTYPES[export_dtype],
              adapter_of=init_from if export_adapter else None, stop_ids=stop_ids,
-             chat_template=tokenizer.template_text if chat_template else None)
+             chat_template=tokenizer.template_text)
 answer("sample after")
 if master_process:
     remove_checkpoints(out_dir)   # the run is complete
