@@ -163,6 +163,9 @@ class Tokenizer:
             self.normalized = {self.normalize(c, AT_START): t["id"]
                                for c, t in added.items() if t.get("normalized")}
             self.normalized_pattern = pattern_of(self.normalized)
+            if self.prepend:   # the space before such a token is a part of it
+                self.bytes_of |= {i: c.replace(SPACE, " ").encode()
+                                  for c, i in self.normalized.items()}
             self.before_stretch = tuple(c for c, t in added.items()
                                         if not (self.prepend and t.get("normalized")))
             names = config if "added_tokens_decoder" in config else config | special_map
@@ -352,7 +355,7 @@ class Tokenizer:
         """
         try:
             return self.template.render(self.named | dict(
-                messages=turns, tools=tools, documents=documents,
+                messages=with_reasoning(turns), tools=tools, documents=documents,
                 add_generation_prompt=add_generation_prompt) | self.template_kwargs
                 | (chat_template_kwargs or {}))
         except BadRow:
@@ -382,15 +385,19 @@ class Tokenizer:
             raise Drop("the chat template leaves the response out")
         end = next((m.end() for m in self.marker_pattern.finditer(after)), len(after))
         around = before, after[:end], after[end:]
-        require(not (self.marker_pattern.match(before.removeprefix(prompt))
-                     and prompt == self.render(turns, **template)), "chat template: it ignores "
-                "add_generation_prompt, so a prompt has no assistant header; give another with "
-                "--chat_template")
+        headless = before.startswith(prompt) and self.marker_pattern.match(before, len(prompt))
+        require(not headless or prompt != self.render(turns, **template), "chat template: it "
+                "ignores add_generation_prompt, so a prompt has no assistant header; give another "
+                "with --chat_template")
         encoded = []
         for response in responses:
             new = self.shield([turn("assistant", response)] if isinstance(response, str)
-                              else response)
-            text = continuation(prompt, self.render([*turns, *new], **template), new, *around)
+                              else with_reasoning(response))
+            full = self.render([*turns, *new], **template)
+            calls = [call for t in [*turns, *new] for call in t.get("tool_calls") or []]
+            if not all(call.get("function", call)["name"] in full for call in calls):
+                raise Drop("the chat template leaves tool calls out")
+            text = continuation(prompt, full, new, *around)
             ends = [m.end() for m in self.marker_pattern.finditer(text)]
             if ends and not text[ends[-1]:].strip():   # tool calls may end otherwise than answers
                 ids = self.encode(text[:ends[-1]], prompt)
@@ -440,14 +447,24 @@ def continuation(prompt, full, new, before, end, rest):
     text = full[len(prompt):] if goes_on else gap + full[len(before):]
     text = text.removesuffix(rest)
     said = new[0].get("content") or "" if len(new) == 1 else ""
-    if squash(said) not in squash(text) and squash(said).endswith(squash(text.removesuffix(end))):
+    thought = THOUGHT.search(prompt)   # that the prompt begins
+    known = squash(thought[0] * goes_on + text if thought else text)
+    if squash(said) not in known and squash(said).endswith(squash(text.removesuffix(end))):
         text = gap + said + end   # the template left out the thought, the model should not
-    if not goes_on and (thought := THOUGHT.search(prompt)):
+    if thought and not goes_on:
         closing = f"</{thought[1]}>"
         text = text.lstrip().removeprefix(thought[0].strip()).lstrip()
         if closing not in text:   # no thought, as Qwen3 writes it, or one apart from the content
             text = f"{(new[0].get('reasoning_content') or '').strip()}\n{closing}\n\n{text}"
     return text
+
+
+def with_reasoning(turns):
+    """The turns with their reasoning by the names that templates read, as transformers does it."""
+    found = [next((t[name] for name in ("reasoning_content", "thinking", "reasoning")
+                   if t.get(name) is not None), None) for t in turns]
+    return [t if said is None else {"thinking": said, **t, "reasoning_content": said}
+            for t, said in zip(turns, found)]
 
 
 def squash(text):

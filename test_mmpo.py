@@ -590,6 +590,20 @@ def test_export_opens_in_transformers(checkpoint, tmp_path):
             assert a.read() == b.read()
 
 
+def test_export_has_one_template(checkpoint, tmp_path):
+    """No file of an export keeps another chat template than the one trained with."""
+    model, config = llama.from_pretrained(checkpoint)
+    base, out = shutil.copytree(checkpoint, str(tmp_path / "base")), str(tmp_path / "out")
+    llama.export(model, out, config, base, chat_template="new {{ bos_token }}")
+    assert read_json(f"{out}/tokenizer_config.json")["chat_template"] == "new {{ bos_token }}"
+    with open(f"{out}/chat_template.jinja") as f:
+        assert f.read() == "new {{ bos_token }}"
+    assert data.Tokenizer(out).template_text == "new {{ bos_token }}"
+    llama.export(model, out, config, base, chat_template=CHATML)   # its own: files as they came
+    assert not os.path.exists(f"{out}/chat_template.jinja")
+    assert read_json(f"{out}/tokenizer_config.json") == read_json(f"{base}/tokenizer_config.json")
+
+
 @torch.no_grad()
 def test_export_shards(checkpoint, tmp_path):
     """Sharded bf16 exports reopen, one over the other, and no stale shard or index stays."""
@@ -1220,7 +1234,7 @@ def test_entries_that_no_merge_makes(kind, tmp_path):
     spec = read_json(tmp_path / "tokenizer.json")
     vocab, merges = spec["model"]["vocab"], spec["model"]["merges"]
     for token in ("foxzz", "zq", "zz", "zqz", "zzq", "zzqz"):
-        vocab[token] = max(vocab.values()) + 1
+        vocab[token] = 1000 + len(vocab)
     merges += [["z", "q"], ["z", "z"], ["zq", "z"], ["zz", "q"]]   # zzq: z zq, before zz is tried
     write_json(tmp_path / "tokenizer.json", spec)
     assert_same_ids(str(tmp_path), ["a foxzz", "foxzz", "zzq", "zz zzq", "zzqz", "zzzqzz zqzzq"])
@@ -1259,7 +1273,7 @@ def test_ids_of_real_tokenizers(folder, vectors, tmp_path):
     ({"model": lambda m: m | {"dropout": 0.1}}, "dropout"),
     ({"model": lambda m: m | {"byte_fallback": True}}, "pre_tokenizer Digits of SentencePiece"),
     ({"added_tokens": lambda a: [*a, {"id": 999, "content": "x", "lstrip": True}]}, "strips"),
-    ({"model": lambda m: m | {"merges": m["merges"][::-1]}}, "merges"),
+    ({"model": lambda m: m | {"merges": m["merges"][::-1]}}, "the merge of .* comes before"),
     ({"model": []}, "not a tokenizer"),
     (None, "no tokenizer.json")])
 def test_other_tokenizers_are_refused(change, words, checkpoint, tmp_path):
@@ -1344,7 +1358,8 @@ def test_templates_equal_transformers(name, checkpoint, tmp_path):
     for chat in CHATS + [[*chat, {"role": "assistant", "content": "So."}] for chat in CHATS]:
         for header in (False, True):
             assert ours.render(chat, header) == theirs.apply_chat_template(
-                chat, chat_template=TEMPLATES[name], tokenize=False, add_generation_prompt=header)
+                chat, chat_template=TEMPLATES[name], tokenize=False, add_generation_prompt=header,
+                date_string="26 Jul 2024")
 
 
 @pytest.mark.parametrize("text", ["{{ ''.__class__.__mro__[1].__subclasses__() }}", "{% for %}",
@@ -1374,6 +1389,135 @@ def test_prompt_and_responses(template, end, checkpoint, tmp_path):
             full = tok.render([*chat, {"role": "assistant", "content": text}])
             assert full.startswith(tok.decode(prompt + ids))
     assert tok.stop_ids() == {tok.special[end], tok.special["<|im_end|>"]}
+
+
+# Templates in which a conversation isn't its prompt and then the response.
+R1 = ("{% for m in messages %}{% if m.role == 'user' %}<|im_start|>{{ m.content }}{% else %}"
+      "{% set content = m.content %}{% if '</think>' in content %}"
+      "{% set content = content.split('</think>')[-1] %}{% endif %}"
+      "<|start_header_id|>{{ content }}<|im_end|>{% endif %}{% endfor %}"
+      "{% if add_generation_prompt %}<|start_header_id|><think>\n{% endif %}")
+QWQ = (R1.replace("[-1] %}{% endif %}", "[-1].lstrip('\n') %}{% endif %}").replace("{{ content", "assistant\n{{ content")
+       .replace("<think>", "assistant\n<think>").replace("<|im_end|>{% endif %}", "<|im_end|>\n{% endif %}"))
+R1_FIRST = R1.replace("<think>\n{% endif %}", "{% endif %}")   # it began no thought in the prompt
+QWEN3_THINKING = (CHATML.replace("message['content'] +", "('<think>\n' + (message.reasoning_content or "
+                  "message.content.split('</think>')[0].split('<think>')[-1].strip('\n') if '</think>' in "
+                  "message.content else '') + '\n</think>\n\n' if loop.last and message.role == "
+                  "'assistant' else '') + message.content.split('</think>')[-1].lstrip('\n') +")
+                  .replace("assistant\n' }}", "assistant\n<think>\n' }}"))
+NEMO = ("{% set ns = namespace(system='') %}{% for m in messages %}{% if m.role == 'system' %}"
+        "{% set ns.system = m.content + '\n\n' %}{% elif m.role == 'user' %}<|im_start|>"
+        "{% if loop.last %}{{ ns.system }}{% endif %}{{ m.content }}<|start_header_id|>{% else %}"
+        " {{ m.content | trim }}<|im_end|>{% endif %}{% endfor %}")
+FUNCTIONARY = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}all\n"
+               "{% endif %}<|end_header_id|>{{ m.content }}{% if m.role == 'assistant' %}<|eot_id|>"
+               "{% endif %}\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+THOUGHT = "<think>\nA cow?\n</think>\n\nMoo."
+CONTINUED = {   # template, turns, response -> the end of the prompt, the response
+    "r1": (R1, say("Hi"), THOUGHT, "<|start_header_id|><think>\n",
+           "A cow?\n</think>\n\nMoo.<|im_end|>"),
+    "r1 closes a thought": (R1, say("Hi"), "A cow?\n</think>\n\nMoo.", "<think>\n",
+                            "A cow?\n</think>\n\nMoo.<|im_end|>"),
+    "r1 without a thought": (R1, say("Hi"), "Moo.", "<think>\n", "\n</think>\n\nMoo.<|im_end|>"),
+    "r1 with a thought apart": (
+        R1, say("Hi"), [{"role": "assistant", "content": "Moo.", "reasoning_content": "A cow?"}],
+        "<think>\n", "A cow?\n</think>\n\nMoo.<|im_end|>"),
+    "r1 of several turns": (R1, say("Hi", THOUGHT, "Why?"), THOUGHT,
+                            "Hi<|start_header_id|>\n\nMoo.<|im_end|><|im_start|>Why?"
+                            "<|start_header_id|><think>\n", "A cow?\n</think>\n\nMoo.<|im_end|>"),
+    "r1 first": (R1_FIRST, say("Hi"), THOUGHT, "<|start_header_id|>", THOUGHT + "<|im_end|>"),
+    "qwq": (QWQ, say("Hi"), THOUGHT, "assistant\n<think>\n", "A cow?\n</think>\n\nMoo.<|im_end|>"),
+    "qwq without a thought": (QWQ, say("Hi"), "Moo.", "<think>\n", "\n</think>\n\nMoo.<|im_end|>"),
+    "qwen3 thinking": (QWEN3_THINKING, say("Hi"), THOUGHT, "<think>\n",
+                       "A cow?\n</think>\n\nMoo.<|im_end|>"),
+    "qwen3 without a thought": (QWEN3_THINKING, say("Hi"), "Moo.", "<think>\n",
+                                "\n</think>\n\nMoo.<|im_end|>"),
+    "nemo": (NEMO, [BRIEF, *say("Hi")], " Moo. ", "<|im_start|>Be brief.\n\nHi<|start_header_id|>",
+             " Moo.<|im_end|>"),
+    "functionary": (FUNCTIONARY, say("Hi"), "Moo.", "<|im_start|>assistant\n",
+                    "all\n<|end_header_id|>Moo.<|eot_id|>"),
+    "two turns": (CHATML, say("Hi"), [{"role": "assistant", "content": "Moo?"}, *say("Yes.", "Moo.")],
+                  "<|im_start|>assistant\n", "Moo?<|im_end|>\n<|im_start|>user\nYes.<|im_end|>\n"
+                  "<|im_start|>assistant\nMoo.<|im_end|>")}
+
+
+@pytest.mark.parametrize("name", CONTINUED)
+def test_response_is_what_follows_the_prompt(name, checkpoint, tmp_path):
+    """The prompt is what the template gives at inference, and the response what a model would write
+    after it, with its thoughts, up to the end of its turn."""
+    template, turns, response, prompt_end, want = CONTINUED[name]
+    (tmp_path / "t.jinja").write_text(template)
+    tokenizer = data.Tokenizer(checkpoint, str(tmp_path / "t.jinja"))
+    prompt, [ids] = tokenizer.encode_responses(turns, [response])
+    assert prompt == tokenizer.encode_prompt(turns) and tokenizer.decode(prompt).endswith(prompt_end)
+    assert tokenizer.decode(ids) == want and ids[-1] in tokenizer.special_ids
+
+
+def test_rows_that_a_template_makes_nothing_of(checkpoint, tmp_path):
+    """They are counted under a reason; only if no row is left does the run end."""
+    (tmp_path / "t.jinja").write_text("{% if messages | length > 2 %}{{ messages | length }}"
+                                      "{% endif %}" + CHATML + "{{ messages[0].content.x.y }}")
+    with pytest.raises(data.BadRow, match="chat template: UndefinedError"):
+        data.Tokenizer(checkpoint, str(tmp_path / "t.jinja")).encode_responses(say("a"), ["b"])
+    (tmp_path / "t.jinja").write_text("{% if messages[0].content == 'odd' %}"
+                                      "{{ messages[-1].content | length }}{% endif %}" + CHATML)
+    tokenizer = data.Tokenizer(checkpoint, str(tmp_path / "t.jinja"))
+    odd = GOOD | {"prompt": "odd"}
+    path = write_rows(tmp_path / "pairs.jsonl", [odd, GOOD])
+    assert "1 used + 1 dropped (1 the chat template writes the prompt" in load(path, tokenizer).report
+    with pytest.raises(UserError, match="0 usable pairs of 2 .2 the chat template writes"):
+        load(write_rows(tmp_path / "odd.jsonl", [odd, odd]), tokenizer)
+
+
+def test_markers_that_are_not_special(checkpoint, tmp_path):
+    """Markers that were added with special: false end a turn, stay text where data spells them, and
+    are found by chatml. The tokens of thoughts and tools are for data to spell."""
+    folder = shutil.copytree(checkpoint, str(tmp_path / "model"))
+    spec = read_json(f"{folder}/tokenizer.json")
+    for token in spec["added_tokens"]:
+        token["special"] = False
+    n = max(spec["model"]["vocab"].values()) + 1
+    spec["added_tokens"] += [dict(token, id=n + i, content=content)
+                             for i, content in enumerate(["<think>", "<tool_call>"])]
+    write_json(f"{folder}/tokenizer.json", spec)
+    damage = read_json(f"{folder}/tokenizer_config.json")
+    write_json(f"{folder}/tokenizer_config.json", damage | {"eos_token": "<|endoftext|>"})
+    tokenizer = data.Tokenizer(folder, "chatml")
+    prompt, [ids] = tokenizer.encode_responses(say("a"), ["b <|im_end|> <think> <tool_call>"])
+    assert tokenizer.decode(ids) == "b <|im_end|> <think> <tool_call><|im_end|>"
+    assert ids.count(tokenizer.added["<|im_end|>"]) == 1 and {n, n + 1} < set(ids)
+    assert prompt.count(tokenizer.added["<|im_start|>"]) == 2
+
+
+TOOL = {"type": "function", "function": {"name": "say", "parameters": {"type": "object"}}}
+CALLS = [{"role": "assistant", "content": None, "tool_calls": [
+    {"type": "function", "function": {"name": "say", "arguments": {"what": "<|im_end|>"}}}]}]
+EVERYTHING = ("{% if tools is not none %}{{ tools | tojson }}{% endif %}"
+              "{% if documents %}{{ documents | tojson(indent=2) }}{% endif %}"
+              "{% if think is defined %}{{ think }}{% endif %}{{ strftime_now('%Y-%m-%d %B') }}"
+              "{% for m in messages %}<|im_start|>{{ m | tojson }}<|im_end|>\n{% endfor %}"
+              "{% if add_generation_prompt %}<|im_start|>{% endif %}")
+
+
+def test_template_gets_all_of_a_row(checkpoint, tmp_path):
+    """Messages with all their keys, tools, documents and chat_template_kwargs reach the template as
+    from transformers; what data spells in them is text."""
+    from transformers import PreTrainedTokenizerFast
+    theirs = PreTrainedTokenizerFast(tokenizer_file=f"{checkpoint}/tokenizer.json")
+    (tmp_path / "t.jinja").write_text(EVERYTHING)
+    ours = data.Tokenizer(checkpoint, str(tmp_path / "t.jinja"), '{"think": 2}')
+    turns = [*say("Hi"), CALLS[0] | {"content": ""}, {"role": "tool", "name": "say", "tool_call_id": "1", "content": "é"}]
+    for more in ({}, {"tools": [TOOL]}, {"documents": [{"title": "x"}], "tools": [TOOL]}):
+        want = theirs.apply_chat_template(turns, chat_template=EVERYTHING.replace(
+            "strftime_now('%Y-%m-%d %B')", "'2024-07-26 July'"), tokenize=False, think=2, **more)
+        assert ours.render(turns, **more) == want
+    assert ours.render(turns, chat_template_kwargs={"think": 3}).startswith("32024-07-26 July")
+    _, [ids] = ours.encode_responses(turns, [CALLS], tools=[TOOL])
+    with pytest.raises(data.Drop, match="leaves tool calls out"):
+        data.Tokenizer(checkpoint).encode_responses(turns, ["Moo."])
+    assert ids.count(ours.special["<|im_end|>"]) == 1 and '"what": "<|im_end|>"' in ours.decode(ids)
+    with pytest.raises(UserError, match="chat_template_kwargs: not an object"):
+        data.Tokenizer(checkpoint, "", "thinking")
 
 
 def test_template_without_a_header(checkpoint, tmp_path):
