@@ -33,7 +33,7 @@ import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 from datetime import datetime
-from itertools import chain
+from itertools import chain, groupby
 
 import numpy as np
 import regex   # comes with tiktoken
@@ -95,16 +95,24 @@ def byte_level_cuts(steps):
     return patterns + [BYTE_LEVEL] * steps[-1].get("use_regex", True) or [r"[\s\S]+"]
 
 
-def tokens_made(merges, path):
-    """{token: (its rank, its halves)} of what the merges of a BPE really make, in their order.
+def mergeable(model, others, path):
+    """The tokens of a BPE that merges make, in the order in which tiktoken is to merge.
 
     `tokenizers` merges the pairs that are listed. tiktoken merges any two neighbours that are a
-    token together, and takes a piece that is a token as it is. Both come to the same if each token
-    is what its own text becomes. It does if its halves stay apart until they merge: looking at the
-    two symbols at the border, from the halves down to their characters, the later made of both is
-    undone each time, and no merge across the border may come before it.
+    token together, and takes a piece that is a token as it is. With ignore_merges that is meant so
+    (Llama 3). Else both come to the same where each token is what its own text becomes, and that it
+    does if its halves stay apart until they merge: from the two symbols at their border down to its
+    characters, the one that was made later is undone each time, and no merge across the border may
+    come before it. Tokens that fail are never made. others: the tokens beside the BPE's.
     """
-    made, ranks, early = {}, {}, []
+    merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
+    results = [token for token, _ in groupby(a + b for a, b in merges)]
+    made, ranks, early = {}, {}, []   # made: {token: its rank, its halves}; ranks: of pairs
+    if model.get("ignore_merges"):
+        whole = {t for t in model["vocab"] if len(t) > 1 and t not in others} == set(results)
+        require(whole and len(set(results)) == len(results), f"{path}: ignore_merges with tokens "
+                "that merges do not make, or not in a row, is not supported")
+        return results
 
     def stay_apart(a, b):
         limit = len(made)
@@ -124,12 +132,11 @@ def tokens_made(merges, path):
         elif a + b not in made and stay_apart(a, b):
             ranks[a, b] = len(made)
             made[a + b] = len(made), a, b
-    last = len(made)
-    for a, b in early:   # a half that is made later, or never
-        halves = [made[half][0] if half in made else last * (len(half) > 1) for half in (a, b)]
-        require(max(halves) == last or made.get(a + b, (last,))[0] <= max(halves),
-                f"{path}: the merge of {a!r} and {b!r} comes before theirs, which is not supported")
-    return made
+    for a, b in early:   # merges before their halves are made would come at once when they are
+        halves = [made.get(half, (len(made),))[0] for half in (a, b) if len(half) > 1]
+        require(len(made) in halves or a + b in made and made[a + b][0] <= max(halves),
+                f"{path}: merges are out of order, which is not supported")
+    return [*made]
 
 
 class Tokenizer:
@@ -140,7 +147,8 @@ class Tokenizer:
 
     It gives the ids that the `tokenizers` library gives, with one difference: a marker, which is a
     special token or another token that the template writes around turns, stays text where the
-    *data* spells it. Raises UserError for files that it can't honour exactly.
+    *data* spells it. Unicode's newest characters may also differ: NFC follows Python's version of
+    it. Raises UserError for files that it can't honour exactly.
     """
 
     def __init__(self, folder, chat_template="", chat_template_kwargs=""):
@@ -170,7 +178,8 @@ class Tokenizer:
                                         if not (self.prepend and t.get("normalized")))
             names = config if "added_tokens_decoder" in config else config | special_map
             self.named = {"bos_token": "", "eos_token": ""} | {
-                k: content_of(v) for k, v in names.items() if k.endswith("_token") and content_of(v)}
+                name: content_of(token) for name, token in names.items()
+                if name.endswith("_token") and content_of(token)}
             self.eos_id = self.added.get(self.named["eos_token"])
             ends = (model_config | generation_config).get("eos_token_id")
             self.end_ids = {i for i in (ends if isinstance(ends, list) else [ends])
@@ -191,8 +200,7 @@ class Tokenizer:
     def load_bpe(self, spec, added, path):
         """tiktoken's Encoding of the vocabulary, and what is done to a text before it."""
         model, vocab = spec["model"], spec["model"]["vocab"]
-        normalizers, steps = (
-            steps_of(spec.get(name)) for name in ("normalizer", "pre_tokenizer"))
+        normalizers, steps = steps_of(spec.get("normalizer")), steps_of(spec.get("pre_tokenizer"))
         characters = bool(model.get("byte_fallback"))   # SentencePiece's BPE, else BPE over bytes
         for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
             require(not model.get(name), f"{path}: {name} {model.get(name)!r} is not supported")
@@ -222,18 +230,7 @@ class Tokenizer:
             require(cuts, f"{path}: pre_tokenizer {kinds} is not supported; byte-level BPE as in "
                     "Llama 3 or Qwen is, and SentencePiece's BPE with byte_fallback")
 
-        merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
-        merged = tokens_made(merges, path)
-        unmade = [t for t in vocab if len(t) > 1 and t not in merged and t not in added]
-        if model.get("ignore_merges"):   # there a piece that is a token is taken as it is
-            listed = set(merges)
-            for token in unmade:
-                halves = [(token[:n], token[n:]) for n in range(1, len(token))]
-                require(not characters and all(pair in listed for pair in halves
-                                               if vocab.keys() >= set(pair)),
-                        f"{path}: ignore_merges with token {token!r}, which merges do not make, "
-                        "is not supported")
-            merged = [*merged, *unmade]
+        merged = mergeable(model, added, path)
         if characters:
             require(split or not any(re.search(f"[^{SPACE}]{SPACE}", token) for token in merged),
                     f"{path}: some tokens go on after a space, which is not supported")
@@ -334,8 +331,8 @@ class Tokenizer:
         self.set_markers(markers)
 
     def set_markers(self, markers):
-        self.shielded = [*sorted((m for m in markers if not re.fullmatch(r"</?\w*think\w*>", m)), key=len,
-                                 reverse=True), SHIELD]
+        markers = {m for m in markers if not re.fullmatch(r"</?\w*think\w*>", m)}
+        self.shielded = [*sorted(markers), SHIELD]
         self.marker_pattern = pattern_of(self.shielded)
 
     def shield(self, value):
@@ -394,15 +391,16 @@ class Tokenizer:
             new = self.shield([turn("assistant", response)] if isinstance(response, str)
                               else with_reasoning(response))
             full = self.render([*turns, *new], **template)
-            calls = [call for t in [*turns, *new] for call in t.get("tool_calls") or []]
-            if not all(call.get("function", call)["name"] in full for call in calls):
-                raise Drop("the chat template leaves tool calls out")
+            mute = [{k: v for k, v in t.items() if k != "tool_calls"} for t in [*turns, *new]]
+            with contextlib.suppress(BadRow):   # such turns may make no sense to the template
+                if mute != [*turns, *new] and self.render(mute, **template) == full:
+                    raise Drop("the chat template leaves tool calls out")
             text = continuation(prompt, full, new, *around)
             ends = [m.end() for m in self.marker_pattern.finditer(text)]
             if ends and not text[ends[-1]:].strip():   # tool calls may end otherwise than answers
                 ids = self.encode(text[:ends[-1]], prompt)
-                require(ids[-1] in self.added.values(), f"tokenizer.json: {text[:ends[-1]][-20:]!r} "
-                        "ends in a token that it only knows behind a space (normalized: true)")
+                require(ids[-1] in self.added.values(), "tokenizer.json: the end-of-turn token in "
+                        f"{text[:ends[-1]][-20:]!r} is one only after a space (normalized: true)")
             else:
                 require(self.eos_id is not None,
                         "chat template: no end-of-turn token after a response, and no eos_token")
@@ -500,7 +498,7 @@ def find_added_tokens(path, spec, config, special_map, added_tokens):
         if content not in added:
             free = max([len(vocab), *(t["id"] + 1 for t in added.values())])
             require(token["id"] == vocab.get(content, free), f"{path}: has no token {content!r}, "
-                    f"which another file there names (id {token['id']}); rename it in this one")
+                    f"which another file there names (id {token['id']}); name it in this one")
             added[content] = token
     for content, token in added.items():
         require(not (token.get("lstrip") or token.get("rstrip") or token.get("single_word")),

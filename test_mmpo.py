@@ -155,9 +155,10 @@ NASTY = ["", " ", "   \n", "\n\n\n", "\t", " \t\r\n x", "a  b   c    d", "x \n y
 
 
 DEEPSEEK_SPLITS = (r"\p{N}{1,3}", r"[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
-                   r"[!-/:-~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|"
-                   r"\s*[\r\n]+|\s+(?!\S)|\s+")
-DEEPSEEK_OLD = r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
+                   r"[!-/:-~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+|"
+                   r" ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+DEEPSEEK_OLD = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+",
+                r"[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+")
 SPM = {   # normalizers and pre_tokenizer of SentencePiece's BPE
     "llama_old": (["Prepend", "Replace"], None), "spaces_alone": (["Replace"], None),
     "first": ([], ("first", False)), "never": ([], ("never", False)),
@@ -215,8 +216,8 @@ def train_bpe(kind):
     if kind == "qwen":
         tok.normalizer = normalizers.NFC()
     tok.decoder = decoders.ByteLevel()
-    # bytes that UTF-8 never uses, and two that SmolLM2 lacks
-    impossible = set(ByteLevel.alphabet()) & set("ÀÁõö÷øùúûüýþÿ" + "ĄĠ"[:kind == "smollm2"])
+    # bytes that UTF-8 never uses, and one that SmolLM2 lacks
+    impossible = set(ByteLevel.alphabet()) & set("ÀÁõö÷øùúûüýþÿ" + "Ą" * (kind == "smollm2"))
     tok.train_from_iterator(TEXTS * 3, trainers.BpeTrainer(
         vocab_size=500, special_tokens=SPECIALS, show_progress=False,
         initial_alphabet=sorted(set(ByteLevel.alphabet()) - impossible)))
@@ -1250,8 +1251,8 @@ PLAIN = ("{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}\n{
     pytest.param(f"{SHARED}/tokenizers/llama3_1", "llama-bpe", marks=needs(f"{SHARED}/tokenizers")),
     pytest.param(f"{SHARED}/tokenizers/qwen3", "qwen2", marks=needs(f"{SHARED}/tokenizers")),
     pytest.param(SMOLLM2, "", marks=needs(SMOLLM2)),
-    *(pytest.param(f"{SHARED}/{folder}", "llama-spm" * ("llama2" == folder[-6:]),
-                   marks=needs(f"{SHARED}/{folder}")) for folder in SENTENCEPIECE)],
+    *(pytest.param(f"{SHARED}/{folder}", "", marks=needs(f"{SHARED}/{folder}"))
+      for folder in SENTENCEPIECE)],
     ids=["llama3_1", "qwen3", "smollm2", *map(os.path.basename, SENTENCEPIECE)])
 def test_ids_of_real_tokenizers(folder, vectors, tmp_path):
     """Ids equal `tokenizers` on real text, and llama.cpp's test vectors."""
@@ -1273,7 +1274,7 @@ def test_ids_of_real_tokenizers(folder, vectors, tmp_path):
     ({"model": lambda m: m | {"dropout": 0.1}}, "dropout"),
     ({"model": lambda m: m | {"byte_fallback": True}}, "pre_tokenizer Digits of SentencePiece"),
     ({"added_tokens": lambda a: [*a, {"id": 999, "content": "x", "lstrip": True}]}, "strips"),
-    ({"model": lambda m: m | {"merges": m["merges"][::-1]}}, "the merge of .* comes before"),
+    ({"model": lambda m: m | {"merges": m["merges"][::-1]}}, "merges are out of order"),
     ({"model": []}, "not a tokenizer"),
     (None, "no tokenizer.json")])
 def test_other_tokenizers_are_refused(change, words, checkpoint, tmp_path):
@@ -1397,21 +1398,23 @@ R1 = ("{% for m in messages %}{% if m.role == 'user' %}<|im_start|>{{ m.content 
       "{% set content = content.split('</think>')[-1] %}{% endif %}"
       "<|start_header_id|>{{ content }}<|im_end|>{% endif %}{% endfor %}"
       "{% if add_generation_prompt %}<|start_header_id|><think>\n{% endif %}")
-QWQ = (R1.replace("[-1] %}{% endif %}", "[-1].lstrip('\n') %}{% endif %}").replace("{{ content", "assistant\n{{ content")
-       .replace("<think>", "assistant\n<think>").replace("<|im_end|>{% endif %}", "<|im_end|>\n{% endif %}"))
 R1_FIRST = R1.replace("<think>\n{% endif %}", "{% endif %}")   # it began no thought in the prompt
-QWEN3_THINKING = (CHATML.replace("message['content'] +", "('<think>\n' + (message.reasoning_content or "
-                  "message.content.split('</think>')[0].split('<think>')[-1].strip('\n') if '</think>' in "
-                  "message.content else '') + '\n</think>\n\n' if loop.last and message.role == "
-                  "'assistant' else '') + message.content.split('</think>')[-1].lstrip('\n') +")
-                  .replace("assistant\n' }}", "assistant\n<think>\n' }}"))
+QWQ = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+       "{{ m.content.split('</think>')[-1].lstrip('\n') }}{% else %}{{ m.content }}{% endif %}"
+       "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}"
+       "<|im_start|>assistant\n<think>\n{% endif %}")
+QWEN3_THINKING = QWQ.replace("{% if m.role == 'assistant' %}", (
+    "{% if m.role == 'assistant' %}<think>\n{% if '</think>' in m.content %}"
+    "{{ m.content.split('</think>')[0].split('<think>')[-1].strip('\n') }}{% endif %}"
+    "\n\n</think>\n\n"))
 NEMO = ("{% set ns = namespace(system='') %}{% for m in messages %}{% if m.role == 'system' %}"
         "{% set ns.system = m.content + '\n\n' %}{% elif m.role == 'user' %}<|im_start|>"
         "{% if loop.last %}{{ ns.system }}{% endif %}{{ m.content }}<|start_header_id|>{% else %}"
         " {{ m.content | trim }}<|im_end|>{% endif %}{% endfor %}")
-FUNCTIONARY = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}all\n"
-               "{% endif %}<|end_header_id|>{{ m.content }}{% if m.role == 'assistant' %}<|eot_id|>"
-               "{% endif %}\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+FUNCTIONARY = ("{% for m in messages %}<|im_start|>{{ m.role }}\n"
+               "{% if m.role == 'assistant' %}all\n{% endif %}<|end_header_id|>{{ m.content }}"
+               "{% if m.role == 'assistant' %}<|eot_id|>{% endif %}\n{% endfor %}"
+               "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 THOUGHT = "<think>\nA cow?\n</think>\n\nMoo."
 CONTINUED = {   # template, turns, response -> the end of the prompt, the response
     "r1": (R1, say("Hi"), THOUGHT, "<|start_header_id|><think>\n",
@@ -1426,8 +1429,10 @@ CONTINUED = {   # template, turns, response -> the end of the prompt, the respon
                             "Hi<|start_header_id|>\n\nMoo.<|im_end|><|im_start|>Why?"
                             "<|start_header_id|><think>\n", "A cow?\n</think>\n\nMoo.<|im_end|>"),
     "r1 first": (R1_FIRST, say("Hi"), THOUGHT, "<|start_header_id|>", THOUGHT + "<|im_end|>"),
-    "qwq": (QWQ, say("Hi"), THOUGHT, "assistant\n<think>\n", "A cow?\n</think>\n\nMoo.<|im_end|>"),
-    "qwq without a thought": (QWQ, say("Hi"), "Moo.", "<think>\n", "\n</think>\n\nMoo.<|im_end|>"),
+    "qwq": (QWQ, say("Hi"), THOUGHT, "assistant\n<think>\n",
+            "A cow?\n</think>\n\nMoo.<|im_end|>"),
+    "qwq without a thought": (QWQ, say("Hi"), "Moo.", "<think>\n",
+                              "\n</think>\n\nMoo.<|im_end|>"),
     "qwen3 thinking": (QWEN3_THINKING, say("Hi"), THOUGHT, "<think>\n",
                        "A cow?\n</think>\n\nMoo.<|im_end|>"),
     "qwen3 without a thought": (QWEN3_THINKING, say("Hi"), "Moo.", "<think>\n",
@@ -1436,7 +1441,7 @@ CONTINUED = {   # template, turns, response -> the end of the prompt, the respon
              " Moo.<|im_end|>"),
     "functionary": (FUNCTIONARY, say("Hi"), "Moo.", "<|im_start|>assistant\n",
                     "all\n<|end_header_id|>Moo.<|eot_id|>"),
-    "two turns": (CHATML, say("Hi"), [{"role": "assistant", "content": "Moo?"}, *say("Yes.", "Moo.")],
+    "two turns": (CHATML, say("Hi"), say("Hi", "Moo?", "Yes.", "Moo.")[1:],
                   "<|im_start|>assistant\n", "Moo?<|im_end|>\n<|im_start|>user\nYes.<|im_end|>\n"
                   "<|im_start|>assistant\nMoo.<|im_end|>")}
 
@@ -1449,7 +1454,8 @@ def test_response_is_what_follows_the_prompt(name, checkpoint, tmp_path):
     (tmp_path / "t.jinja").write_text(template)
     tokenizer = data.Tokenizer(checkpoint, str(tmp_path / "t.jinja"))
     prompt, [ids] = tokenizer.encode_responses(turns, [response])
-    assert prompt == tokenizer.encode_prompt(turns) and tokenizer.decode(prompt).endswith(prompt_end)
+    assert prompt == tokenizer.encode_prompt(turns)
+    assert tokenizer.decode(prompt).endswith(prompt_end)
     assert tokenizer.decode(ids) == want and ids[-1] in tokenizer.special_ids
 
 
@@ -1464,7 +1470,7 @@ def test_rows_that_a_template_makes_nothing_of(checkpoint, tmp_path):
     tokenizer = data.Tokenizer(checkpoint, str(tmp_path / "t.jinja"))
     odd = GOOD | {"prompt": "odd"}
     path = write_rows(tmp_path / "pairs.jsonl", [odd, GOOD])
-    assert "1 used + 1 dropped (1 the chat template writes the prompt" in load(path, tokenizer).report
+    assert "1 used + 1 dropped (1 the chat template writes" in load(path, tokenizer).report
     with pytest.raises(UserError, match="0 usable pairs of 2 .2 the chat template writes"):
         load(write_rows(tmp_path / "odd.jsonl", [odd, odd]), tokenizer)
 
@@ -1506,7 +1512,8 @@ def test_template_gets_all_of_a_row(checkpoint, tmp_path):
     theirs = PreTrainedTokenizerFast(tokenizer_file=f"{checkpoint}/tokenizer.json")
     (tmp_path / "t.jinja").write_text(EVERYTHING)
     ours = data.Tokenizer(checkpoint, str(tmp_path / "t.jinja"), '{"think": 2}')
-    turns = [*say("Hi"), CALLS[0] | {"content": ""}, {"role": "tool", "name": "say", "tool_call_id": "1", "content": "é"}]
+    turns = [*say("Hi"), CALLS[0] | {"content": ""},
+             {"role": "tool", "name": "say", "tool_call_id": "1", "content": "é"}]
     for more in ({}, {"tools": [TOOL]}, {"documents": [{"title": "x"}], "tools": [TOOL]}):
         want = theirs.apply_chat_template(turns, chat_template=EVERYTHING.replace(
             "strftime_now('%Y-%m-%d %B')", "'2024-07-26 July'"), tokenize=False, think=2, **more)
