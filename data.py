@@ -350,15 +350,20 @@ class Tokenizer:
 
         turns: [{"role", "content", and what else a message has}]. Raises BadRow.
         """
-        try:
-            return self.template.render(self.named | dict(
-                messages=with_reasoning(turns), tools=tools, documents=documents,
-                add_generation_prompt=add_generation_prompt) | self.template_kwargs
-                | (chat_template_kwargs or {}))
-        except BadRow:
-            raise
-        except Exception as e:   # a template is a program, and may fail in any way
-            raise BadRow(f"chat template: {type(e).__name__}: {first_line(e)}") from e
+        variables = self.named | self.template_kwargs | dict(
+            tools=tools, documents=documents, add_generation_prompt=add_generation_prompt)
+        turns = with_reasoning(turns)
+        no_nulls = [{k: v for k, v in t.items() if v is not None} for t in turns]
+        # beside tool calls a template wants no content (as from transformers), null, or ""
+        for messages in (no_nulls, turns, [{"content": ""} | t for t in no_nulls]):
+            try:
+                return self.template.render(variables | (chat_template_kwargs or {}),
+                                            messages=messages)
+            except BadRow:
+                raise
+            except Exception as e:   # a template is a program, and may fail in any way
+                error = e
+        raise BadRow(f"chat template: {type(error).__name__}: {first_line(error)}") from error
 
     def encode_prompt(self, turns, **template):
         """Turns up to the response -> ids, with the assistant's header at the end."""
@@ -388,8 +393,8 @@ class Tokenizer:
                 "with --chat_template")
         encoded = []
         for response in responses:
-            new = self.shield([turn("assistant", response)] if isinstance(response, str)
-                              else with_reasoning(response))
+            new = self.shield(with_reasoning(response) if isinstance(response, list)
+                              else [turn("assistant", response)])
             full = self.render([*turns, *new], **template)
             mute = [{k: v for k, v in t.items() if k != "tool_calls"} for t in [*turns, *new]]
             with contextlib.suppress(BadRow):   # such turns may make no sense to the template
@@ -451,7 +456,7 @@ def continuation(prompt, full, new, before, end, rest):
         text = gap + said + end   # the template left out the thought, the model should not
     if thought and not goes_on:
         closing = f"</{thought[1]}>"
-        text = text.lstrip().removeprefix(thought[0].strip()).lstrip()
+        text = text.lstrip().removeprefix(thought[0]).removeprefix(thought[0].strip())
         if closing not in text:   # no thought, as Qwen3 writes it, or one apart from the content
             text = f"{(new[0].get('reasoning_content') or '').strip()}\n{closing}\n\n{text}"
     return text

@@ -1421,6 +1421,8 @@ CONTINUED = {   # template, turns, response -> the end of the prompt, the respon
            "A cow?\n</think>\n\nMoo.<|im_end|>"),
     "r1 closes a thought": (R1, say("Hi"), "A cow?\n</think>\n\nMoo.", "<think>\n",
                             "A cow?\n</think>\n\nMoo.<|im_end|>"),
+    "r1 with an empty thought": (R1, say("Hi"), "<think>\n\n</think>\n\nMoo.", "<think>\n",
+                                 "\n</think>\n\nMoo.<|im_end|>"),
     "r1 without a thought": (R1, say("Hi"), "Moo.", "<think>\n", "\n</think>\n\nMoo.<|im_end|>"),
     "r1 with a thought apart": (
         R1, say("Hi"), [{"role": "assistant", "content": "Moo.", "reasoning_content": "A cow?"}],
@@ -1512,12 +1514,15 @@ def test_template_gets_all_of_a_row(checkpoint, tmp_path):
     theirs = PreTrainedTokenizerFast(tokenizer_file=f"{checkpoint}/tokenizer.json")
     (tmp_path / "t.jinja").write_text(EVERYTHING)
     ours = data.Tokenizer(checkpoint, str(tmp_path / "t.jinja"), '{"think": 2}')
-    turns = [*say("Hi"), CALLS[0] | {"content": ""},
+    turns = [*say("Hi"), *CALLS,
              {"role": "tool", "name": "say", "tool_call_id": "1", "content": "é"}]
     for more in ({}, {"tools": [TOOL]}, {"documents": [{"title": "x"}], "tools": [TOOL]}):
         want = theirs.apply_chat_template(turns, chat_template=EVERYTHING.replace(
             "strftime_now('%Y-%m-%d %B')", "'2024-07-26 July'"), tokenize=False, think=2, **more)
         assert ours.render(turns, **more) == want
+    (tmp_path / "null.jinja").write_text("{% for m in messages %}{% if m.content is none %}calls"
+                                         "{% else %}{{ 'x' + m.content }}{% endif %}{% endfor %}")
+    assert data.Tokenizer(checkpoint, str(tmp_path / "null.jinja")).render(turns) == "xHicallsxé"
     assert ours.render(turns, chat_template_kwargs={"think": 3}).startswith("32024-07-26 July")
     _, [ids] = ours.encode_responses(turns, [CALLS], tools=[TOOL])
     with pytest.raises(data.Drop, match="leaves tool calls out"):
