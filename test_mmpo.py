@@ -1318,6 +1318,25 @@ def test_tokens_beside_tokenizer_json(style, checkpoint, tmp_path):
     assert ours.stop_ids() == {7, 9, theirs.eos_token_id, data.Tokenizer(checkpoint).eos_id}
 
 
+@pytest.mark.parametrize("name", ["renamed", "far", "eos"])
+def test_tokens_that_only_other_files_name(name, checkpoint, tmp_path):
+    """transformers gives them the next free ids, whatever is written there: so an error."""
+    from transformers import AutoTokenizer
+    folder = shutil.copytree(checkpoint, str(tmp_path / "model"))
+    spec, config = (read_json(f"{folder}/{f}.json") for f in ("tokenizer", "tokenizer_config"))
+    tokens = {str(t["id"]): {k: v for k, v in t.items() if k != "id"} for t in spec["added_tokens"]}
+    i = 4 if name == "renamed" else 2000
+    if name == "eos":
+        config["eos_token"] = "<|new|>"
+    else:
+        config["added_tokens_decoder"] = tokens | {str(i): tokens["4"] | {"content": "<|new|>"}}
+    write_json(f"{folder}/tokenizer_config.json", config)
+    [id] = AutoTokenizer.from_pretrained(folder).encode("<|new|>", add_special_tokens=False)
+    assert id == data.Tokenizer(checkpoint).n_vocab != i
+    with pytest.raises(UserError, match=r"tokenizer.json: has no token '<.new.>'"):
+        data.Tokenizer(folder)
+
+
 def test_tokenizer_file_that_is_not_utf8(checkpoint, tmp_path):
     """A damaged tokenizer file is an error, never read with other characters in it."""
     folder = shutil.copytree(checkpoint, str(tmp_path / "model"))
@@ -2276,6 +2295,24 @@ def test_trained_tokenizer_opens_in_transformers(name, runs):
     ends = GenerationConfig.from_pretrained(out).eos_token_id
     assert ({ends} if type(ends) is int else set(ends)) == ours.stop_ids()
     assert theirs.encode("a fox, 12", add_special_tokens=False) == ours.encode("a fox, 12")
+
+
+@needs(f"{SHARED}/models/stories260K")
+def test_sentencepiece_model_trains(tmp_path):
+    """A real Llama with SentencePiece's BPE: a run, and transformers' ids from what it exports. It
+    has no template, and not chatml's markers; the error says what to give."""
+    from transformers import AutoTokenizer
+    path, out = write_rows(tmp_path / "pairs.jsonl", word_rows(12)), str(tmp_path / "out")
+    (tmp_path / "t.jinja").write_text(PLAIN)
+    job = f"{SHARED}/models/stories260K", out, f"--dataset={path}", "--eval_pairs=4", "--epochs=1"
+    assert_one_line(train(*job), "no chat template", ".jinja")
+    assert_one_line(train(*job, "--chat_template=chatml"), "lacks", "eos_token")
+    assert_done(train(*job, f"--chat_template={tmp_path}/t.jinja"))
+    theirs, ours = AutoTokenizer.from_pretrained(out), data.Tokenizer(out)
+    prompt, [response] = ours.encode_responses(say("a fox"), ["two  dogs"])
+    want = theirs.apply_chat_template(say("a fox", "two  dogs"), return_dict=False)
+    assert (prompt + response) == want[:len(prompt + response)]
+    assert ours.text_prefix + ours.encode("a fox") == theirs.encode("a fox")
 
 
 @pytest.mark.parametrize("command", [
