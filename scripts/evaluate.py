@@ -283,7 +283,8 @@ def main():
     reference = args.reference or run.get("init_from")
     if reference:   # first, since the others are compared with it
         folders = {reference: llama.checkpoint_folder(reference)} | folders
-    tokenizer = data.Tokenizer(folders[first])
+    tokenizer = data.Tokenizer(folders[first],
+                               chat_template_kwargs=run.get("chat_template_kwargs", ""))
     room = llama.config_from_dict(llama.read_config(folders[first])).max_position_embeddings
 
     pairs = held_out(args, run, tokenizer) if args.pairs or run else None
