@@ -2159,23 +2159,29 @@ def test_columns(tokenizer, tmp_path):
             data.load_pairs(other, "", tokenizer, 512, 256, columns=columns)
 
 
-def test_what_the_template_gets(tokenizer, tmp_path, monkeypatch):
-    """Messages with all they have, a response of several turns as these, and the row's own tools,
-    documents and chat_template_kwargs reach the tokenizer; what is empty does not."""
-    got = []
-    monkeypatch.setattr(tokenizer, "encode_responses", lambda turns, responses, **template: (
-        got.append((turns, responses, template)) or ([1], [[2], [3]])))
-    call = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
+def test_what_a_row_gives_the_template(checkpoint, tmp_path):
+    """From a file: messages with all they have, responses of several turns, tool calls and thoughts
+    in them, the row's own tools and chat_template_kwargs. What is empty does not reach it."""
+    (tmp_path / "t.jinja").write_text(EVERYTHING)
+    tokenizer = data.Tokenizer(checkpoint, str(tmp_path / "t.jinja"), '{"think": 1, "x": 2}')
+    call = {"role": "assistant", "tool_calls": [{"id": "1"}]}
     result = {"role": "tool", "content": "2", "tool_call_id": "1", "name": "f"}
     thought = {"role": "assistant", "content": "b", "reasoning_content": "hm"}
-    user, kwargs = say("Hi")[0] | {"name": "me"}, {"enable_thinking": False}
-    load(write_rows(tmp_path / "a.jsonl", [
+    user, kwargs = say("Hi")[0] | {"name": "me"}, {"think": False}
+    pairs = load(write_rows(tmp_path / "a.jsonl", [
         {"prompt": [user], "chosen": [call, result, *say(0, "a")[1:]], "rejected": thought,
-         "tools": json.dumps([{"type": "function"}]), "chat_template_kwargs": kwargs,
-         "documents": []}, GOOD | {"tools": None}]), tokenizer)
-    assert got == [([user], [[call, result, *say(0, "a")[1:]], [thought]],
-                    {"tools": [{"type": "function"}], "chat_template_kwargs": kwargs}),
-                   (say("Hi"), ["a fox", "a dog"], {})]
+         "tools": json.dumps([TOOL]), "chat_template_kwargs": kwargs, "documents": []},
+        GOOD | {"tools": None}]), tokenizer)
+    for i, (turns, responses, template) in enumerate([
+            ([user], [[call, result, *say(0, "a")[1:]], [thought]],
+             {"tools": [TOOL], "chat_template_kwargs": kwargs}),
+            (say("Hi"), [say(0, "a fox")[1:], say(0, "a dog")[1:]], {})]):
+        prompt, *ids = map(tokenizer.decode, map(np.ndarray.tolist, pairs.ids(i)))
+        assert prompt == tokenizer.render(turns, True, **template)
+        assert ("function" in prompt, "False" in prompt) == (i == 0, i == 0)
+        for text, response in zip(ids, responses):
+            full = tokenizer.render([*turns, *response], **template)
+            assert prompt + text + "\n" == full
 
 
 def test_scores(tokenizer, tmp_path):

@@ -283,8 +283,9 @@ def main():
     reference = args.reference or run.get("init_from")
     if reference:   # first, since the others are compared with it
         folders = {reference: llama.checkpoint_folder(reference)} | folders
-    tokenizer = data.Tokenizer(folders[first],
-                               chat_template_kwargs=run.get("chat_template_kwargs", ""))
+    template = os.path.join(folders[first], "chat_template.jinja")   # the base may have none
+    template = template if os.path.exists(template) else ""
+    tokenizer = data.Tokenizer(folders[first], template, run.get("chat_template_kwargs", ""))
     room = llama.config_from_dict(llama.read_config(folders[first])).max_position_embeddings
 
     pairs = held_out(args, run, tokenizer) if args.pairs or run else None
@@ -309,7 +310,7 @@ def main():
                           ["data.py", "model.py", "scripts/evaluate.py"])
         if not base and os.path.exists(path):   # the reference's, of an earlier call
             return json.loads(str(np.load(path)["result"]))
-        require(data.Tokenizer(folder).bytes_of == tokenizer.bytes_of,
+        require(data.Tokenizer(folder, template).bytes_of == tokenizer.bytes_of,
                 f"{name}: another vocabulary than that of {first}; evaluate it by itself")
         model, _ = llama.from_pretrained(folder, device, torch.bfloat16 if device == "cuda" else
                                          torch.float32)
