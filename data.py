@@ -110,44 +110,32 @@ def mergeable(model, others, path):
     """The tokens of a BPE that merges make, in the order in which tiktoken is to merge.
 
     `tokenizers` merges the pairs that are listed. tiktoken merges any two neighbours that are a
-    token together, and takes a piece that is a token as it is. With ignore_merges that is meant so
-    (Llama 3). Else both come to the same where each token is what its own text becomes, and that it
-    does if its halves stay apart until they merge: from the two symbols at their border down to its
-    characters, the one that was made later is undone each time, and no merge across the border may
-    come before it. Tokens that fail are never made. others: the tokens beside the BPE's.
+    token together, and takes a piece that is a token as it is. Both come to the same if each token
+    is what the listed merges make of its own characters. A token of which they make something else
+    is never made in any text, so it is left out. Only with ignore_merges (Llama 3) is a piece that
+    is a token meant to be taken as it is. others: the tokens beside the BPE's.
     """
     merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
-    results = [token for token, _ in groupby(a + b for a, b in merges)]
-    made, ranks, early = {}, {}, []   # made: {token: its rank, its halves}; ranks: of pairs
+    results = dict.fromkeys(a + b for a, b in merges)
     if model.get("ignore_merges"):
-        whole = {t for t in model["vocab"] if len(t) > 1 and t not in others} == set(results)
-        require(whole and len(set(results)) == len(results), f"{path}: ignore_merges with tokens "
-                "that merges do not make, or not in a row, is not supported")
-        return results
-
-    def stay_apart(a, b):
-        limit = len(made)
-        while ranks.get((a, b), limit) >= limit:
-            of_a, of_b = (made[x][0] if x in made else -1 for x in (a, b))
-            if of_a == of_b == -1:
-                return True
-            if of_a > of_b:
-                limit, a = of_a, made[a][2]
-            else:   # of equal merges the left one comes first
-                limit, b = of_b + 1, made[b][1]
-        return False
-
-    for a, b in merges:
-        if any(len(half) > 1 and half not in made for half in (a, b)):
-            early.append((a, b))
-        elif a + b not in made and stay_apart(a, b):
-            ranks[a, b] = len(made)
-            made[a + b] = len(made), a, b
-    for a, b in early:   # merges before their halves are made would come at once when they are
-        halves = [made.get(half, (len(made),))[0] for half in (a, b) if len(half) > 1]
-        require(len(made) in halves or a + b in made and made[a + b][0] <= max(halves),
-                f"{path}: merges are out of order, which is not supported")
-    return [*made]
+        whole = {t for t in model["vocab"] if len(t) > 1 and t not in others} == results.keys()
+        require(whole and len([*groupby(a + b for a, b in merges)]) == len(results), f"{path}: "
+                "ignore_merges with tokens that no merge makes, or not in a row, is not supported")
+        return [*results]
+    ranks = {pair: rank for rank, pair in reversed([*enumerate(merges)])}
+    made, last = {}, len(merges)   # made: {token: the rank of the merge that makes it}
+    for token in results:
+        parts, rank = [*token], last
+        while len(parts) > 1:
+            found = [ranks.get(pair, last) for pair in zip(parts, parts[1:])]
+            rank = min(found)
+            if rank == last:
+                break
+            i = found.index(rank)
+            parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        if parts == [token]:
+            made[token] = rank
+    return sorted(made, key=made.get)
 
 
 class Tokenizer:
@@ -332,18 +320,13 @@ class Tokenizer:
     def find_markers(self):
         """Markers: special tokens, and others that the template writes around turns. They stay
         text where data spells them. Thoughts have tokens too, and data may spell those."""
-        markers = {*self.special, *(self.named.values() & self.added.keys())}
-        self.set_markers(markers)
-        for turns in ("aba", "ab"):
+        chat = ""
+        for roles in (("user", "assistant", "user"), ("user", "assistant")):
             with contextlib.suppress(UserError):   # it may refuse such a chat, or fail: rows tell
-                text = self.render([turn("assistant" if t == "b" else "user", t) for t in turns])
-                markers |= set(re.findall(pattern_of(self.added), text))
-                break
-        self.set_markers(markers)
-
-    def set_markers(self, markers):
-        markers = {m for m in markers if not re.fullmatch(r"</?\w*think\w*>", m)}
-        self.shielded = [*sorted(markers), SHIELD]
+                chat = chat or self.render([turn(role, "a") for role in roles])
+        markers = {*self.special, *(self.named.values() & self.added.keys()),
+                   *re.findall(pattern_of(self.added), chat)}
+        self.shielded = [*sorted(m for m in markers if not THINK.fullmatch(m)), SHIELD, HIDDEN]
         self.marker_pattern = pattern_of(self.shielded)
 
     def shield(self, value):
@@ -391,27 +374,21 @@ class Tokenizer:
         """
         turns, template = self.shield(turns), self.shield(template)
         prompt = self.render(turns, True, **template)
-        # what the template writes around a plain answer: its header, and the end of its turn
+        # what the template writes before a plain answer, and behind it: the end of its turn
         before, found, after = self.render(
             [*turns, turn("assistant", ANSWER)], **template).rpartition(ANSWER)
         if not found:
             raise Drop("the chat template leaves the response out")
         end = next((m.end() for m in self.marker_pattern.finditer(after)), len(after))
-        around = before, after[:end], after[end:]
         headless = before.startswith(prompt) and self.marker_pattern.match(before, len(prompt))
         require(not headless or prompt != self.render(turns, **template), "chat template: it "
                 "ignores add_generation_prompt, so a prompt has no assistant header; give another "
                 "with --chat_template")
         encoded = []
         for response in responses:
-            new = self.shield(with_reasoning(response) if isinstance(response, list)
-                              else [turn("assistant", response)])
-            full = self.render([*turns, *new], **template)
-            mute = [{k: v for k, v in t.items() if k != "tool_calls"} for t in [*turns, *new]]
-            with contextlib.suppress(BadRow):   # such turns may make no sense to the template
-                if mute != [*turns, *new] and self.render(mute, **template) == full:
-                    raise Drop("the chat template leaves tool calls out")
-            text = continuation(prompt, full, new, *around)
+            new = [turn("assistant", response)] if isinstance(response, str) else response
+            full = self.render_response(turns, self.shield(with_reasoning(new)), template)
+            text = continuation(prompt, before, full.removesuffix(after[end:]))
             ends = [m.end() for m in self.marker_pattern.finditer(text)]
             if ends and not text[ends[-1]:].strip():   # tool calls may end otherwise than answers
                 ids = self.encode(text[:ends[-1]], prompt)
@@ -423,6 +400,27 @@ class Tokenizer:
                 ids = [*self.encode(text, prompt), self.eos_id]
             encoded.append(ids)
         return self.encode(prompt), encoded
+
+    def render_response(self, turns, new, template):
+        """The conversation with a response's turns, rendered, with all that these say in it."""
+        full = self.render([*turns, *new], **template)
+        # Templates leave the thoughts of earlier answers out, and some those of the last one too.
+        # The model should write them. Hidden in the content, they stay there.
+        known, kept = squash(full), []
+        for t in new:
+            thought, said = t.get("reasoning_content") or "", t.get("content") or ""
+            if squash(thought) not in known:
+                said, known = f"<think>\n{thought.strip()}\n</think>\n\n{said}", ""
+            if squash(said) not in known:
+                t = t | {"content": THINK.sub(HIDDEN + r"\1", said)}
+            kept.append(t)
+        if kept != new:
+            full = self.render([*turns, *kept], **template)
+        mute = [{k: v for k, v in t.items() if k != "tool_calls"} for t in [*turns, *kept]]
+        with contextlib.suppress(BadRow):   # such turns may make no sense to the template
+            if mute != [*turns, *kept] and self.render(mute, **template) == full:
+                raise Drop("the chat template leaves tool calls out")
+        return full.replace(HIDDEN, "<")
 
     def stop_ids(self):
         """The ids that end a response: eos, the config files' own, the template's end of turn."""
@@ -446,31 +444,22 @@ def split_at(pattern, text, place):
     yield text[at:], place, None
 
 
-def continuation(prompt, full, new, before, end, rest):
-    """What is to be written after the prompt. `full` is the whole conversation rendered, and `new`
-    its turns behind the prompt. A plain answer stands between `before` and end + rest in it.
-
-    Mostly `full` is the prompt and then that. But templates move a system turn into the last turn
-    of the user, which isn't the last one in `full`, leave out an answer's thoughts, or begin a
-    thought in the prompt only.
-    """
-    goes_on = full.startswith(prompt)
-    gap = trailing_space(before).removeprefix(trailing_space(prompt))
-    if not goes_on and not full.startswith(before):
+def continuation(prompt, before, full):
+    """What is to be written after the prompt, given a whole conversation, rendered, and what stands
+    there before a plain answer. Mostly that begins with the prompt. But templates move a system
+    turn into the user's last turn, which isn't the last one in a conversation, or begin a thought
+    in the prompt only."""
+    start = prompt if before.startswith(prompt) else before
+    if not full.startswith(start):
         raise Drop("the chat template writes the prompt otherwise when a response follows")
-    text = full[len(prompt):] if goes_on else gap + full[len(before):]
-    text = text.removesuffix(rest)
-    said = new[0].get("content") or "" if len(new) == 1 else ""
-    thought = THOUGHT.search(prompt)   # that the prompt begins
-    known = squash(thought[0] * goes_on + text if thought else text)
-    if squash(said) not in known and squash(said).endswith(squash(text.removesuffix(end))):
-        text = gap + said + end   # the template left out the thought, the model should not
-    if thought and not goes_on:
-        closing = f"</{thought[1]}>"
+    text, thought = full[len(start):], OPEN_THOUGHT.search(prompt)
+    if start == prompt:
+        return text
+    if thought:
         text = text.lstrip().removeprefix(thought[0]).removeprefix(thought[0].strip())
-        if closing not in text:   # no thought, as Qwen3 writes it, or one apart from the content
-            text = f"{(new[0].get('reasoning_content') or '').strip()}\n{closing}\n\n{text}"
-    return text
+        closing = thought[1].replace("<", "</")
+        return text if closing in text else f"\n{closing}\n\n{text}"   # no thought, as in Qwen3
+    return trailing_space(before).removeprefix(trailing_space(prompt)) + text
 
 
 def with_reasoning(turns):
@@ -542,8 +531,9 @@ def content_of(token):
 # chat templates
 
 DATE = datetime(2024, 7, 26)   # for templates that write the day's date: not the day of the run
-SHIELD, SHIELD_END, ANSWER = "\ufdd0", "\ufdd1", "\ufdd2"   # noncharacters: no valid text has them
-THOUGHT = re.compile(r"<(\w*think\w*)>\s*$")   # where a prompt ends in the beginning of a thought
+SHIELD, SHIELD_END, ANSWER, HIDDEN = "\ufdd0\ufdd1\ufdd2\ufdd3"   # no valid text has these
+THINK = re.compile(r"<(/?\w*think\w*>)")   # around thoughts
+OPEN_THOUGHT = re.compile(r"(<\w*think\w*>)\s*$")   # where a prompt ends in its beginning
 SHIELDED = re.compile(f"{SHIELD}(\\d+){SHIELD_END}")
 
 TEMPLATES = {
