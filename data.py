@@ -388,7 +388,7 @@ class Tokenizer:
         for response in responses:
             new = [turn("assistant", response)] if isinstance(response, str) else response
             full = self.render_response(turns, self.shield(with_reasoning(new)), template)
-            text = continuation(prompt, before, full.removesuffix(after[end:]))
+            text = self.continuation(prompt, before, full.removesuffix(after[end:]))
             ends = [m.end() for m in self.marker_pattern.finditer(text)]
             if ends and not text[ends[-1]:].strip():   # tool calls may end otherwise than answers
                 ids = self.encode(text[:ends[-1]], prompt)
@@ -416,11 +416,37 @@ class Tokenizer:
             kept.append(t)
         if kept != new:
             full = self.render([*turns, *kept], **template)
-        mute = [{k: v for k, v in t.items() if k != "tool_calls"} for t in [*turns, *kept]]
-        with contextlib.suppress(BadRow):   # such turns may make no sense to the template
-            if mute != [*turns, *kept] and self.render(mute, **template) == full:
-                raise Drop("the chat template leaves tool calls out")
+        mute = [turn(t["role"], text_of(t)) if t.get("tool_calls") else t for t in [*turns, *kept]]
+        alone = turns + [t | {"content": None} if t.get("tool_calls") and text_of(t).strip() else t
+                         for t in kept]
+        for less, what in ((mute, "tool calls"), (alone, "what is said beside tool calls")):
+            with contextlib.suppress(BadRow):   # such turns may make no sense to the template
+                if less != turns + kept and self.render(less, **template) == full:
+                    raise Drop(f"the chat template leaves {what} out")
         return full.replace(HIDDEN, "<")
+
+    def continuation(self, prompt, before, full):
+        """What is to be written after the prompt, given a whole conversation, rendered, and what
+        stands there before a plain answer.
+
+        Mostly the conversation begins with the prompt. But templates move a system turn into the
+        user's last turn, which is another one then, or begin a thought in the prompt only.
+        """
+        thought = OPEN_THOUGHT.search(prompt)
+        for start in (prompt, prompt[:thought.start()] if thought else prompt, before):
+            if full.startswith(start):
+                break
+        else:
+            raise Drop("the chat template writes the prompt otherwise when a response follows")
+        text = full[len(start):]
+        if start == prompt:
+            return text
+        if not thought:
+            return trailing_space(before).removeprefix(trailing_space(prompt)) + text
+        text, closing = text.lstrip().removeprefix(thought[1]), thought[1].replace("<", "</")
+        if closing in self.marker_pattern.split(text)[0]:
+            return text
+        return f"\n{closing}\n\n{text}"   # no thought, as Qwen3 writes it
 
     def stop_ids(self):
         """The ids that end a response: eos, the config files' own, the template's end of turn."""
@@ -442,24 +468,6 @@ def split_at(pattern, text, place):
         yield text[at:match.start()], place, match[0]
         at, place = match.end(), AFTER_TOKEN
     yield text[at:], place, None
-
-
-def continuation(prompt, before, full):
-    """What is to be written after the prompt, given a whole conversation, rendered, and what stands
-    there before a plain answer. Mostly that begins with the prompt. But templates move a system
-    turn into the user's last turn, which isn't the last one in a conversation, or begin a thought
-    in the prompt only."""
-    start = prompt if before.startswith(prompt) else before
-    if not full.startswith(start):
-        raise Drop("the chat template writes the prompt otherwise when a response follows")
-    text, thought = full[len(start):], OPEN_THOUGHT.search(prompt)
-    if start == prompt:
-        return text
-    if thought:
-        text = text.lstrip().removeprefix(thought[0]).removeprefix(thought[0].strip())
-        closing = thought[1].replace("<", "</")
-        return text if closing in text else f"\n{closing}\n\n{text}"   # no thought, as in Qwen3
-    return trailing_space(before).removeprefix(trailing_space(prompt)) + text
 
 
 def with_reasoning(turns):

@@ -1695,6 +1695,8 @@ QWEN3_THINKING = QWQ.replace("{% if m.role == 'assistant' %}", (
     "{% if m.role == 'assistant' %}<think>\n{% if '</think>' in m.content %}"
     "{{ m.content.split('</think>')[0].split('<think>')[-1].strip('\n') }}{% endif %}"
     "\n\n</think>\n\n"))
+QWEN3_LAST = QWQ.replace("{% if m.role == 'assistant' %}", (   # earlier answers lose their thought
+    "{% if m.role == 'assistant' %}{% if loop.last %}<think>\n\n</think>\n\n{% endif %}"))
 NEMO = ("{% set ns = namespace(system='') %}{% for m in messages %}{% if m.role == 'system' %}"
         "{% set ns.system = m.content + '\n\n' %}{% elif m.role == 'user' %}<|im_start|>"
         "{% if loop.last %}{{ ns.system }}{% endif %}{{ m.content }}<|start_header_id|>{% else %}"
@@ -1735,6 +1737,10 @@ CONTINUED = {   # template, turns, response -> the end of the prompt, the respon
              " Moo.<|im_end|>"),
     "functionary": (FUNCTIONARY, say("Hi"), "Moo.", "<|im_start|>assistant\n",
                     "all\n<|end_header_id|>Moo.<|eot_id|>"),
+    "two turns behind a thought": (
+        QWEN3_LAST, say("Hi"), say("Hi", "Moo?", "Yes.", "Moo.")[1:], "<think>\n",
+        "\n</think>\n\nMoo?<|im_end|>\n<|im_start|>user\nYes.<|im_end|>\n<|im_start|>assistant\n"
+        "<think>\n\n</think>\n\nMoo.<|im_end|>"),
     "two turns": (CHATML, say("Hi"), say("Hi", "Moo?", "Yes.", "Moo.")[1:],
                   "<|im_start|>assistant\n", "Moo?<|im_end|>\n<|im_start|>user\nYes.<|im_end|>\n"
                   "<|im_start|>assistant\nMoo.<|im_end|>")}
@@ -1819,6 +1825,15 @@ def test_template_gets_all_of_a_row(checkpoint, tmp_path):
     _, [ids] = ours.encode_responses(turns, [CALLS], tools=[TOOL])
     with pytest.raises(data.Drop, match="leaves tool calls out"):
         data.Tokenizer(checkpoint).encode_responses(turns, ["Moo."])
+    (tmp_path / "calls.jinja").write_text(data.TEMPLATES["chatml"].replace(
+        "{{ m.content }}", "{{ m.tool_calls or m.content }}"))
+    said = CALLS[0] | {"content": "Wait."}
+    with pytest.raises(data.Drop, match="leaves what is said beside tool calls out"):
+        data.Tokenizer(checkpoint, str(tmp_path / "calls.jinja")).encode_responses(turns, [[said]])
+    (tmp_path / "r1.jinja").write_text(data.TEMPLATES["chatml"].replace(   # fails without content
+        "{{ m.content }}", "{{ m.content + '' if m.content is not none else m.tool_calls + '' }}"))
+    with pytest.raises(data.Drop, match="leaves tool calls out"):
+        data.Tokenizer(checkpoint, str(tmp_path / "r1.jinja")).encode_responses(say("Hi"), [CALLS])
     assert ids.count(ours.special["<|im_end|>"]) == 1 and '"what": "<|im_end|>"' in ours.decode(ids)
     with pytest.raises(UserError, match="chat_template_kwargs: not an object"):
         data.Tokenizer(checkpoint, "", "thinking")
