@@ -83,27 +83,29 @@ def steps_of(step):
     return next((value for value in step.values() if isinstance(value, list)), [])
 
 
-def byte_level_cuts(steps):
+def byte_level_cuts(steps, path):
     """The regular expressions by which byte-level BPE cuts text, one after the other: each finds
-    the pieces that the next one gets. None if a step isn't of a kind that is known here."""
-    if not steps or steps[-1]["type"] != "ByteLevel" or steps[-1].get("add_prefix_space"):
-        return None
+    the pieces that the next one gets. Raises UserError at a step of another kind."""
     patterns = []
     for step in steps[:-1]:
+        pattern = step.get("pattern") or {}
+        pattern = pattern.get("Regex") or re.escape(pattern.get("String", ""))
         if step["type"] == "Digits":
-            patterns.append(r"\p{N}|\P{N}+" if step["individual_digits"] else r"\p{N}+|\P{N}+")
-            continue
-        if step["type"] != "Split":
-            return None
-        pattern = step["pattern"].get("Regex") or re.escape(step["pattern"]["String"])
-        if re.search(r"\\[wWbBhH]", pattern):   # other characters in each regex library
-            return None
-        if step["behavior"] == "Isolated":   # what lies between two matches is a piece too
-            pattern += rf"|(?:(?!{pattern})[\s\S])+"
-        elif step["behavior"] != "Removed" or not step.get("invert"):
-            return None
-        patterns.append(pattern)
-    return patterns + [BYTE_LEVEL] * steps[-1].get("use_regex", True) or [r"[\s\S]+"]
+            pattern, step = r"\p{N}" if step["individual_digits"] else r"\p{N}+", {"behavior": "Isolated"}
+        # libraries differ in what these mean, and in what they do with a match of no text
+        outside_classes = re.sub(r"\[(\\.|[^\]\\])*\]|\\[$^]", "", pattern)
+        strange = re.search(r"\\[wWbBhH]|\[\[:", pattern) or re.search(r"[$^]", outside_classes)
+        isolated = step.get("behavior") == "Isolated"
+        require(not strange and not regex.match(pattern, "")
+                and (isolated or step.get("behavior") == "Removed" and step.get("invert")),
+                f"{path}: pre_tokenizer {str(step)[:150]} is not supported")
+        # what lies between two matches is a piece too
+        patterns.append(pattern + rf"|(?:(?!{pattern})[\s\S])+" * isolated)
+    last = steps[-1] if steps else {"type": None}
+    require(last["type"] == "ByteLevel" and not last.get("add_prefix_space"),
+            f"{path}: pre_tokenizer {str(last)[:99]} is not supported; byte-level BPE as in "
+            "Llama 3 or Qwen is, and SentencePiece's BPE with byte_fallback")
+    return patterns + [BYTE_LEVEL] * last.get("use_regex", True) or [r"[\s\S]+"]
 
 
 def mergeable(model, others, path):
@@ -224,10 +226,7 @@ class Tokenizer:
             if split:
                 cuts = [f"{SPACE}[^{SPACE}]*|[^{SPACE}]+"]
         else:
-            cuts = byte_level_cuts(steps)
-            kinds = ", ".join(step["type"] for step in steps) or None
-            require(cuts, f"{path}: pre_tokenizer {kinds} is not supported; byte-level BPE as in "
-                    "Llama 3 or Qwen is, and SentencePiece's BPE with byte_fallback")
+            cuts = byte_level_cuts(steps, path)
 
         merged = mergeable(model, added, path)
         if characters:

@@ -1538,8 +1538,13 @@ def test_ids_of_real_tokenizers(folder, vectors, tmp_path):
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"pre_tokenizer": {"type": "Metaspace", "replacement": "▁"}}, "pre_tokenizer Metaspace"),
+    ({"pre_tokenizer": {"type": "Metaspace", "replacement": "▁"}}, "pre_tokenizer .*Metaspace"),
     ({"pre_tokenizer": None}, "byte-level BPE"), ({"normalizer": {"type": "Strip"}}, "Strip"),
+    *(({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+        {"type": "Split", "pattern": {"Regex": pattern}, "behavior": behavior},
+        {"type": "ByteLevel", "add_prefix_space": False}]}}, f"pre_tokenizer .*{behavior}")
+      for pattern, behavior in ((r"\w+", "Isolated"), ("^a", "Isolated"), ("a*", "Isolated"),
+                                ("[[:alpha:]]", "Isolated"), ("a", "Removed"))),
     ({"model": lambda m: m | {"type": "Unigram"}}, "Unigram"),
     ({"model": lambda m: m | {"dropout": 0.1}}, "dropout"),
     ({"model": lambda m: m | {"byte_fallback": True}}, "pre_tokenizer Digits of SentencePiece"),
