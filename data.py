@@ -91,11 +91,11 @@ def byte_level_cuts(steps, path):
         pattern = step.get("pattern") or {}
         pattern = pattern.get("Regex") or re.escape(pattern.get("String", ""))
         if step["type"] == "Digits":
-            pattern, step = r"\p{N}" if step["individual_digits"] else r"\p{N}+", {"behavior": "Isolated"}
+            pattern = r"\p{N}" if step["individual_digits"] else r"\p{N}+"
         # libraries differ in what these mean, and in what they do with a match of no text
         outside_classes = re.sub(r"\[(\\.|[^\]\\])*\]|\\[$^]", "", pattern)
         strange = re.search(r"\\[wWbBhH]|\[\[:", pattern) or re.search(r"[$^]", outside_classes)
-        isolated = step.get("behavior") == "Isolated"
+        isolated = step["type"] == "Digits" or step.get("behavior") == "Isolated"
         require(not strange and not regex.match(pattern, "")
                 and (isolated or step.get("behavior") == "Removed" and step.get("invert")),
                 f"{path}: pre_tokenizer {str(step)[:150]} is not supported")
@@ -321,7 +321,7 @@ class Tokenizer:
         text where data spells them. Thoughts have tokens too, and data may spell those."""
         chat = ""
         for roles in (("user", "assistant", "user"), ("user", "assistant")):
-            with contextlib.suppress(UserError):   # it may refuse such a chat, or fail: rows tell
+            with contextlib.suppress(Refused):   # rows will tell
                 chat = chat or self.render([turn(role, "a") for role in roles])
         markers = {*self.special, *(self.named.values() & self.added.keys()),
                    *re.findall(pattern_of(self.added), chat)}
@@ -341,7 +341,7 @@ class Tokenizer:
                chat_template_kwargs=None):
         """Chat turns -> text, by the chat template. It gets what transformers gives it.
 
-        turns: [{"role", "content", and what else a message has}]. Raises BadRow.
+        turns: [{"role", "content", and what else a message has}]. Raises Refused.
         """
         variables = self.named | self.template_kwargs | dict(
             tools=tools, documents=documents, add_generation_prompt=add_generation_prompt)
@@ -352,11 +352,18 @@ class Tokenizer:
             try:
                 return self.template.render(variables | (chat_template_kwargs or {}),
                                             messages=messages)
-            except BadRow:
+            except Refused:
                 raise
             except Exception as e:   # a template is a program, and may fail in any way
                 error = e
-        raise BadRow(f"chat template: {type(error).__name__}: {first_line(error)}") from error
+        raise Refused(f"chat template: {type(error).__name__}: {first_line(error)}") from error
+
+    def renders_to(self, text, *args, **template):
+        """Whether such a conversation, of which something was taken away, is the same text."""
+        try:
+            return self.render(*args, **template) == text
+        except Refused:
+            return False
 
     def encode_prompt(self, turns, **template):
         """Turns up to the response -> ids, with the assistant's header at the end."""
@@ -419,9 +426,8 @@ class Tokenizer:
         alone = turns + [t | {"content": None} if t.get("tool_calls") and text_of(t).strip() else t
                          for t in kept]
         for less, what in ((mute, "tool calls"), (alone, "what is said beside tool calls")):
-            with contextlib.suppress(BadRow):   # such turns may make no sense to the template
-                if less != turns + kept and self.render(less, **template) == full:
-                    raise Drop(f"the chat template leaves {what} out")
+            if less != turns + kept and self.renders_to(full, less, **template):
+                raise Drop(f"the chat template leaves {what} out")
         return full.replace(HIDDEN, "<")
 
     def continuation(self, prompt, before, full):
@@ -588,7 +594,7 @@ def compile_template(text, where):
             return parser.parse_statements(["name:endgeneration"], drop_needle=True)
 
     def raise_exception(message):
-        raise BadRow(f"the chat template refuses this row: {first_line(message or 'no reason')}")
+        raise Refused(f"the chat template refuses: {first_line(message or 'no reason')}")
 
     env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                         extensions=["jinja2.ext.loopcontrols", Generation])
@@ -630,6 +636,10 @@ AS_TEXT = re.compile(   # messages kept as text, as in a CSV
 
 class Drop(UserError):
     """A row that is well formed but can't be used, and the reason that it is counted under."""
+
+
+class Refused(Drop):
+    """The chat template refuses a row, or fails at it."""
 
 
 class BadRow(UserError):
@@ -1185,6 +1195,11 @@ def tokenize(sources, tokenizer, max_length, max_prompt_length, bad_rows, column
             continue
         used += 1
         unused.update(names)
+        template = rows[0].template
+        for name in template.keys() & {"tools", "documents"}:   # the template may not know them
+            prompt = tokenizer.render(rows[0].turns, True, **template)
+            less = template | {name: None}
+            unused[name] += tokenizer.renders_to(prompt, rows[0].turns, True, **less)
         pairs += made
         rewards += [row.rewards for row in rows[:len(made)] if row.rewards is not None]
 
@@ -1199,7 +1214,7 @@ def tokenize(sources, tokenizer, max_length, max_prompt_length, bad_rows, column
         report += f"; {len(pairs):,} pairs, one for each turn of the assistant"
     if any(cut.values()):
         report += f"; cut to length: {', '.join(f'{n:,} {what}' for what, n in cut.items())}"
-    if unused:
+    if unused := +unused:
         report += f"; fields not used: {', '.join(map(str, unused))}"
     return Pairs.from_ids(pairs, rewards, report)
 

@@ -1768,16 +1768,19 @@ def test_rows_that_a_template_makes_nothing_of(checkpoint, tmp_path):
     """They are counted under a reason; only if no row is left does the run end."""
     (tmp_path / "t.jinja").write_text("{% if messages | length > 2 %}{{ messages | length }}"
                                       "{% endif %}" + CHATML + "{{ messages[0].content.x.y }}")
-    with pytest.raises(data.BadRow, match="chat template: UndefinedError"):
+    with pytest.raises(data.Refused, match="chat template: UndefinedError"):
         data.Tokenizer(checkpoint, str(tmp_path / "t.jinja")).encode_responses(say("a"), ["b"])
-    (tmp_path / "t.jinja").write_text("{% if messages[0].content == 'odd' %}"
-                                      "{{ messages[-1].content | length }}{% endif %}" + CHATML)
-    tokenizer = data.Tokenizer(checkpoint, str(tmp_path / "t.jinja"))
-    odd = GOOD | {"prompt": "odd"}
-    path = write_rows(tmp_path / "pairs.jsonl", [odd, GOOD])
-    assert "1 used + 1 dropped (1 the chat template writes" in load(path, tokenizer).report
-    with pytest.raises(UserError, match="0 usable pairs of 2 .2 the chat template writes"):
-        load(write_rows(tmp_path / "odd.jsonl", [odd, odd]), tokenizer)
+    for odd, words in (("{{ messages[-1].content | length }}", "the chat template writes"),
+                       ("{{ raise_exception('no\nreason') }}", "the chat template refuses: no"),
+                       ("{{ messages[0].x.y }}", "chat template: UndefinedError")):
+        template = "{% if messages[0].content == 'odd' %}" + odd + "{% endif %}" + CHATML
+        (tmp_path / "t.jinja").write_text(template)
+        tokenizer = data.Tokenizer(checkpoint, str(tmp_path / "t.jinja"))
+        row = GOOD | {"prompt": "odd"}
+        path = write_rows(tmp_path / "pairs.jsonl", [row, GOOD])
+        assert f"1 used + 1 dropped (1 {words}" in load(path, tokenizer).report
+        with pytest.raises(UserError, match=f"0 usable pairs of 2 .2 {words}.*$"):
+            load(write_rows(tmp_path / "odd.jsonl", [row, row]), tokenizer)
 
 
 def test_markers_that_are_not_special(checkpoint, tmp_path):
@@ -1849,18 +1852,6 @@ def test_template_without_a_header(checkpoint, tmp_path):
     (tmp_path / "t.jinja").write_text(data.TEMPLATES["chatml"].split("{% if add_gen")[0])
     with pytest.raises(UserError, match="no assistant header"):
         data.Tokenizer(checkpoint, str(tmp_path / "t.jinja")).encode_responses(say("a"), ["b"])
-
-
-def test_template_that_refuses_a_row(checkpoint, tmp_path):
-    """A conversation that a template raises an exception for is a bad row: named, or counted."""
-    (tmp_path / "t.jinja").write_text(
-        "{% if messages[0].role == 'system' %}{{ raise_exception('no\nsystem') }}{% endif %}"
-        + data.TEMPLATES["chatml"])
-    path = write_rows(tmp_path / "pairs.jsonl", [GOOD, GOOD | {"system": "Be brief."}])
-    tokenizer = data.Tokenizer(checkpoint, str(tmp_path / "t.jinja"))
-    with pytest.raises(UserError, match="jsonl:2: the chat template refuses this row: no; fix"):
-        load(path, tokenizer)
-    assert "1 used + 1 dropped" in load(path, tokenizer, bad_rows="drop").report
 
 
 def test_special_tokens_in_data_stay_text(tokenizer):
@@ -2207,6 +2198,11 @@ def test_what_a_row_gives_the_template(checkpoint, tmp_path):
         for text, response in zip(ids, responses):
             full = tokenizer.render([*turns, *response], **template)
             assert prompt + text + "\n" == full
+    assert "not used" not in pairs.report
+    ignorant = data.Tokenizer(checkpoint)   # its template knows no tools
+    row = GOOD | {"tools": [TOOL], "chat_template_kwargs": kwargs}
+    report = load(write_rows(tmp_path / "b.jsonl", [row]), ignorant).report
+    assert "1 used" in report and report.endswith("fields not used: tools")
 
 
 def test_scores(tokenizer, tmp_path):
