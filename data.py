@@ -43,8 +43,11 @@ import re
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
+from datetime import datetime
+from itertools import chain, groupby
 
 import numpy as np
+import regex   # comes with tiktoken
 import tiktoken
 import torch
 import torch.distributed as dist
@@ -60,9 +63,10 @@ MAX_CHARS = 400_000   # of a field; tiktoken panics at a piece of about a millio
 # tokenizer
 
 BYTE_LEVEL = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# SmolLM2 cuts digits out first, one by one, so a run of spaces may end right before a digit. That
-# is why the lookahead here is not GPT-2's (?!\S).
-DIGITS_BYTE_LEVEL = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
+SPACE = "\u2581"   # how SentencePiece writes a space
+BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>$")   # and a byte of a character that it lacks
+# Where a stretch of text stands. SentencePiece puts a space before some stretches.
+AT_START, AFTER_TOKEN, INSIDE = 0, 1, 2
 
 
 def byte_alphabet():
@@ -72,36 +76,96 @@ def byte_alphabet():
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
-def split_pattern(pre_tokenizer):
-    """The regular expression that cuts text into pieces, from tokenizer.json's pre_tokenizer, or
-    None if it isn't a kind that is known here."""
-    steps = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer])
-    kinds = [(step or {}).get("type") for step in steps]
-    if kinds[-1] != "ByteLevel" or steps[-1].get("add_prefix_space"):
+def steps_of(step):
+    """tokenizer.json's normalizer, pre_tokenizer, .. as a list: none, one step, or a Sequence."""
+    if not step or step["type"] != "Sequence":
+        return [step] if step else []
+    return next((value for value in step.values() if isinstance(value, list)), [])
+
+
+def byte_level_cuts(steps):
+    """The regular expressions by which byte-level BPE cuts text, one after the other: each finds
+    the pieces that the next one gets. None if a step isn't of a kind that is known here."""
+    if not steps or steps[-1]["type"] != "ByteLevel" or steps[-1].get("add_prefix_space"):
         return None
-    use_regex = steps[-1].get("use_regex", True)
-    if kinds == ["ByteLevel"] and use_regex:
-        return BYTE_LEVEL
-    if kinds == ["Digits", "ByteLevel"] and use_regex and steps[0].get("individual_digits"):
-        return DIGITS_BYTE_LEVEL
-    if (kinds == ["Split", "ByteLevel"] and not use_regex
-            and steps[0].get("behavior") == "Isolated" and not steps[0].get("invert")):
-        return steps[0]["pattern"].get("Regex")
-    return None
+    patterns = []
+    for step in steps[:-1]:
+        if step["type"] == "Digits":
+            patterns.append(r"\p{N}|\P{N}+" if step["individual_digits"] else r"\p{N}+|\P{N}+")
+            continue
+        if step["type"] != "Split":
+            return None
+        pattern = step["pattern"].get("Regex") or re.escape(step["pattern"]["String"])
+        if re.search(r"\\[wWbBhH]", pattern):   # other characters in each regex library
+            return None
+        if step["behavior"] == "Isolated":   # what lies between two matches is a piece too
+            pattern += rf"|(?:(?!{pattern})[\s\S])+"
+        elif step["behavior"] != "Removed" or not step.get("invert"):
+            return None
+        patterns.append(pattern)
+    return patterns + [BYTE_LEVEL] * steps[-1].get("use_regex", True) or [r"[\s\S]+"]
+
+
+def mergeable(model, others, path):
+    """The tokens of a BPE that merges make, in the order in which tiktoken is to merge.
+
+    `tokenizers` merges the pairs that are listed. tiktoken merges any two neighbours that are a
+    token together, and takes a piece that is a token as it is. With ignore_merges that is meant so
+    (Llama 3). Else both come to the same where each token is what its own text becomes, and that it
+    does if its halves stay apart until they merge: from the two symbols at their border down to its
+    characters, the one that was made later is undone each time, and no merge across the border may
+    come before it. Tokens that fail are never made. others: the tokens beside the BPE's.
+    """
+    merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
+    results = [token for token, _ in groupby(a + b for a, b in merges)]
+    made, ranks, early = {}, {}, []   # made: {token: its rank, its halves}; ranks: of pairs
+    if model.get("ignore_merges"):
+        whole = {t for t in model["vocab"] if len(t) > 1 and t not in others} == set(results)
+        require(whole and len(set(results)) == len(results), f"{path}: ignore_merges with tokens "
+                "that merges do not make, or not in a row, is not supported")
+        return results
+
+    def stay_apart(a, b):
+        limit = len(made)
+        while ranks.get((a, b), limit) >= limit:
+            of_a, of_b = (made[x][0] if x in made else -1 for x in (a, b))
+            if of_a == of_b == -1:
+                return True
+            if of_a > of_b:
+                limit, a = of_a, made[a][2]
+            else:   # of equal merges the left one comes first
+                limit, b = of_b + 1, made[b][1]
+        return False
+
+    for a, b in merges:
+        if any(len(half) > 1 and half not in made for half in (a, b)):
+            early.append((a, b))
+        elif a + b not in made and stay_apart(a, b):
+            ranks[a, b] = len(made)
+            made[a + b] = len(made), a, b
+    for a, b in early:   # merges before their halves are made would come at once when they are
+        halves = [made.get(half, (len(made),))[0] for half in (a, b) if len(half) > 1]
+        require(len(made) in halves or a + b in made and made[a + b][0] <= max(halves),
+                f"{path}: merges are out of order, which is not supported")
+    return [*made]
 
 
 class Tokenizer:
-    """A checkpoint's byte-level BPE (tokenizer.json, run by tiktoken) and its chat template.
+    """A checkpoint's BPE (tokenizer.json, run by tiktoken) and its chat template.
 
-    It gives the ids that the `tokenizers` library gives, with one difference: a special token that
-    the *data* spells stays text. Only the template's own markers become special tokens.
-    Raises UserError for files that it can't honour exactly.
+    Two families: byte-level BPE (Llama 3, SmolLM2, Qwen), and SentencePiece's BPE over characters
+    (Llama 1 and 2, Mistral), which spells characters that it doesn't know in bytes.
+
+    It gives the ids that the `tokenizers` library gives, with one difference: a marker, which is a
+    special token or another token that the template writes around turns, stays text where the
+    *data* spells it. Unicode's newest characters may also differ: NFC follows Python's version of
+    it. Raises UserError for files that it can't honour exactly.
     """
 
-    def __init__(self, folder, chat_template=""):
+    def __init__(self, folder, chat_template="", chat_template_kwargs=""):
         path = os.path.join(folder, "tokenizer.json")
-        require(os.path.exists(path), f"{folder}: no tokenizer.json; byte-level BPE checkpoints "
-                "(Llama-3, SmolLM2, Qwen) have one")
+        require(os.path.exists(path), f"{folder}: no tokenizer.json; for a model that has only "
+                "tokenizer.model, AutoTokenizer.from_pretrained and save_pretrained write one")
         files = [os.path.join(folder, f"{name}.json") for name in (
             "tokenizer", "tokenizer_config", "special_tokens_map", "added_tokens", "config",
             "generation_config")]
@@ -109,132 +173,255 @@ class Tokenizer:
             read_json(file) if os.path.exists(file) else {} for file in files)
         with reading(path, "a tokenizer's file"):
             added = find_added_tokens(path, spec, config, special_map, added_tokens)
-            self.nfc = spec.get("normalizer") is not None
-            self.load_bpe(spec, added, path)
             self.added = {content: token["id"] for content, token in added.items()}
+            self.load_bpe(spec, added, path)
             self.special = {c: t["id"] for c, t in added.items() if t.get("special")}
             self.special_ids = set(self.special.values())
+            # tokens that are looked for in the text as it is, and in the normalized text
+            self.added_pattern = pattern_of(c for c, t in added.items() if not t.get("normalized"))
+            self.normalized = {self.normalize(c, AT_START): t["id"]
+                               for c, t in added.items() if t.get("normalized")}
+            self.normalized_pattern = pattern_of(self.normalized)
+            if self.prepend:   # the space before such a token is a part of it
+                self.bytes_of |= {i: c.replace(SPACE, " ").encode()
+                                  for c, i in self.normalized.items()}
+            self.before_stretch = tuple(c for c, t in added.items()
+                                        if not (self.prepend and t.get("normalized")))
             names = config if "added_tokens_decoder" in config else config | special_map
-            self.bos_token, self.eos_token = (content_of(names.get(k))
-                                              for k in ("bos_token", "eos_token"))
-            self.eos_id = self.added.get(self.eos_token)
+            self.named = {"bos_token": "", "eos_token": ""} | {
+                name: content_of(token) for name, token in names.items()
+                if name.endswith("_token") and content_of(token)}
+            self.eos_id = self.added.get(self.named["eos_token"])
             ends = (model_config | generation_config).get("eos_token_id")
             self.end_ids = {i for i in (ends if isinstance(ends, list) else [ends])
                             if type(i) is int}
-            longest_first = sorted(self.added, key=len, reverse=True)
-            self.added_pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
             self.text_prefix = find_text_prefix(spec)
-            self.special_names = [*sorted(self.special, key=len, reverse=True), SHIELD]
-            self.special_pattern = re.compile("|".join(map(re.escape, self.special_names)))
             self.template_text = find_chat_template(folder, config, chat_template)
             self.template = compile_template(self.template_text, folder)
         for marker in re.findall(r"<\|\w+\|>", TEMPLATES.get(chat_template, "")):
-            require(marker in self.special, f"chat_template: {chat_template} needs {marker}, which "
-                    "this tokenizer lacks; give another template")
-        content = json.dumps([spec, config, special_map, added_tokens, self.template_text])
+            require(marker in self.added, f"chat_template: {chat_template} needs {marker}, which "
+                    "this tokenizer lacks; give a .jinja file whose turns end in {{ eos_token }}")
+        with reading("chat_template_kwargs", 'an object like {"enable_thinking": false}'):
+            self.template_kwargs = dict(parse_json(chat_template_kwargs or "{}"))
+        self.find_markers()
+        content = json.dumps([spec, config, special_map, added_tokens, self.template_text,
+                              self.template_kwargs])
         self.fingerprint = hashlib.sha256(content.encode()).hexdigest()
 
     def load_bpe(self, spec, added, path):
-        """tiktoken's Encoding of the vocabulary, and the tables around it."""
-        model = spec["model"]
-        pattern, normalizer = split_pattern(spec.get("pre_tokenizer")), spec.get("normalizer")
-        require(pattern, f"{path}: not byte-level BPE as Llama-3, SmolLM2 or Qwen have it "
-                "(SentencePiece, as in Llama-2 and TinyLlama, is not supported)")
-        require(normalizer in (None, {"type": "NFC"}) and model.get("type") == "BPE",
-                f"{path}: normalizer {normalizer} with model {model.get('type')} is not supported")
-        alphabet = byte_alphabet()
-        ranks = {}
-        for token, i in model["vocab"].items():
-            if token not in added:
-                require(alphabet.keys() >= set(token),
-                        f"{path}: token {token!r} is outside the byte alphabet")
-                ranks[bytes(alphabet[c] for c in token)] = i
-        # tiktoken merges by token id, so the ids must be in the order of the merges
-        merges = (m.split(" ") if isinstance(m, str) else m for m in model.get("merges") or [])
-        ids = np.array([model["vocab"].get(a + b, -1) for a, b in merges])
-        require((ids >= 0).all() and (np.diff(ids) >= 0).all(),
-                f"{path}: merges and token ids are in different orders, which is not supported")
-        self.bytes_of = ({i: b for b, i in ranks.items()}
-                         | {t["id"]: c.encode() for c, t in added.items()})
+        """tiktoken's Encoding of the vocabulary, and what is done to a text before it."""
+        model, vocab = spec["model"], spec["model"]["vocab"]
+        normalizers, steps = steps_of(spec.get("normalizer")), steps_of(spec.get("pre_tokenizer"))
+        characters = bool(model.get("byte_fallback"))   # SentencePiece's BPE, else BPE over bytes
+        for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+            require(not model.get(name), f"{path}: {name} {model.get(name)!r} is not supported")
+        require(model.get("type", "BPE") == "BPE",
+                f"{path}: a {model.get('type')} model; only BPE is supported")
+        put_first = {"type": "Prepend", "prepend": SPACE}
+        spaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+        for step in normalizers:
+            require(step in ([put_first, spaces] if characters else [{"type": "NFC"}]),
+                    f"{path}: normalizer {step} is not supported")
+        self.nfc, self.prepend, self.replace = ({"type": "NFC"} in normalizers,
+                                                put_first in normalizers, spaces in normalizers)
+        self.metaspace = None   # up to which place Metaspace puts a space before a stretch
+        if characters:
+            cuts, split = [f"{SPACE}*[^{SPACE}]+|{SPACE}+"], False
+            for step in steps:
+                require(len(steps) == 1 and step["type"] == "Metaspace"
+                        and step["replacement"] == SPACE,
+                        f"{path}: pre_tokenizer {step['type']} of SentencePiece is not supported")
+                scheme, split = step.get("prepend_scheme", "always"), step.get("split", True)
+                self.metaspace = {"never": -1, "first": AT_START, "always": AFTER_TOKEN}[scheme]
+            if split:
+                cuts = [f"{SPACE}[^{SPACE}]*|[^{SPACE}]+"]
+        else:
+            cuts = byte_level_cuts(steps)
+            kinds = ", ".join(step["type"] for step in steps) or None
+            require(cuts, f"{path}: pre_tokenizer {kinds} is not supported; byte-level BPE as in "
+                    "Llama 3 or Qwen is, and SentencePiece's BPE with byte_fallback")
+
+        merged = mergeable(model, added, path)
+        if characters:
+            require(split or not any(re.search(f"[^{SPACE}]{SPACE}", token) for token in merged),
+                    f"{path}: some tokens go on after a space, which is not supported")
+            spelled = [vocab.get(f"<0x{b:02X}>") for b in range(256)]
+            require(None not in spelled, f"{path}: byte_fallback, but not all 256 byte tokens")
+            alone = [token for token in vocab if len(token) == 1]
+            # Bytes first, then the beginnings of characters, then those: characters form before
+            # any merge, and a beginning that never becomes one falls apart into byte tokens.
+            parts = {c.encode()[:n] for c in alone for n in range(2, len(c.encode()))}
+            table = {bytes([b]): (i,) for b, i in enumerate(spelled)}
+            table |= {part: tuple(spelled[b] for b in part) for part in parts}
+            table |= {c.encode(): (vocab[c],) for c in alone}
+            to_bytes = str.encode
+        else:
+            alphabet = byte_alphabet()
+            # a byte that the vocabulary lacks has no id, and is dropped
+            table = {bytes([b]): (vocab[c],) if c in vocab else () for c, b in alphabet.items()}
+
+            def to_bytes(token):
+                return bytes(alphabet[c] for c in token) if alphabet.keys() >= set(token) \
+                    else token.encode()
+        self.dropped = {key[0] for key, ids in table.items() if not ids}
+        require(not self.dropped or not model.get("unk_token"), f"{path}: unk_token "
+                f"{model.get('unk_token')!r} with bytes missing is not supported")
+        table |= {to_bytes(token): (vocab[token],) for token in merged
+                  if not added.get(token, {}).get("special")}
+        self.cuts, self.pattern = [regex.compile(cut) for cut in cuts[:-1]], cuts[-1]
+        self.ids = [*table.values()]   # tiktoken's ranks are the order of the table
+        self.bpe = tiktoken.Encoding("checkpoint", pat_str=self.pattern, special_tokens={},
+                                     mergeable_ranks={key: n for n, key in enumerate(table)})
+        of_token = {token: bytes([int(token[3:5], 16)]) if characters and BYTE_TOKEN.match(token)
+                    else to_bytes(token) for token in vocab | self.added}
+        if characters:
+            of_token = {t: b.replace(SPACE.encode(), b" ") for t, b in of_token.items()}
+        self.bytes_of = {i: of_token[token] for token, i in (vocab | self.added).items()}
         self.n_vocab = max(self.bytes_of) + 1
-        # tiktoken needs all 256 bytes. Those that the vocabulary lacks get ids past its end, which
-        # `encode_plain` drops again.
-        missing = [bytes([b]) for b in range(256) if bytes([b]) not in ranks]
-        ranks |= {b: self.n_vocab + i for i, b in enumerate(missing)}
-        self.unknown = {self.n_vocab + i for i in range(len(missing))}
-        self.bpe = tiktoken.Encoding("checkpoint", pat_str=pattern, mergeable_ranks=ranks,
-                                     special_tokens={})
+        decoder = steps_of(spec.get("decoder"))   # SentencePiece takes the first space off again
+        self.strip = any(step["type"] == "Strip" and step["start"] or step["type"] == "Metaspace"
+                         and step.get("prepend_scheme") != "never" for step in decoder)
 
-    def encode(self, text):
-        """Text -> ids. Added tokens become their ids, unless `shield` has hidden them."""
-        ids, at = [], 0
-        for match in self.added_pattern.finditer(text):
-            ids += self.encode_plain(text[at:match.start()])
-            ids.append(self.added[match[0]])
-            at = match.end()
-        return ids + self.encode_plain(text[at:])
+    def encode(self, text, after=""):
+        """Text -> ids. Added tokens become their ids, unless `shield` has hidden them. after: the
+        text before this one, which decides about a space at the border."""
+        place = AT_START if not after else \
+            AFTER_TOKEN if after.endswith(self.before_stretch) else INSIDE
+        ids = []
+        for stretch, place, token in split_at(self.added_pattern, text, place):
+            stretch = self.normalize(stretch, place)
+            for part, part_place, found in split_at(self.normalized_pattern, stretch, place):
+                ids += self.encode_plain(part, part_place)
+                ids += [self.normalized[found]] if found else []
+            ids += [self.added[token]] if token else []
+        return ids
 
-    def encode_plain(self, text):
+    def normalize(self, text, place):
+        if self.nfc:
+            text = unicodedata.normalize("NFC", text)
+        if self.prepend and text and place < INSIDE:
+            text = SPACE + text
+        return text.replace(" ", SPACE) if self.replace else text
+
+    def encode_plain(self, text, place):
+        """Text without added tokens -> ids."""
         if SHIELD in text:
-            text = SHIELDED.sub(lambda m: self.special_names[int(m[1])], text)
-        ids = self.bpe.encode_ordinary(unicodedata.normalize("NFC", text) if self.nfc else text)
-        return [i for i in ids if i not in self.unknown] if self.unknown else ids
-
-    def shield(self, text):
-        """Hide special tokens in data behind placeholders, which `encode` turns back into text."""
-        return self.special_pattern.sub(
-            lambda m: f"{SHIELD}{self.special_names.index(m[0])}{SHIELD_END}", text)
-
-    def shield_turns(self, turns):
-        return [turn(t["role"], self.shield(t["content"])) for t in turns]
+            text = SHIELDED.sub(lambda m: self.shielded[int(m[1])], text)
+            text = text.replace(" ", SPACE) if self.replace else text
+        if self.metaspace is not None and text:
+            text = text.replace(" ", SPACE)
+            if place <= self.metaspace and not text.startswith(SPACE):
+                text = SPACE + text
+        pieces = [text]
+        for cut in self.cuts:
+            pieces = [m[0] for piece in pieces for m in cut.finditer(piece)]
+        ranks = [rank for piece in pieces for rank in self.bpe.encode_ordinary(piece)]
+        if not self.dropped.isdisjoint(ranks):   # what is left of such a piece merges
+            ranks = []
+            for piece in (m[0] for p in pieces for m in regex.finditer(self.pattern, p)):
+                kept = bytes(b for b in piece.encode() if b not in self.dropped)
+                ranks += self.bpe._encode_single_piece(kept) if kept else []
+        return [*chain.from_iterable(map(self.ids.__getitem__, ranks))]
 
     def decode(self, ids):
-        return b"".join(self.bytes_of.get(i, b"") for i in ids).decode("utf-8", errors="replace")
+        text = b"".join(self.bytes_of.get(i, b"") for i in ids).decode("utf-8", errors="replace")
+        return text[1:] if self.strip and text.startswith(" ") else text
 
-    def render(self, turns, add_generation_prompt=False):
-        """Chat turns [{"role", "content"}] -> text, by the chat template.
+    # --- chats
 
-        Raises BadRow if the template refuses the conversation, UserError if the template fails.
+    def find_markers(self):
+        """Markers: special tokens, and others that the template writes around turns. They stay
+        text where data spells them. Thoughts have tokens too, and data may spell those."""
+        markers = {*self.special, *(self.named.values() & self.added.keys())}
+        self.set_markers(markers)
+        for turns in ("aba", "ab"):
+            with contextlib.suppress(UserError):   # it may refuse such a chat, or fail: rows tell
+                text = self.render([turn("assistant" if t == "b" else "user", t) for t in turns])
+                markers |= set(re.findall(pattern_of(self.added), text))
+                break
+        self.set_markers(markers)
+
+    def set_markers(self, markers):
+        markers = {m for m in markers if not re.fullmatch(r"</?\w*think\w*>", m)}
+        self.shielded = [*sorted(markers), SHIELD]
+        self.marker_pattern = pattern_of(self.shielded)
+
+    def shield(self, value):
+        """Hide markers in data behind placeholders, which `encode` turns back into text."""
+        if isinstance(value, str):
+            return self.marker_pattern.sub(
+                lambda m: f"{SHIELD}{self.shielded.index(m[0])}{SHIELD_END}", value)
+        if isinstance(value, dict):
+            return {k: self.shield(v) for k, v in value.items()}
+        return [self.shield(v) for v in value] if isinstance(value, list) else value
+
+    def render(self, turns, add_generation_prompt=False, tools=None, documents=None,
+               chat_template_kwargs=None):
+        """Chat turns -> text, by the chat template. It gets what transformers gives it.
+
+        turns: [{"role", "content", and what else a message has}]. Raises BadRow.
         """
-        try:
-            return self.template.render(
-                messages=turns, add_generation_prompt=add_generation_prompt, date_string=DATE,
-                bos_token=self.bos_token or "", eos_token=self.eos_token or "")
-        except BadRow:
-            raise
-        except Exception as e:   # a template is a program, and may fail in any way
-            raise UserError(f"chat template: {type(e).__name__}: {first_line(e)}") from e
+        variables = self.named | self.template_kwargs | dict(
+            tools=tools, documents=documents, add_generation_prompt=add_generation_prompt)
+        turns = with_reasoning(turns)
+        no_nulls = [{k: v for k, v in t.items() if v is not None} for t in turns]
+        # beside tool calls a template wants no content (as from transformers), null, or ""
+        for messages in (no_nulls, turns, [{"content": ""} | t for t in no_nulls]):
+            try:
+                return self.template.render(variables | (chat_template_kwargs or {}),
+                                            messages=messages)
+            except BadRow:
+                raise
+            except Exception as e:   # a template is a program, and may fail in any way
+                error = e
+        raise BadRow(f"chat template: {type(error).__name__}: {first_line(error)}") from error
 
-    def encode_prompt(self, turns):
+    def encode_prompt(self, turns, **template):
         """Turns up to the response -> ids, with the assistant's header at the end."""
-        return self.encode(self.render(self.shield_turns(turns), add_generation_prompt=True))
+        return self.encode(self.render(self.shield(turns), True, **self.shield(template)))
 
     def encode_responses(self, turns, responses, **template):
-        """-> prompt ids, [response ids, ..]. Each response ends with the template's end-of-turn
-        token, or with eos where the template has none.
+        """-> prompt ids, [response ids, ..]. A response is text, or turns that end in the
+        assistant's. template: what `render` gets beside the turns.
 
-        Prompt and responses are encoded apart, so that all responses share the prompt's ids
-        exactly. Encoded together, a token could straddle the border.
+        The prompt is what the model is given at inference. A response is what the model should
+        write then, up to the template's end-of-turn token, or eos where the template has none.
+        Both are encoded apart, so that all responses share the prompt's ids exactly. Encoded
+        together, a token could straddle the border.
         """
-        # A template could take these, but this code does not give them to it yet.
-        extra = {key for t in turns for key in t} & {"tool_calls", "reasoning_content"}
-        if template or extra or list in map(type, responses):
-            raise BadRow("tools, template arguments, reasoning and responses of several turns or "
-                         "with more than text are not supported")
-        turns = self.shield_turns(turns)
-        prompt = self.render(turns, add_generation_prompt=True)
+        turns, template = self.shield(turns), self.shield(template)
+        prompt = self.render(turns, True, **template)
+        # what the template writes around a plain answer: its header, and the end of its turn
+        before, found, after = self.render(
+            [*turns, turn("assistant", ANSWER)], **template).rpartition(ANSWER)
+        if not found:
+            raise Drop("the chat template leaves the response out")
+        end = next((m.end() for m in self.marker_pattern.finditer(after)), len(after))
+        around = before, after[:end], after[end:]
+        headless = before.startswith(prompt) and self.marker_pattern.match(before, len(prompt))
+        require(not headless or prompt != self.render(turns, **template), "chat template: it "
+                "ignores add_generation_prompt, so a prompt has no assistant header; give another "
+                "with --chat_template")
         encoded = []
         for response in responses:
-            full = self.render(turns + [turn("assistant", self.shield(response))])
-            require(full.startswith(prompt), "chat template: a conversation does not start with "
-                    "its own prompt; give another with --chat_template=FILE.jinja")
-            ids = self.encode(full[len(prompt):])
-            end = next((i for i, t in enumerate(ids) if t in self.special_ids), None)
-            require(end != 0, "chat template: it ignores add_generation_prompt, so a prompt has no "
-                    "assistant header; give another with --chat_template")
-            require(end is not None or self.eos_id is not None,
-                    "chat template: no end-of-turn token after a response, and no eos_token")
-            encoded.append(ids + [self.eos_id] if end is None else ids[:end + 1])
+            new = self.shield(with_reasoning(response) if isinstance(response, list)
+                              else [turn("assistant", response)])
+            full = self.render([*turns, *new], **template)
+            mute = [{k: v for k, v in t.items() if k != "tool_calls"} for t in [*turns, *new]]
+            with contextlib.suppress(BadRow):   # such turns may make no sense to the template
+                if mute != [*turns, *new] and self.render(mute, **template) == full:
+                    raise Drop("the chat template leaves tool calls out")
+            text = continuation(prompt, full, new, *around)
+            ends = [m.end() for m in self.marker_pattern.finditer(text)]
+            if ends and not text[ends[-1]:].strip():   # tool calls may end otherwise than answers
+                ids = self.encode(text[:ends[-1]], prompt)
+                require(ids[-1] in self.added.values(), "tokenizer.json: the end-of-turn token in "
+                        f"{text[:ends[-1]][-20:]!r} is one only after a space (normalized: true)")
+            else:
+                require(self.eos_id is not None,
+                        "chat template: no end-of-turn token after a response, and no eos_token")
+                ids = [*self.encode(text, prompt), self.eos_id]
+            encoded.append(ids)
         return self.encode(prompt), encoded
 
     def stop_ids(self):
@@ -243,20 +430,92 @@ class Tokenizer:
         return self.end_ids | {response[-1]} | ({self.eos_id} - {None})
 
 
+def pattern_of(tokens):
+    """Finds any of the tokens, the longest that there is."""
+    longest_first = sorted(tokens, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+
+def split_at(pattern, text, place):
+    """Cuts text at tokens. Yields (the text before one, where it stands, the token), and what is
+    left at last, with None."""
+    at = 0
+    for match in pattern.finditer(text):
+        yield text[at:match.start()], place, match[0]
+        at, place = match.end(), AFTER_TOKEN
+    yield text[at:], place, None
+
+
+def continuation(prompt, full, new, before, end, rest):
+    """What is to be written after the prompt. `full` is the whole conversation rendered, and `new`
+    its turns behind the prompt. A plain answer stands between `before` and end + rest in it.
+
+    Mostly `full` is the prompt and then that. But templates move a system turn into the last turn
+    of the user, which isn't the last one in `full`, leave out an answer's thoughts, or begin a
+    thought in the prompt only.
+    """
+    goes_on = full.startswith(prompt)
+    gap = trailing_space(before).removeprefix(trailing_space(prompt))
+    if not goes_on and not full.startswith(before):
+        raise Drop("the chat template writes the prompt otherwise when a response follows")
+    text = full[len(prompt):] if goes_on else gap + full[len(before):]
+    text = text.removesuffix(rest)
+    said = new[0].get("content") or "" if len(new) == 1 else ""
+    thought = THOUGHT.search(prompt)   # that the prompt begins
+    known = squash(thought[0] * goes_on + text if thought else text)
+    if squash(said) not in known and squash(said).endswith(squash(text.removesuffix(end))):
+        text = gap + said + end   # the template left out the thought, the model should not
+    if thought and not goes_on:
+        closing = f"</{thought[1]}>"
+        text = text.lstrip().removeprefix(thought[0]).removeprefix(thought[0].strip())
+        if closing not in text:   # no thought, as Qwen3 writes it, or one apart from the content
+            text = f"{(new[0].get('reasoning_content') or '').strip()}\n{closing}\n\n{text}"
+    return text
+
+
+def with_reasoning(turns):
+    """The turns with their reasoning by the names that templates read, as transformers does it."""
+    found = [next((t[name] for name in ("reasoning_content", "thinking", "reasoning")
+                   if t.get(name) is not None), None) for t in turns]
+    return [t if said is None else {"thinking": said, **t, "reasoning_content": said}
+            for t, said in zip(turns, found)]
+
+
+def squash(text):
+    return "".join(text.split())
+
+
+def trailing_space(text):
+    return text[len(text.rstrip()):]
+
+
 def find_added_tokens(path, spec, config, special_map, added_tokens):
     """{content: {"id", "special", ..}} of the tokens beside the BPE's own.
 
     tokenizer.json has them all, except in some older checkpoints. There transformers also reads
     tokenizer_config.json, or special_tokens_map.json and added_tokens.json, and so does this.
+    What these name and tokenizer.json doesn't gets the next free id there, whatever they say.
     """
+    vocab = spec["model"]["vocab"]
     decoder = config.get("added_tokens_decoder") or {}
     if "added_tokens_decoder" not in config:
         listed = [v for value in special_map.values()
                   for v in (value if isinstance(value, list) else [value])]
         special = {content_of(v) for v in listed}
         decoder = {i: {"content": c, "special": c in special} for c, i in added_tokens.items()}
-    added = {t["content"]: t | {"id": int(i)} for i, t in decoder.items()}
-    added |= {t["content"]: t for t in spec.get("added_tokens") or []}
+    added = {t["content"]: t for t in spec.get("added_tokens") or []}
+    names = config if "added_tokens_decoder" in config else config | special_map
+    ends = [content_of(names.get(name)) for name in ("bos_token", "eos_token")]
+    decoder = {t["content"]: t | {"id": int(i)} for i, t in sorted(
+        decoder.items(), key=lambda entry: int(entry[0]))}
+    decoder |= {t: {"content": t, "id": vocab.get(t), "special": True}
+                for t in ends if t and t not in decoder}
+    for content, token in decoder.items():
+        if content not in added:
+            free = max([len(vocab), *(t["id"] + 1 for t in added.values())])
+            require(token["id"] == vocab.get(content, free), f"{path}: has no token {content!r}, "
+                    f"which another file there names (id {token['id']}); name it in this one")
+            added[content] = token
     for content, token in added.items():
         require(not (token.get("lstrip") or token.get("rstrip") or token.get("single_word")),
                 f"{path}: added token {content!r} strips its surroundings, which is not supported")
@@ -266,9 +525,8 @@ def find_added_tokens(path, spec, config, special_map, added_tokens):
 def find_text_prefix(spec):
     """Ids that tokenizers puts before a plain text, as Llama-3's bos. (A chat template writes its
     own.)"""
-    steps = spec.get("post_processor") or {}
-    for step in steps.get("processors", [steps]):
-        if step.get("type") == "TemplateProcessing":
+    for step in steps_of(spec.get("post_processor")):
+        if step["type"] == "TemplateProcessing":
             names = [part.get("SpecialToken", {}).get("id") for part in step["single"]]
             names = names[:names.index(None)]   # None is the text itself
             return [i for name in names for i in step["special_tokens"][name]["ids"]]
@@ -283,8 +541,9 @@ def content_of(token):
 # -----------------------------------------------------------------------------
 # chat templates
 
-DATE = "26 Jul 2024"   # for templates that write the day's date: not the day of the run
-SHIELD, SHIELD_END = "\ufdd0", "\ufdd1"   # noncharacters, which valid text never has
+DATE = datetime(2024, 7, 26)   # for templates that write the day's date: not the day of the run
+SHIELD, SHIELD_END, ANSWER = "\ufdd0", "\ufdd1", "\ufdd2"   # noncharacters: no valid text has them
+THOUGHT = re.compile(r"<(\w*think\w*)>\s*$")   # where a prompt ends in the beginning of a thought
 SHIELDED = re.compile(f"{SHIELD}(\\d+){SHIELD_END}")
 
 TEMPLATES = {
@@ -313,7 +572,8 @@ def find_chat_template(folder, config, override):
     if isinstance(template, list):   # several, by name
         template = {t["name"]: t["template"] for t in template}.get("default")
     require(template, f"{folder}: no chat template (a base model?); give --chat_template="
-            f"{' or '.join(TEMPLATES)} or a .jinja file")
+            f"{' or '.join(TEMPLATES)} if it has their markers, or else a .jinja file whose turns "
+            "end in {{ eos_token }}")
     return template
 
 
@@ -335,9 +595,9 @@ def compile_template(text, where):
 
     env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                         extensions=["jinja2.ext.loopcontrols", Generation])
-    env.filters["tojson"] = (lambda x, indent=None, **_:
-                             json.dumps(x, ensure_ascii=False, indent=indent))
-    env.globals |= {"raise_exception": raise_exception, "strftime_now": lambda form: DATE}
+    env.filters["tojson"] = (lambda x, ensure_ascii=False, **how:
+                             json.dumps(x, ensure_ascii=ensure_ascii, **how))
+    env.globals |= {"raise_exception": raise_exception, "strftime_now": DATE.strftime}
     try:
         return env.from_string(text)
     except jinja2.TemplateError as e:
@@ -371,11 +631,11 @@ AS_TEXT = re.compile(   # messages kept as text, as in a CSV
     r".*[}\]]", re.DOTALL | re.IGNORECASE)
 
 
-class Drop(Exception):
+class Drop(UserError):
     """A row that is well formed but can't be used, and the reason that it is counted under."""
 
 
-class BadRow(Exception):
+class BadRow(UserError):
     """A malformed row: the reason, by which --bad_rows=drop counts it, and what this row held."""
 
     def __init__(self, reason, detail=""):
@@ -701,6 +961,15 @@ def read_rows(source, split):
         what = f"a {kind[1:]} file" + {".gz": " in gzip", ".zst": " in zstd"}.get(packing, "")
         with opened(source, packing) as f, reading(source, what):
             yield from READERS[kind](source, f)
+
+
+def read_objects(source):
+    """Yields (where, dict) for each row of a file that need not hold pairs. Raises UserError."""
+    for where, row in read_rows(source, ""):
+        try:
+            yield where, parse_line(row)
+        except BadRow as e:
+            raise UserError(f"{where}: {e}") from e
 
 
 def opened(source, packing):

@@ -706,6 +706,7 @@ def whole(tensor):
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
                    "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model",
                    "chat_template.jinja")
+TEMPLATE_FILES = "chat_template.jinja", "tokenizer_config.json"
 
 
 def checkpoint_folder(name, where=""):
@@ -935,8 +936,8 @@ def export(model, folder, hf_config, base_folder=None, dtype=torch.bfloat16, ada
 
     hf_config: the start checkpoint's config.json. base_folder: where the tokenizer's files and
     generation_config.json are copied from. adapter_of: the base model's name; the LoRA adapters are
-    then written alone, for peft.PeftModel.from_pretrained. chat_template: the text trained with, if
-    it isn't that folder's. stop_ids: what ends a turn, for generation_config.json.
+    then written alone, for peft.PeftModel.from_pretrained. chat_template: the text trained with.
+    stop_ids: what ends a turn, for generation_config.json.
 
     Every rank calls it, since a sharded tensor is put together by all; the first rank writes. Files
     are written into a folder of their own, then moved, so that each is whole or not there.
@@ -988,8 +989,16 @@ def export(model, folder, hf_config, base_folder=None, dtype=torch.bfloat16, ada
     if stop_ids:
         generation["eos_token_id"] = sorted(stop_ids) if len(stop_ids) > 1 else max(stop_ids)
     write_json(os.path.join(temporary, "generation_config.json"), generation)
-    if chat_template is not None:
-        write_text(os.path.join(temporary, "chat_template.jinja"), chat_template)
+    if chat_template is not None:   # transformers reads the .jinja file, llama.cpp the other
+        jinja, path = (os.path.join(temporary, file) for file in TEMPLATE_FILES)
+        config = read_json(path) if os.path.exists(path) else {}
+        had = config.get("chat_template")
+        same = {"name": "default", "template": chat_template} in had if isinstance(had, list) \
+            else had == chat_template
+        if not same or os.path.exists(jinja):
+            write_text(jinja, chat_template)
+        if had and not same:
+            write_json(path, config | {"chat_template": chat_template})
     # files of an earlier export would be loaded together with the new ones, or instead of them
     new, stale = os.listdir(temporary), ["config.json", "adapter_config.json"]
     stale += TOKENIZER_FILES if base_folder else ()

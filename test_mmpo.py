@@ -25,6 +25,7 @@ import stat
 import subprocess
 import sys
 import time
+import unicodedata
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -129,7 +130,7 @@ def all_ids(pairs):
     return [[ids.tolist() for ids in pairs.ids(i)] for i in range(len(pairs))]
 
 
-# --- tokenizers: small byte-level BPEs with the pre-tokenizers of the model families
+# --- tokenizers: small BPEs with the pre-tokenizers of the model families
 
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>",
             "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
@@ -153,11 +154,58 @@ NASTY = ["", " ", "   \n", "\n\n\n", "\t", " \t\r\n x", "a  b   c    d", "x \n y
          "a<|im_start|>b <|eot_id|>", "<|im_", "Ａ１ｶﾞ", "a" * 300]
 
 
+DEEPSEEK_SPLITS = (r"\p{N}{1,3}", r"[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+                   r"[!-/:-~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+|"
+                   r" ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+DEEPSEEK_OLD = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+",
+                r"[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+")
+SPM = {   # normalizers and pre_tokenizer of SentencePiece's BPE
+    "llama_old": (["Prepend", "Replace"], None), "spaces_alone": (["Replace"], None),
+    "first": ([], ("first", False)), "never": ([], ("never", False)),
+    "always": ([], ("always", False)), "split": ([], ("always", True))}
+
+
+def train_spm(kind):
+    """SentencePiece's BPE as transformers converts it, in one of its forms."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, trainers
+    from tokenizers.pre_tokenizers import Metaspace
+    tok, of_bytes = Tokenizer(models.BPE()), [f"<0x{b:02X}>" for b in range(256)]
+    tok.pre_tokenizer = Metaspace(prepend_scheme="always", split=True)
+    tok.train_from_iterator(TEXTS * 3, trainers.BpeTrainer(
+        vocab_size=700, special_tokens=["<unk>", "<s>", "</s>", *of_bytes], show_progress=False))
+    model = json.loads(tok.to_str())["model"]
+    tok = Tokenizer(models.BPE(model["vocab"], [tuple(m) for m in model["merges"]],
+                               unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    steps = {"Prepend": normalizers.Prepend("▁"), "Replace": normalizers.Replace(" ", "▁")}
+    names, metaspace = SPM[kind]
+    if names:
+        tok.normalizer = normalizers.Sequence([steps[name] for name in names])
+    if metaspace:
+        tok.pre_tokenizer = Metaspace(prepend_scheme=metaspace[0], split=metaspace[1])
+    tok.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(),
+                                     decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tok.add_special_tokens(["<unk>", "<s>", "</s>"])
+    # not special; Llama's old normalizer hides the second one except behind a space
+    tok.add_tokens([AddedToken("[INST]", normalized=False), AddedToken("[/INST]", normalized=True)])
+    return tok
+
+
 def train_bpe(kind):
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, trainers
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
+    if kind in SPM:
+        return train_spm(kind)
     tok = Tokenizer(models.BPE(ignore_merges=kind == "llama3"))
-    if kind == "gpt2":
+    last, splits = ByteLevel(add_prefix_space=False, use_regex=False), {
+        "deepseek": [Split(Regex(r), "isolated") for r in DEEPSEEK_SPLITS],
+        "deepseek_old": [*(Split(Regex(r), "isolated") for r in DEEPSEEK_OLD), Digits(True)],
+        "phi4": [Split(Regex(LLAMA3_SPLIT), "removed", invert=True)],
+        "no_spaces": [Split(Regex(r"\p{L}+"), "removed", invert=True), Split("a", "isolated")],
+        "falcon3": [Split(Regex(LLAMA3_SPLIT), "isolated"), Digits(False)]}
+    if kind in splits:
+        tok.pre_tokenizer = Sequence([*splits[kind], last])
+        tok.normalizer = normalizers.Sequence([normalizers.NFC()] * (kind == "phi4"))
+    elif kind == "gpt2":
         tok.pre_tokenizer = ByteLevel(add_prefix_space=False)
     elif kind == "smollm2":
         tok.pre_tokenizer = Sequence([Digits(True), ByteLevel(add_prefix_space=False)])
@@ -168,7 +216,8 @@ def train_bpe(kind):
     if kind == "qwen":
         tok.normalizer = normalizers.NFC()
     tok.decoder = decoders.ByteLevel()
-    impossible = set(ByteLevel.alphabet()) & set("ÀÁõö÷øùúûüýþÿ")   # bytes that UTF-8 never uses
+    # bytes that UTF-8 never uses, and one that SmolLM2 lacks
+    impossible = set(ByteLevel.alphabet()) & set("ÀÁõö÷øùúûüýþÿ" + "Ą" * (kind == "smollm2"))
     tok.train_from_iterator(TEXTS * 3, trainers.BpeTrainer(
         vocab_size=500, special_tokens=SPECIALS, show_progress=False,
         initial_alphabet=sorted(set(ByteLevel.alphabet()) - impossible)))
@@ -177,9 +226,10 @@ def train_bpe(kind):
 
 def save_tokenizer(tok, folder, chat_template=CHATML):
     tok.save(f"{folder}/tokenizer.json")
+    bos, eos = ("<s>", "</s>") if tok.token_to_id("</s>") else ("<|begin_of_text|>", "<|im_end|>")
     write_json(f"{folder}/tokenizer_config.json", {
-        "bos_token": "<|begin_of_text|>", "eos_token": "<|im_end|>",
-        "tokenizer_class": "PreTrainedTokenizerFast", "chat_template": chat_template})
+        "bos_token": bos, "eos_token": eos, "tokenizer_class": "PreTrainedTokenizerFast",
+        "chat_template": chat_template})
 
 
 @pytest.fixture(scope="session")
@@ -630,6 +680,20 @@ def test_export_opens_in_transformers(checkpoint, tmp_path):
     for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         with open(f"{checkpoint}/{file}", "rb") as a, open(f"{out}/{file}", "rb") as b:
             assert a.read() == b.read()
+
+
+def test_export_has_one_template(checkpoint, tmp_path):
+    """No file of an export keeps another chat template than the one trained with."""
+    model, config = llama.from_pretrained(checkpoint)
+    base, out = shutil.copytree(checkpoint, str(tmp_path / "base")), str(tmp_path / "out")
+    llama.export(model, out, config, base, chat_template="new {{ bos_token }}")
+    assert read_json(f"{out}/tokenizer_config.json")["chat_template"] == "new {{ bos_token }}"
+    with open(f"{out}/chat_template.jinja") as f:
+        assert f.read() == "new {{ bos_token }}"
+    assert data.Tokenizer(out).template_text == "new {{ bos_token }}"
+    llama.export(model, out, config, base, chat_template=CHATML)   # its own: files as they came
+    assert not os.path.exists(f"{out}/chat_template.jinja")
+    assert read_json(f"{out}/tokenizer_config.json") == read_json(f"{base}/tokenizer_config.json")
 
 
 @torch.no_grad()
@@ -1400,25 +1464,68 @@ def assert_same_ids(folder, texts, chat_template=""):
     for text in texts:
         want = theirs.encode(text, add_special_tokens=False).ids
         assert ours.encode(text) == want, repr(text)
-        assert ours.nfc or ours.decode(want) == text
+        assert ours.decode(want) == theirs.decode(want, skip_special_tokens=False)
     return ours
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "smollm2", "llama3", "qwen"])
+@pytest.mark.parametrize("kind", ["gpt2", "smollm2", "llama3", "qwen", "deepseek", "deepseek_old",
+                                  "phi4", "falcon3", "no_spaces", *SPM])
 def test_ids_equal_tokenizers(kind, tmp_path):
     """Ids equal those of `tokenizers` for each kind of pre-tokenizer, and decode to the text."""
+    folder = tmp_path / kind
+    folder.mkdir()
+    save_tokenizer(train_bpe(kind), folder)
+    texts = TEXTS + NASTY + fuzz(1000) + ["▁", " ▁ a▁b", "a\x04! \x04!", "\x04", "Hi</s>a </s> b",
+                                          "[INST] Hi [/INST] yes[/INST]no <s>[INST]", "<0x41>▁▁"]
+    if kind == "no_spaces":   # it cuts by Python's Unicode, others by tiktoken's
+        texts = [t for t in texts if "Cn" not in map(unicodedata.category, t)]
+    assert_same_ids(str(folder), texts)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", *SPM])
+def test_ids_after_a_prompt(kind, tmp_path):
+    """A response has the ids that it has in one text with the prompt, wherever the space is."""
+    from tokenizers import Tokenizer
     save_tokenizer(train_bpe(kind), tmp_path)
-    assert_same_ids(str(tmp_path), TEXTS + NASTY + fuzz(1000))
+    theirs, ours = (f(str(tmp_path / end)) for f, end in (
+        (Tokenizer.from_file, "tokenizer.json"), (data.Tokenizer, "")))
+    for prompt in ("", "<s>", "<s>[INST]", "[INST] Hi [/INST]", "Hi </s>", "User: Hi\nBot:", "Hi"):
+        for text in (" The fox", "The fox</s>", "\nfox", "  fox", "▁fox", ""):
+            want = theirs.encode(prompt + text, add_special_tokens=False).ids
+            assert ours.encode(prompt) + ours.encode(text, prompt) == want, (prompt, text)
+
+
+@pytest.mark.parametrize("kind", ["smollm2", "llama_old", "first"])
+def test_entries_that_no_merge_makes(kind, tmp_path):
+    """The vocabulary alone makes no token: neither an entry without merges, nor one whose merges
+    never come to it, since others come first."""
+    save_tokenizer(train_bpe(kind), tmp_path)
+    spec = read_json(tmp_path / "tokenizer.json")
+    vocab, merges = spec["model"]["vocab"], spec["model"]["merges"]
+    for token in ("foxzz", "zq", "zz", "zqz", "zzq", "zzqz"):
+        vocab[token] = 1000 + len(vocab)
+    merges += [["z", "q"], ["z", "z"], ["zq", "z"], ["zz", "q"]]   # zzq: z zq, before zz is tried
+    write_json(tmp_path / "tokenizer.json", spec)
+    assert_same_ids(str(tmp_path), ["a foxzz", "foxzz", "zzq", "zz zzq", "zzqz", "zzzqzz zqzzq"])
+
+
+SENTENCEPIECE = ["tokenizers/llama2", "tokenizers/llama2_legacy", "tokenizers/mistral_v1",
+                 "tokenizers/mistral_v3", "models/stories260K"]
+PLAIN = ("{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}\n{% endfor %}"
+         "{% if add_generation_prompt %}assistant:{% endif %}")   # for any vocabulary
 
 
 @pytest.mark.parametrize("folder, vectors", [
     pytest.param(f"{SHARED}/tokenizers/llama3_1", "llama-bpe", marks=needs(f"{SHARED}/tokenizers")),
     pytest.param(f"{SHARED}/tokenizers/qwen3", "qwen2", marks=needs(f"{SHARED}/tokenizers")),
-    pytest.param(SMOLLM2, "", marks=needs(SMOLLM2))], ids=["llama3_1", "qwen3", "smollm2"])
-def test_ids_of_real_tokenizers(folder, vectors):
+    pytest.param(SMOLLM2, "", marks=needs(SMOLLM2)),
+    *(pytest.param(f"{SHARED}/{folder}", "", marks=needs(f"{SHARED}/{folder}"))
+      for folder in SENTENCEPIECE)],
+    ids=["llama3_1", "qwen3", "smollm2", *map(os.path.basename, SENTENCEPIECE)])
+def test_ids_of_real_tokenizers(folder, vectors, tmp_path):
     """Ids equal `tokenizers` on real text, and llama.cpp's test vectors."""
-    template = "llama3" if "llama3" in folder else "chatml"
-    ours = assert_same_ids(folder, NASTY + fuzz(300) + shared_texts(), template)
+    (tmp_path / "t.jinja").write_text(PLAIN)
+    ours = assert_same_ids(folder, NASTY + fuzz(300) + shared_texts(), str(tmp_path / "t.jinja"))
     if vectors:
         path = f"{SHARED}/tokenizers/vectors/{vectors}"
         with open(f"{path}.inp", encoding="utf-8", newline="") as f, open(f"{path}.out") as g:
@@ -1429,13 +1536,17 @@ def test_ids_of_real_tokenizers(folder, vectors):
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"pre_tokenizer": {"type": "Metaspace", "replacement": "▁"}}, "SentencePiece"),
+    ({"pre_tokenizer": {"type": "Metaspace", "replacement": "▁"}}, "pre_tokenizer Metaspace"),
     ({"pre_tokenizer": None}, "byte-level BPE"), ({"normalizer": {"type": "Strip"}}, "Strip"),
-    ({"model": lambda m: m | {"merges": m["merges"][::-1]}}, "merges"),
+    ({"model": lambda m: m | {"type": "Unigram"}}, "Unigram"),
+    ({"model": lambda m: m | {"dropout": 0.1}}, "dropout"),
+    ({"model": lambda m: m | {"byte_fallback": True}}, "pre_tokenizer Digits of SentencePiece"),
+    ({"added_tokens": lambda a: [*a, {"id": 999, "content": "x", "lstrip": True}]}, "strips"),
+    ({"model": lambda m: m | {"merges": m["merges"][::-1]}}, "merges are out of order"),
     ({"model": []}, "not a tokenizer"),
     (None, "no tokenizer.json")])
 def test_other_tokenizers_are_refused(change, words, checkpoint, tmp_path):
-    """SentencePiece and whatever else can't be honoured exactly: an error that says so."""
+    """What can't be honoured exactly is refused by what it is."""
     folder = shutil.copytree(checkpoint, str(tmp_path / "model"))
     path = f"{folder}/tokenizer.json"
     spec = read_json(path)
@@ -1471,8 +1582,27 @@ def test_tokens_beside_tokenizer_json(style, checkpoint, tmp_path):
     text = "a<|new|>b<|im_end|> c"
     assert ours.encode(text) == theirs.encode(text, add_special_tokens=False)
     assert n in ours.encode(text) and n not in ours.encode(ours.shield(text))
-    assert (ours.bos_token, ours.eos_id) == (theirs.bos_token, theirs.eos_token_id)
+    assert (ours.named["bos_token"], ours.eos_id) == (theirs.bos_token, theirs.eos_token_id)
     assert ours.stop_ids() == {7, 9, theirs.eos_token_id, data.Tokenizer(checkpoint).eos_id}
+
+
+@pytest.mark.parametrize("name", ["renamed", "far", "eos"])
+def test_tokens_that_only_other_files_name(name, checkpoint, tmp_path):
+    """transformers gives them the next free ids, whatever is written there: so an error."""
+    from transformers import AutoTokenizer
+    folder = shutil.copytree(checkpoint, str(tmp_path / "model"))
+    spec, config = (read_json(f"{folder}/{f}.json") for f in ("tokenizer", "tokenizer_config"))
+    tokens = {str(t["id"]): {k: v for k, v in t.items() if k != "id"} for t in spec["added_tokens"]}
+    i = 4 if name == "renamed" else 2000
+    if name == "eos":
+        config["eos_token"] = "<|new|>"
+    else:
+        config["added_tokens_decoder"] = tokens | {str(i): tokens["4"] | {"content": "<|new|>"}}
+    write_json(f"{folder}/tokenizer_config.json", config)
+    [id] = AutoTokenizer.from_pretrained(folder).encode("<|new|>", add_special_tokens=False)
+    assert id == data.Tokenizer(checkpoint).n_vocab != i
+    with pytest.raises(UserError, match=r"tokenizer.json: has no token '<.new.>'"):
+        data.Tokenizer(folder)
 
 
 def test_tokenizer_file_that_is_not_utf8(checkpoint, tmp_path):
@@ -1547,6 +1677,146 @@ def test_prompt_and_responses(template, end, checkpoint, tmp_path):
             full = tok.render([*chat, {"role": "assistant", "content": text}])
             assert full.startswith(tok.decode(prompt + ids))
     assert tok.stop_ids() == {tok.special[end], tok.special["<|im_end|>"]}
+
+
+# Templates in which a conversation isn't its prompt and then the response.
+R1 = ("{% for m in messages %}{% if m.role == 'user' %}<|im_start|>{{ m.content }}{% else %}"
+      "{% set content = m.content %}{% if '</think>' in content %}"
+      "{% set content = content.split('</think>')[-1] %}{% endif %}"
+      "<|start_header_id|>{{ content }}<|im_end|>{% endif %}{% endfor %}"
+      "{% if add_generation_prompt %}<|start_header_id|><think>\n{% endif %}")
+R1_FIRST = R1.replace("<think>\n{% endif %}", "{% endif %}")   # it began no thought in the prompt
+QWQ = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+       "{{ m.content.split('</think>')[-1].lstrip('\n') }}{% else %}{{ m.content }}{% endif %}"
+       "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}"
+       "<|im_start|>assistant\n<think>\n{% endif %}")
+QWEN3_THINKING = QWQ.replace("{% if m.role == 'assistant' %}", (
+    "{% if m.role == 'assistant' %}<think>\n{% if '</think>' in m.content %}"
+    "{{ m.content.split('</think>')[0].split('<think>')[-1].strip('\n') }}{% endif %}"
+    "\n\n</think>\n\n"))
+NEMO = ("{% set ns = namespace(system='') %}{% for m in messages %}{% if m.role == 'system' %}"
+        "{% set ns.system = m.content + '\n\n' %}{% elif m.role == 'user' %}<|im_start|>"
+        "{% if loop.last %}{{ ns.system }}{% endif %}{{ m.content }}<|start_header_id|>{% else %}"
+        " {{ m.content | trim }}<|im_end|>{% endif %}{% endfor %}")
+FUNCTIONARY = ("{% for m in messages %}<|im_start|>{{ m.role }}\n"
+               "{% if m.role == 'assistant' %}all\n{% endif %}<|end_header_id|>{{ m.content }}"
+               "{% if m.role == 'assistant' %}<|eot_id|>{% endif %}\n{% endfor %}"
+               "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+THOUGHT = "<think>\nA cow?\n</think>\n\nMoo."
+CONTINUED = {   # template, turns, response -> the end of the prompt, the response
+    "r1": (R1, say("Hi"), THOUGHT, "<|start_header_id|><think>\n",
+           "A cow?\n</think>\n\nMoo.<|im_end|>"),
+    "r1 closes a thought": (R1, say("Hi"), "A cow?\n</think>\n\nMoo.", "<think>\n",
+                            "A cow?\n</think>\n\nMoo.<|im_end|>"),
+    "r1 with an empty thought": (R1, say("Hi"), "<think>\n\n</think>\n\nMoo.", "<think>\n",
+                                 "\n</think>\n\nMoo.<|im_end|>"),
+    "r1 without a thought": (R1, say("Hi"), "Moo.", "<think>\n", "\n</think>\n\nMoo.<|im_end|>"),
+    "r1 with a thought apart": (
+        R1, say("Hi"), [{"role": "assistant", "content": "Moo.", "reasoning_content": "A cow?"}],
+        "<think>\n", "A cow?\n</think>\n\nMoo.<|im_end|>"),
+    "r1 of several turns": (R1, say("Hi", THOUGHT, "Why?"), THOUGHT,
+                            "Hi<|start_header_id|>\n\nMoo.<|im_end|><|im_start|>Why?"
+                            "<|start_header_id|><think>\n", "A cow?\n</think>\n\nMoo.<|im_end|>"),
+    "r1 first": (R1_FIRST, say("Hi"), THOUGHT, "<|start_header_id|>", THOUGHT + "<|im_end|>"),
+    "qwq": (QWQ, say("Hi"), THOUGHT, "assistant\n<think>\n",
+            "A cow?\n</think>\n\nMoo.<|im_end|>"),
+    "qwq without a thought": (QWQ, say("Hi"), "Moo.", "<think>\n",
+                              "\n</think>\n\nMoo.<|im_end|>"),
+    "qwen3 thinking": (QWEN3_THINKING, say("Hi"), THOUGHT, "<think>\n",
+                       "A cow?\n</think>\n\nMoo.<|im_end|>"),
+    "qwen3 without a thought": (QWEN3_THINKING, say("Hi"), "Moo.", "<think>\n",
+                                "\n</think>\n\nMoo.<|im_end|>"),
+    "nemo": (NEMO, [BRIEF, *say("Hi")], " Moo. ", "<|im_start|>Be brief.\n\nHi<|start_header_id|>",
+             " Moo.<|im_end|>"),
+    "functionary": (FUNCTIONARY, say("Hi"), "Moo.", "<|im_start|>assistant\n",
+                    "all\n<|end_header_id|>Moo.<|eot_id|>"),
+    "two turns": (CHATML, say("Hi"), say("Hi", "Moo?", "Yes.", "Moo.")[1:],
+                  "<|im_start|>assistant\n", "Moo?<|im_end|>\n<|im_start|>user\nYes.<|im_end|>\n"
+                  "<|im_start|>assistant\nMoo.<|im_end|>")}
+
+
+@pytest.mark.parametrize("name", CONTINUED)
+def test_response_is_what_follows_the_prompt(name, checkpoint, tmp_path):
+    """The prompt is what the template gives at inference, and the response what a model would write
+    after it, with its thoughts, up to the end of its turn."""
+    template, turns, response, prompt_end, want = CONTINUED[name]
+    (tmp_path / "t.jinja").write_text(template)
+    tokenizer = data.Tokenizer(checkpoint, str(tmp_path / "t.jinja"))
+    prompt, [ids] = tokenizer.encode_responses(turns, [response])
+    assert prompt == tokenizer.encode_prompt(turns)
+    assert tokenizer.decode(prompt).endswith(prompt_end)
+    assert tokenizer.decode(ids) == want and ids[-1] in tokenizer.special_ids
+
+
+def test_rows_that_a_template_makes_nothing_of(checkpoint, tmp_path):
+    """They are counted under a reason; only if no row is left does the run end."""
+    (tmp_path / "t.jinja").write_text("{% if messages | length > 2 %}{{ messages | length }}"
+                                      "{% endif %}" + CHATML + "{{ messages[0].content.x.y }}")
+    with pytest.raises(data.BadRow, match="chat template: UndefinedError"):
+        data.Tokenizer(checkpoint, str(tmp_path / "t.jinja")).encode_responses(say("a"), ["b"])
+    (tmp_path / "t.jinja").write_text("{% if messages[0].content == 'odd' %}"
+                                      "{{ messages[-1].content | length }}{% endif %}" + CHATML)
+    tokenizer = data.Tokenizer(checkpoint, str(tmp_path / "t.jinja"))
+    odd = GOOD | {"prompt": "odd"}
+    path = write_rows(tmp_path / "pairs.jsonl", [odd, GOOD])
+    assert "1 used + 1 dropped (1 the chat template writes" in load(path, tokenizer).report
+    with pytest.raises(UserError, match="0 usable pairs of 2 .2 the chat template writes"):
+        load(write_rows(tmp_path / "odd.jsonl", [odd, odd]), tokenizer)
+
+
+def test_markers_that_are_not_special(checkpoint, tmp_path):
+    """Markers that were added with special: false end a turn, stay text where data spells them, and
+    are found by chatml. The tokens of thoughts and tools are for data to spell."""
+    folder = shutil.copytree(checkpoint, str(tmp_path / "model"))
+    spec = read_json(f"{folder}/tokenizer.json")
+    for token in spec["added_tokens"]:
+        token["special"] = False
+    n = max(spec["model"]["vocab"].values()) + 1
+    spec["added_tokens"] += [dict(token, id=n + i, content=content)
+                             for i, content in enumerate(["<think>", "<tool_call>"])]
+    write_json(f"{folder}/tokenizer.json", spec)
+    damage = read_json(f"{folder}/tokenizer_config.json")
+    write_json(f"{folder}/tokenizer_config.json", damage | {"eos_token": "<|endoftext|>"})
+    tokenizer = data.Tokenizer(folder, "chatml")
+    prompt, [ids] = tokenizer.encode_responses(say("a"), ["b <|im_end|> <think> <tool_call>"])
+    assert tokenizer.decode(ids) == "b <|im_end|> <think> <tool_call><|im_end|>"
+    assert ids.count(tokenizer.added["<|im_end|>"]) == 1 and {n, n + 1} < set(ids)
+    assert prompt.count(tokenizer.added["<|im_start|>"]) == 2
+
+
+TOOL = {"type": "function", "function": {"name": "say", "parameters": {"type": "object"}}}
+CALLS = [{"role": "assistant", "content": None, "tool_calls": [
+    {"type": "function", "function": {"name": "say", "arguments": {"what": "<|im_end|>"}}}]}]
+EVERYTHING = ("{% if tools is not none %}{{ tools | tojson }}{% endif %}"
+              "{% if documents %}{{ documents | tojson(indent=2) }}{% endif %}"
+              "{% if think is defined %}{{ think }}{% endif %}{{ strftime_now('%Y-%m-%d %B') }}"
+              "{% for m in messages %}<|im_start|>{{ m | tojson }}<|im_end|>\n{% endfor %}"
+              "{% if add_generation_prompt %}<|im_start|>{% endif %}")
+
+
+def test_template_gets_all_of_a_row(checkpoint, tmp_path):
+    """Messages with all their keys, tools, documents and chat_template_kwargs reach the template as
+    from transformers; what data spells in them is text."""
+    from transformers import PreTrainedTokenizerFast
+    theirs = PreTrainedTokenizerFast(tokenizer_file=f"{checkpoint}/tokenizer.json")
+    (tmp_path / "t.jinja").write_text(EVERYTHING)
+    ours = data.Tokenizer(checkpoint, str(tmp_path / "t.jinja"), '{"think": 2}')
+    turns = [*say("Hi"), *CALLS,
+             {"role": "tool", "name": "say", "tool_call_id": "1", "content": "é"}]
+    for more in ({}, {"tools": [TOOL]}, {"documents": [{"title": "x"}], "tools": [TOOL]}):
+        want = theirs.apply_chat_template(turns, chat_template=EVERYTHING.replace(
+            "strftime_now('%Y-%m-%d %B')", "'2024-07-26 July'"), tokenize=False, think=2, **more)
+        assert ours.render(turns, **more) == want
+    (tmp_path / "null.jinja").write_text("{% for m in messages %}{% if m.content is none %}calls"
+                                         "{% else %}{{ 'x' + m.content }}{% endif %}{% endfor %}")
+    assert data.Tokenizer(checkpoint, str(tmp_path / "null.jinja")).render(turns) == "xHicallsxé"
+    assert ours.render(turns, chat_template_kwargs={"think": 3}).startswith("32024-07-26 July")
+    _, [ids] = ours.encode_responses(turns, [CALLS], tools=[TOOL])
+    with pytest.raises(data.Drop, match="leaves tool calls out"):
+        data.Tokenizer(checkpoint).encode_responses(turns, ["Moo."])
+    assert ids.count(ours.special["<|im_end|>"]) == 1 and '"what": "<|im_end|>"' in ours.decode(ids)
+    with pytest.raises(UserError, match="chat_template_kwargs: not an object"):
+        data.Tokenizer(checkpoint, "", "thinking")
 
 
 def test_template_without_a_header(checkpoint, tmp_path):
@@ -1889,23 +2159,29 @@ def test_columns(tokenizer, tmp_path):
             data.load_pairs(other, "", tokenizer, 512, 256, columns=columns)
 
 
-def test_what_the_template_gets(tokenizer, tmp_path, monkeypatch):
-    """Messages with all they have, a response of several turns as these, and the row's own tools,
-    documents and chat_template_kwargs reach the tokenizer; what is empty does not."""
-    got = []
-    monkeypatch.setattr(tokenizer, "encode_responses", lambda turns, responses, **template: (
-        got.append((turns, responses, template)) or ([1], [[2], [3]])))
-    call = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
+def test_what_a_row_gives_the_template(checkpoint, tmp_path):
+    """From a file: messages with all they have, responses of several turns, tool calls and thoughts
+    in them, the row's own tools and chat_template_kwargs. What is empty does not reach it."""
+    (tmp_path / "t.jinja").write_text(EVERYTHING)
+    tokenizer = data.Tokenizer(checkpoint, str(tmp_path / "t.jinja"), '{"think": 1, "x": 2}')
+    call = {"role": "assistant", "tool_calls": [{"id": "1"}]}
     result = {"role": "tool", "content": "2", "tool_call_id": "1", "name": "f"}
     thought = {"role": "assistant", "content": "b", "reasoning_content": "hm"}
-    user, kwargs = say("Hi")[0] | {"name": "me"}, {"enable_thinking": False}
-    load(write_rows(tmp_path / "a.jsonl", [
+    user, kwargs = say("Hi")[0] | {"name": "me"}, {"think": False}
+    pairs = load(write_rows(tmp_path / "a.jsonl", [
         {"prompt": [user], "chosen": [call, result, *say(0, "a")[1:]], "rejected": thought,
-         "tools": json.dumps([{"type": "function"}]), "chat_template_kwargs": kwargs,
-         "documents": []}, GOOD | {"tools": None}]), tokenizer)
-    assert got == [([user], [[call, result, *say(0, "a")[1:]], [thought]],
-                    {"tools": [{"type": "function"}], "chat_template_kwargs": kwargs}),
-                   (say("Hi"), ["a fox", "a dog"], {})]
+         "tools": json.dumps([TOOL]), "chat_template_kwargs": kwargs, "documents": []},
+        GOOD | {"tools": None}]), tokenizer)
+    for i, (turns, responses, template) in enumerate([
+            ([user], [[call, result, *say(0, "a")[1:]], [thought]],
+             {"tools": [TOOL], "chat_template_kwargs": kwargs}),
+            (say("Hi"), [say(0, "a fox")[1:], say(0, "a dog")[1:]], {})]):
+        prompt, *ids = map(tokenizer.decode, map(np.ndarray.tolist, pairs.ids(i)))
+        assert prompt == tokenizer.render(turns, True, **template)
+        assert ("function" in prompt, "False" in prompt) == (i == 0, i == 0)
+        for text, response in zip(ids, responses):
+            full = tokenizer.render([*turns, *response], **template)
+            assert prompt + text + "\n" == full
 
 
 def test_scores(tokenizer, tmp_path):
@@ -2557,6 +2833,24 @@ def test_trained_tokenizer_opens_in_transformers(name, runs):
     assert theirs.encode("a fox, 12", add_special_tokens=False) == ours.encode("a fox, 12")
 
 
+@needs(f"{SHARED}/models/stories260K")
+def test_sentencepiece_model_trains(tmp_path):
+    """A real Llama with SentencePiece's BPE: a run, and transformers' ids from what it exports. It
+    has no template, and not chatml's markers; the error says what to give."""
+    from transformers import AutoTokenizer
+    path, out = write_rows(tmp_path / "pairs.jsonl", word_rows(12)), str(tmp_path / "out")
+    (tmp_path / "t.jinja").write_text(PLAIN)
+    job = f"{SHARED}/models/stories260K", out, f"--dataset={path}", "--eval_pairs=4", "--epochs=1"
+    assert_one_line(train(*job), "no chat template", ".jinja")
+    assert_one_line(train(*job, "--chat_template=chatml"), "lacks", "eos_token")
+    assert_done(train(*job, f"--chat_template={tmp_path}/t.jinja"))
+    theirs, ours = AutoTokenizer.from_pretrained(out), data.Tokenizer(out)
+    prompt, [response] = ours.encode_responses(say("a fox"), ["two  dogs"])
+    want = theirs.apply_chat_template(say("a fox", "two  dogs"), return_dict=False)
+    assert (prompt + response) == want[:len(prompt + response)]
+    assert ours.text_prefix + ours.encode("a fox") == theirs.encode("a fox")
+
+
 @pytest.mark.parametrize("command", [
     "-m scripts.plot {runs}/run-mmpo {runs}/run-dpo --out={folder}/c.png",
     "scripts/plot.py {runs}/run-mmpo --out={folder}/c.png",
@@ -2661,8 +2955,8 @@ def test_evaluate_first_token(checkpoint, tmp_path):
     tok = data.Tokenizer(checkpoint)
     a, fox = tok.encode("a"), tok.encode(" fox")
     assert evaluate.encode(tok, "a", " fox") == ((*a,), (*fox,))
-    assert evaluate.encode(tok, "", " fox") == ((tok.added[tok.bos_token],), (*fox,))
-    tok.bos_token = None
+    assert evaluate.encode(tok, "", " fox") == ((tok.added[tok.named["bos_token"]],), (*fox,))
+    tok.named["bos_token"] = ""
     assert evaluate.encode(tok, " ", "fox") == ((tok.eos_id,), (*fox,))
     [(text, bos), *_] = tok.added.items()
     tok.text_prefix = [bos]

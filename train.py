@@ -61,6 +61,7 @@ eval_pairs = 256                  # at most so many held-out pairs
 max_length = 2312                 # tokens of the prompt and one response, at most
 max_prompt_length = 1800          # tokens of the prompt, at most; its end is kept
 chat_template = ""                # chatml, llama3 or a .jinja file; "" takes the model's own
+chat_template_kwargs = ""         # variables for the template: '{"enable_thinking": false}'
 bad_rows = "error"                # error | drop: a malformed row ends the run, or is dropped
 columns = ""                      # other names of fields: prompt:question_text,chosen:good
 use_scores = False                # score_chosen and score_rejected of a row are its rewards
@@ -172,7 +173,7 @@ log(f"nanoMMPO: {objective} on {ddp_world_size} x {device.type}, {dtype}; set: "
 # --- data: rows become token ids once, and are read from the cache after that
 folder = first_on_each_node(llama.checkpoint_folder, init_from)
 llama.check_target(out_dir, folder, export_adapter)
-tokenizer = data.Tokenizer(folder, chat_template)
+tokenizer = data.Tokenizer(folder, chat_template, chat_template_kwargs)
 tokenizing = (tokenizer, max_length, max_prompt_length, bad_rows, columns, use_scores)
 train_pairs = first_on_each_node(data.load_pairs, dataset, train_split, *tokenizing)
 log(f"{dataset}: {train_pairs.report}")
@@ -446,7 +447,7 @@ for iter_num in tqdm(range(start_iter, max_iters + 1), "steps", max_iters, initi
 # --- the aligned model, in Hugging Face layout, and what to know about it
 llama.export(raw_model, out_dir, hf_config, folder, llama.DTYPES[export_dtype],
              adapter_of=init_from if export_adapter else None, stop_ids=stop_ids,
-             chat_template=tokenizer.template_text if chat_template else None)
+             chat_template=tokenizer.template_text)
 answer("sample after")
 if master_process:
     report.write_model_card(out_dir)

@@ -141,7 +141,7 @@ def encode(tokenizer, context, continuation):
 
     alone, both = ids(context.rstrip()), ids(context + continuation)
     if not alone:
-        first = tokenizer.added.get(tokenizer.bos_token, tokenizer.eos_id)
+        first = tokenizer.added.get(tokenizer.named["bos_token"], tokenizer.eos_id)
         return (first,) * (first is not None), tuple(both)
     return tuple(alone), tuple(both[len(alone):])
 
@@ -151,9 +151,8 @@ def read_items(file, tokenizer, limit, room):
     [characters of each choice]. A context is cut on the left where both have over room + 1 tokens,
     the last of which the model need not read."""
     items, gold, characters = [], [], []
-    for where, line in data.read_rows(file, ""):
+    for where, row in data.read_objects(file):
         with reading(where, "a multiple-choice item"):
-            row = data.parse_line(line)
             texts = [text.removeprefix(" ") for _, text in row["pairs"]]
             require(all(map(str.strip, texts)) and row["gold"] in range(len(texts)),
                     f"{where}: gold must be the index of a choice, and no choice may be empty")
@@ -319,7 +318,9 @@ def main():
     reference = args.reference or run.get("init_from")
     names = dict.fromkeys([reference or first, *args.models])   # the others are compared with it
     folders = {name: llama.checkpoint_folder(name) for name in names}
-    tokenizer = data.Tokenizer(folders[first])
+    template = os.path.join(folders[first], "chat_template.jinja")   # the base may have none
+    template = template if os.path.exists(template) else ""
+    tokenizer = data.Tokenizer(folders[first], template, run.get("chat_template_kwargs", ""))
     room = llama.config_from_dict(llama.read_config(folders[first])).max_position_embeddings
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -349,7 +350,7 @@ def main():
                           ["data.py", "model.py", "scripts/evaluate.py"])
         if not base and os.path.exists(path):   # the reference's, of an earlier call
             return json.loads(str(np.load(path)["result"]))
-        require(data.Tokenizer(folder).bytes_of == tokenizer.bytes_of,
+        require(data.Tokenizer(folder, template).bytes_of == tokenizer.bytes_of,
                 f"{name}: another vocabulary than that of {first}; evaluate it by itself")
         model, _ = llama.from_pretrained(folder, device, torch.bfloat16 if device == "cuda" else
                                          torch.float32)
