@@ -54,10 +54,11 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from configurator import (
-    UserError, cache_path, first_line, parse_json, rank_and_size, read_json, reading, require,
-    save_cache, sha256)
+    UserError, cache_path, check_file, first_line, parse_json, rank_and_size, read_json, reading,
+    require, save_cache, sha256, time_limit)
 
 MAX_CHARS = 400_000   # of a field; tiktoken panics at a piece of about a million characters
+MAX_LINE, MAX_WHOLE = 10 ** 8, 2 ** 31   # bytes: a small file may unpack without end
 
 # -----------------------------------------------------------------------------
 # tokenizer
@@ -368,9 +369,10 @@ class Tokenizer:
         # beside tool calls a template wants no content (as from transformers), null, or ""
         for messages in (no_nulls, turns, [{"content": ""} | t for t in no_nulls]):
             try:
-                return self.template.render(variables | (chat_template_kwargs or {}),
-                                            messages=messages)
-            except BadRow:
+                with time_limit(RENDER_SECONDS, "chat template: to render a row"):
+                    return self.template.render(variables | (chat_template_kwargs or {}),
+                                                messages=messages)
+            except UserError:
                 raise
             except Exception as e:   # a template is a program, and may fail in any way
                 error = e
@@ -541,6 +543,7 @@ def content_of(token):
 # -----------------------------------------------------------------------------
 # chat templates
 
+RENDER_SECONDS = 2   # of CPU time, for what takes a millisecond
 DATE = datetime(2024, 7, 26)   # for templates that write the day's date: not the day of the run
 SHIELD, SHIELD_END, ANSWER = "\ufdd0", "\ufdd1", "\ufdd2"   # noncharacters: no valid text has them
 THOUGHT = re.compile(r"<(\w*think\w*)>\s*$")   # where a prompt ends in the beginning of a thought
@@ -593,13 +596,23 @@ def compile_template(text, where):
     def raise_exception(message):
         raise BadRow(f"the chat template refuses this row: {first_line(message or 'no reason')}")
 
-    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                        extensions=["jinja2.ext.loopcontrols", Generation])
+    class Sandbox(ImmutableSandboxedEnvironment):
+        intercepted_binops = {"**", "*"}   # one of these may take longer than any time limit
+
+        def call_binop(self, context, operator, left, right):
+            times = [b for a, b in ((left, right), (right, left)) if isinstance(a, (str, list))]
+            require(operator == "*" and not (times and times[0] > 1000), f"{where}: chat template: "
+                    f"{left!r:.20} {operator} {right!r:.20} is not supported")
+            return super().call_binop(context, operator, left, right)
+
+    env = Sandbox(trim_blocks=True, lstrip_blocks=True, optimized=False,
+                  extensions=["jinja2.ext.loopcontrols", Generation])
     env.filters["tojson"] = (lambda x, ensure_ascii=False, **how:
                              json.dumps(x, ensure_ascii=ensure_ascii, **how))
     env.globals |= {"raise_exception": raise_exception, "strftime_now": DATE.strftime}
     try:
-        return env.from_string(text)
+        with time_limit(RENDER_SECONDS, f"{where}: chat template: to compile it"):
+            return env.from_string(text)
     except jinja2.TemplateError as e:
         raise UserError(f"{where}: chat template: {first_line(e)}") from e
 
@@ -973,6 +986,7 @@ def read_objects(source):
 
 
 def opened(source, packing):
+    check_file(source)
     if packing == ".zst":   # pyarrow's, since zstandard's reader takes half a file for a whole one
         import pyarrow
         return io.BufferedReader(pyarrow.input_stream(source, compression="zstd"))
@@ -980,14 +994,23 @@ def opened(source, packing):
 
 
 def read_lines(source, f):
-    for n, line in enumerate(f, 1):
+    for n, line in enumerate(iter(lambda: f.readline(MAX_LINE + 1), b""), 1):
+        require(len(line) <= MAX_LINE, f"{source}:{n}: a line of over {MAX_LINE:,} bytes; is it "
+                "damaged?")
         line = line.removeprefix(codecs.BOM_UTF8) if n == 1 else line
         if line.strip():
             yield f"{source}:{n}", line
 
 
+def read_whole(source, f):
+    content = f.read(MAX_WHOLE + 1)
+    require(len(content) <= MAX_WHOLE, f"{source}: over {MAX_WHOLE:,} bytes, unpacked, that are "
+            "read at once; use .jsonl or .parquet")
+    return content
+
+
 def read_json_rows(source, f):
-    content = f.read()
+    content = read_whole(source, f)
     if not content.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):   # then a row a line
         yield from read_lines(source, io.BytesIO(content))
         return
@@ -1000,7 +1023,7 @@ def read_json_rows(source, f):
 def read_csv(source, f):
     csv.field_size_limit(2 ** 31 - 1)
     separator = "\t" if ".tsv" in source[-8:] else ","
-    rows = csv.DictReader(io.StringIO(decoded(source, f.read()), newline=""), delimiter=separator,
+    rows = csv.DictReader(io.StringIO(decoded(source, read_whole(source, f)), newline=""), delimiter=separator,
                           strict=True)
     names = rows.fieldnames or [""]
     for other, name in ((";", "semicolons"), ("\t", "tabs"), (",", "commas")):

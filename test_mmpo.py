@@ -1652,9 +1652,17 @@ def test_templates_equal_transformers(name, checkpoint, tmp_path):
 
 @pytest.mark.parametrize("text", ["{{ ''.__class__.__mro__[1].__subclasses__() }}", "{% for %}",
                                   "{{ raise_exception('no') }}", "{{ messages.append(1) }}",
-                                  "{{ messages + 3 }}", "{{ raise_exception('a\nb') }}"])
+                                  "{{ messages + 3 }}", "{{ raise_exception('a\nb') }}",
+                                  "{{ 9 ** (9 ** 9) }}", "{{ 'a' * 99999999999 }}",
+                                  "{% for i in range(9999) %}{% for j in range(99999) %}"
+                                  "{% endfor %}{% endfor %}", "{% macro f(n) %}{{ f(n) }}"
+                                  "{% endmacro %}{{ f(0) }}"])
 def test_hostile_template(text, checkpoint, tmp_path):
-    """A template can't reach Python's insides; its complaints become our errors."""
+    """A template can't reach Python's insides nor run without end; its complaints become our
+    errors. Behind a condition that never holds they do no harm."""
+    if text != "{% for %}":
+        (tmp_path / "t.jinja").write_text("{% if false %}" + text + "{% endif %}fine")
+        assert data.Tokenizer(checkpoint, str(tmp_path / "t.jinja")).render(CHATS[0]) == "fine"
     (tmp_path / "t.jinja").write_text(text)
     with pytest.raises((UserError, data.BadRow), match="^.*chat template.*$"):
         data.Tokenizer(checkpoint, str(tmp_path / "t.jinja")).render(CHATS[0])
@@ -2044,10 +2052,16 @@ def test_bad_row(name, tokenizer, tmp_path):
     ("p.csv", b"prompt,chosen,rejected\na,b,c\nd,\xff,f\n", "p.csv:3: not UTF-8"),
     ("q.json", b'[{"prompt": "a",\n"chosen": "\xff"}]', "q.json:2: not UTF-8"),
     ("r.csv", b'prompt,chosen,rejected\na,b,c\nd,"e,f\n', "not CSV"),
-    ("s.jsonl.zst", b"{}", "zstd"), ("t*.jsonl", None, "no such file")])
-def test_bad_file(file, content, words, tokenizer, tmp_path):
+    ("s.jsonl.zst", b"{}", "zstd"), ("t*.jsonl", None, "no such file"),
+    ("u.jsonl", "pipe", "not a file"), ("v.jsonl", b"x" * 2001, "v.jsonl:1: a line of over 2,000"),
+    ("w.json.gz", gzip.compress(b" " * 4001), "over 4,000 bytes, unpacked")])
+def test_bad_file(file, content, words, tokenizer, tmp_path, monkeypatch):
     """A file without usable rows is an error that names it."""
-    if content is not None:
+    monkeypatch.setattr(data, "MAX_LINE", 2000)
+    monkeypatch.setattr(data, "MAX_WHOLE", 4000)
+    if content == "pipe":
+        os.mkfifo(tmp_path / file)
+    elif content is not None:
         (tmp_path / file).write_bytes(content)
     with pytest.raises(UserError, match=words) as e:
         load(tmp_path / file, tokenizer)
