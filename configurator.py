@@ -28,7 +28,10 @@ import math
 import os
 import re
 import shutil
+import signal
+import stat
 import sys
+import threading
 import tokenize
 import traceback
 from dataclasses import dataclass
@@ -103,6 +106,25 @@ def reading(path, what):
                         "is it damaged?") from e
 
 
+@contextlib.contextmanager
+def time_limit(seconds, what):
+    """UserError about `what` unless what is inside is done in so many seconds of CPU time. It
+    stops Python, not one long call of a library, and in the main thread only."""
+    def stop(*_):
+        raise UserError(f"{what} takes over {seconds} s of CPU time; does it end?")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
+
+
 def first_line(error):
     """The first line of an error's message, for a message of one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -120,8 +142,15 @@ def parse_json(text):
         raise ValueError("nested too deeply") from None
 
 
+def check_file(path):
+    """UserError if reading this file would never end, as of a pipe that nobody writes to."""
+    require(stat.S_ISREG(os.stat(path).st_mode), f"{path}: not a file, but a pipe, device or "
+            "folder; give a file")
+
+
 def read_json(path):
     """The object in a JSON file. Raises UserError unless the file holds one JSON object."""
+    check_file(path)
     with open(path, encoding="utf-8") as f, reading(path, "valid JSON"):
         value = parse_json(f.read())
     require(isinstance(value, dict), f"{path}: not a JSON object; is it damaged?")

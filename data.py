@@ -54,10 +54,11 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from configurator import (
-    UserError, cache_path, first_line, parse_json, rank_and_size, read_json, reading, require,
-    save_cache, sha256)
+    UserError, cache_path, check_file, first_line, parse_json, rank_and_size, read_json, reading,
+    require, save_cache, sha256, time_limit)
 
 MAX_CHARS = 400_000   # of a field; tiktoken panics at a piece of about a million characters
+MAX_LINE, MAX_WHOLE = 10 ** 8, 2 ** 31   # bytes: a small file may unpack without end
 
 # -----------------------------------------------------------------------------
 # tokenizer
@@ -350,9 +351,10 @@ class Tokenizer:
         # beside tool calls a template wants no content (as from transformers), null, or ""
         for messages in (no_nulls, turns, [{"content": ""} | t for t in no_nulls]):
             try:
-                return self.template.render(variables | (chat_template_kwargs or {}),
-                                            messages=messages)
-            except Refused:
+                with time_limit(RENDER_SECONDS, "chat template: to render a row"):
+                    return self.template.render(variables | (chat_template_kwargs or {}),
+                                                messages=messages)
+            except UserError:
                 raise
             except Exception as e:   # a template is a program, and may fail in any way
                 error = e
@@ -543,6 +545,7 @@ def content_of(token):
 # -----------------------------------------------------------------------------
 # chat templates
 
+RENDER_SECONDS = 2   # of CPU time, for what takes a millisecond
 DATE = datetime(2024, 7, 26)   # for templates that write the day's date: not the day of the run
 SHIELD, SHIELD_END, ANSWER, HIDDEN = "\ufdd0\ufdd1\ufdd2\ufdd3"   # no valid text has these
 THINK = re.compile(r"<(/?\w*think\w*>)")   # around thoughts
@@ -596,13 +599,23 @@ def compile_template(text, where):
     def raise_exception(message):
         raise Refused(f"the chat template refuses: {first_line(message or 'no reason')}")
 
-    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                        extensions=["jinja2.ext.loopcontrols", Generation])
+    class Sandbox(ImmutableSandboxedEnvironment):
+        intercepted_binops = {"**", "*"}   # one of these may take longer than any time limit
+
+        def call_binop(self, context, operator, left, right):
+            times = [b for a, b in ((left, right), (right, left)) if isinstance(a, (str, list))]
+            require(operator == "*" and not (times and times[0] > 1000), f"{where}: chat template: "
+                    f"{left!r:.20} {operator} {right!r:.20} is not supported")
+            return super().call_binop(context, operator, left, right)
+
+    env = Sandbox(trim_blocks=True, lstrip_blocks=True, optimized=False,
+                  extensions=["jinja2.ext.loopcontrols", Generation])
     env.filters["tojson"] = (lambda x, ensure_ascii=False, **how:
                              json.dumps(x, ensure_ascii=ensure_ascii, **how))
     env.globals |= {"raise_exception": raise_exception, "strftime_now": DATE.strftime}
     try:
-        return env.from_string(text)
+        with time_limit(RENDER_SECONDS, f"{where}: chat template: to compile it"):
+            return env.from_string(text)
     except jinja2.TemplateError as e:
         raise UserError(f"{where}: chat template: {first_line(e)}") from e
 
@@ -970,7 +983,17 @@ def read_rows(source, split):
             yield from READERS[kind](source, f)
 
 
+def read_objects(source):
+    """Yields (where, dict) for each row of a file that need not hold pairs. Raises UserError."""
+    for where, row in read_rows(source, ""):
+        try:
+            yield where, parse_line(row)
+        except BadRow as e:
+            raise UserError(f"{where}: {e}") from e
+
+
 def opened(source, packing):
+    check_file(source)
     if packing == ".zst":   # pyarrow's, since zstandard's reader takes half a file for a whole one
         import pyarrow
         return io.BufferedReader(pyarrow.input_stream(source, compression="zstd"))
@@ -978,14 +1001,23 @@ def opened(source, packing):
 
 
 def read_lines(source, f):
-    for n, line in enumerate(f, 1):
+    for n, line in enumerate(iter(lambda: f.readline(MAX_LINE + 1), b""), 1):
+        require(len(line) <= MAX_LINE, f"{source}:{n}: a line of over {MAX_LINE:,} bytes; is it "
+                "damaged?")
         line = line.removeprefix(codecs.BOM_UTF8) if n == 1 else line
         if line.strip():
             yield f"{source}:{n}", line
 
 
+def read_whole(source, f):
+    content = f.read(MAX_WHOLE + 1)
+    require(len(content) <= MAX_WHOLE, f"{source}: over {MAX_WHOLE:,} bytes, unpacked, that are "
+            "read at once; use .jsonl or .parquet")
+    return content
+
+
 def read_json_rows(source, f):
-    content = f.read()
+    content = read_whole(source, f)
     if not content.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):   # then a row a line
         yield from read_lines(source, io.BytesIO(content))
         return
@@ -998,7 +1030,7 @@ def read_json_rows(source, f):
 def read_csv(source, f):
     csv.field_size_limit(2 ** 31 - 1)
     separator = "\t" if ".tsv" in source[-8:] else ","
-    rows = csv.DictReader(io.StringIO(decoded(source, f.read()), newline=""), delimiter=separator,
+    rows = csv.DictReader(io.StringIO(decoded(source, read_whole(source, f)), newline=""), delimiter=separator,
                           strict=True)
     names = rows.fieldnames or [""]
     for other, name in ((";", "semicolons"), ("\t", "tabs"), (",", "commas")):

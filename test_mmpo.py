@@ -1658,9 +1658,17 @@ def test_templates_equal_transformers(name, checkpoint, tmp_path):
 
 @pytest.mark.parametrize("text", ["{{ ''.__class__.__mro__[1].__subclasses__() }}", "{% for %}",
                                   "{{ raise_exception('no') }}", "{{ messages.append(1) }}",
-                                  "{{ messages + 3 }}", "{{ raise_exception('a\nb') }}"])
+                                  "{{ messages + 3 }}", "{{ raise_exception('a\nb') }}",
+                                  "{{ 9 ** (9 ** 9) }}", "{{ 'a' * 99999999999 }}",
+                                  "{% for i in range(9999) %}{% for j in range(99999) %}"
+                                  "{% endfor %}{% endfor %}", "{% macro f(n) %}{{ f(n) }}"
+                                  "{% endmacro %}{{ f(0) }}"])
 def test_hostile_template(text, checkpoint, tmp_path):
-    """A template can't reach Python's insides; its complaints become our errors."""
+    """A template can't reach Python's insides nor run without end; its complaints become our
+    errors. Behind a condition that never holds they do no harm."""
+    if text != "{% for %}":
+        (tmp_path / "t.jinja").write_text("{% if false %}" + text + "{% endif %}fine")
+        assert data.Tokenizer(checkpoint, str(tmp_path / "t.jinja")).render(CHATS[0]) == "fine"
     (tmp_path / "t.jinja").write_text(text)
     with pytest.raises((UserError, data.BadRow), match="^.*chat template.*$"):
         data.Tokenizer(checkpoint, str(tmp_path / "t.jinja")).render(CHATS[0])
@@ -2060,10 +2068,16 @@ def test_bad_row(name, tokenizer, tmp_path):
     ("p.csv", b"prompt,chosen,rejected\na,b,c\nd,\xff,f\n", "p.csv:3: not UTF-8"),
     ("q.json", b'[{"prompt": "a",\n"chosen": "\xff"}]', "q.json:2: not UTF-8"),
     ("r.csv", b'prompt,chosen,rejected\na,b,c\nd,"e,f\n', "not CSV"),
-    ("s.jsonl.zst", b"{}", "zstd"), ("t*.jsonl", None, "no such file")])
-def test_bad_file(file, content, words, tokenizer, tmp_path):
+    ("s.jsonl.zst", b"{}", "zstd"), ("t*.jsonl", None, "no such file"),
+    ("u.jsonl", "pipe", "not a file"), ("v.jsonl", b"x" * 2001, "v.jsonl:1: a line of over 2,000"),
+    ("w.json.gz", gzip.compress(b" " * 4001), "over 4,000 bytes, unpacked")])
+def test_bad_file(file, content, words, tokenizer, tmp_path, monkeypatch):
     """A file without usable rows is an error that names it."""
-    if content is not None:
+    monkeypatch.setattr(data, "MAX_LINE", 2000)
+    monkeypatch.setattr(data, "MAX_WHOLE", 4000)
+    if content == "pipe":
+        os.mkfifo(tmp_path / file)
+    elif content is not None:
         (tmp_path / file).write_bytes(content)
     with pytest.raises(UserError, match=words) as e:
         load(tmp_path / file, tokenizer)
@@ -2956,6 +2970,35 @@ def test_evaluate_multiple_choice(checkpoint, tokenizer, tmp_path):
     assert metrics["choices/words/acc_norm"][0] == pytest.approx(np.mean(right_norm))
 
 
+def test_evaluate_long_items(tokenizer, tmp_path):
+    """Of a choice and its context the last tokens are kept, one more than the model reads, for each
+    choice alone."""
+    context, choices = "the dog runs so far and so on, " * 6, [" a fox", " a fox and a dog and trees"]
+    path = write_rows(tmp_path / "a.jsonl", [{"pairs": [[context, c] for c in choices], "gold": 0}])
+    _, [whole], *_ = evaluate.read_items(path, tokenizer, 0, 512)
+    shorter, longer = (len(ids) for _, ids in whole)
+    for room in (longer, longer + 3, len(whole[0][0]) + shorter - 1, 400):
+        _, [item], *_ = evaluate.read_items(path, tokenizer, 0, room)
+        assert [c + ids for c, ids in item] == [(c + ids)[-room - 1:] for c, ids in whole]
+        assert [ids for _, ids in item] == [ids for _, ids in whole]
+    with pytest.raises(UserError, match=f"1 to {longer - 1} itself"):
+        evaluate.read_items(path, tokenizer, 0, longer - 1)
+
+
+def test_evaluate_first_token(checkpoint, tmp_path):
+    """A context gets the tokenizer's prefix unless it spells it; an empty one is bos, or eos."""
+    tok = data.Tokenizer(checkpoint)
+    a, fox = tok.encode("a"), tok.encode(" fox")
+    assert evaluate.encode(tok, "a", " fox") == ((*a,), (*fox,))
+    assert evaluate.encode(tok, "", " fox") == ((tok.added[tok.named["bos_token"]],), (*fox,))
+    tok.named["bos_token"] = ""
+    assert evaluate.encode(tok, " ", "fox") == ((tok.eos_id,), (*fox,))
+    [(text, bos), *_] = tok.added.items()
+    tok.text_prefix = [bos]
+    assert evaluate.encode(tok, "a", " fox") == evaluate.encode(tok, f"{text}a", " fox")
+    assert evaluate.encode(tok, "", " fox") == ((bos,), (*fox,))
+
+
 def test_evaluate_context_ends_in_space(tokenizer):
     """Spaces at the end of a context belong to the continuation, whose tokens start with them."""
     alike = [("a fox ", "runs"), ("a fox", " runs")]
@@ -2973,7 +3016,8 @@ def test_evaluate_text_windows():
 
 def test_evaluate_intervals_cover():
     """A 95% interval holds the truth about 95 times in 100 where pairs of a prompt are alike; the
-    one that takes them as independent does not."""
+    one that takes them as independent does not. So does that of few items of which nearly all are
+    right, where a plain bootstrap has no width in one case of five."""
     rng, held = np.random.default_rng(1), Counter()
     for _ in range(200):
         prompts = rng.integers(0, 80, 400)
@@ -2983,6 +3027,14 @@ def test_evaluate_intervals_cover():
             assert low <= value <= high
             held[name] += low <= 0.6 <= high
     assert 180 <= held["clustered"] <= 199 and held["naive"] < 170
+    for _ in range(200):
+        right = rng.random(64) < 0.97
+        for rate in (True, False):
+            value, low, high = evaluate.ratio(right, draws=200, rate=rate)
+            assert low <= value <= high
+            held[rate] += low <= 0.97 <= high
+    assert 180 <= held[True] and held[False] < 175
+    assert evaluate.share([True, True], [0, 0]) is None
 
 
 def test_sign_test():
@@ -3042,7 +3094,11 @@ def test_evaluate_a_run(evaluated):
 
 @pytest.mark.parametrize("content, words", [
     ("", ["no items"]), ('{"pairs": [["a", " b"]], "gold": 1}', [":1", "gold"]), ("[1]", [":1"]),
-    ('{"pairs": [["a", ""]], "gold": 0}', [":1", "empty"]), ('{"gold": 0}', [":1"])])
+    ('{"pairs": [["a", ""]], "gold": 0}', [":1", "empty"]), ('{"gold": 0}', [":1"]),
+    ('{"pairs": [["a", " "]], "gold": 0}', [":1", "empty"]),
+    (f'{{"pairs": [["a", "{" b" * 600}"]], "gold": 0}}', [":1", "1 to 512"]),
+    ('{"pairs": [["a", " b"]], "gold": 0}\n{"pairs": [["a", " b"], ["a", " c"]], "gold": 0}',
+     ["one choice", "two files"])])
 def test_bad_items(content, words, checkpoint, tmp_path):
     """A multiple-choice file that is none ends in one line, with the place."""
     path = tmp_path / "items.jsonl"
@@ -3050,6 +3106,28 @@ def test_bad_items(content, words, checkpoint, tmp_path):
     with pytest.raises(UserError) as e:
         evaluate.read_items(str(path), data.Tokenizer(checkpoint), 0, 512)
     assert all(word in str(e.value) for word in ["items.jsonl", *words]), e.value
+
+
+@pytest.mark.parametrize("args, words", [
+    (["--limit=-1"], "--limit must be 0 or more"), (["--prompts=-1"], "--prompts must"),
+    (["--max_new_tokens=0"], "--max_new_tokens must be 1 or more"),
+    (["--temperature=nan"], "--temperature must"),
+    ([], "no run's train_config.json there"), (["--pairs="], "say what to evaluate"),
+    (["--text={folder}/one.txt"], "one.txt: too short"), (["--text={folder}"], "{folder}"),
+    (["--choices", "{folder}/a.jsonl", "{folder}/b/a.jsonl"], "two files of one name")])
+def test_evaluate_refuses(args, words, checkpoint, tmp_path, monkeypatch):
+    """Arguments that mean nothing, files without content and a folder of another program's run end
+    in one line."""
+    model = shutil.copytree(checkpoint, tmp_path / "model")
+    (model / "train_config.json").write_text("{}")
+    (tmp_path / "one.txt").write_text("a")
+    (tmp_path / "b").mkdir()
+    for name in ("a.jsonl", "b/a.jsonl"):
+        write_rows(tmp_path / name, [{"pairs": [["a", " b"]], "gold": 0}])
+    monkeypatch.setattr(sys, "argv", ["evaluate", str(model), *(
+        arg.format(folder=tmp_path) for arg in args)])
+    with pytest.raises((UserError, OSError), match=words.format(folder=tmp_path)):
+        evaluate.main()
 
 
 CLOSING = {   # what a run's last evaluation and settings are: what its last lines must say, and not

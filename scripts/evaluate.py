@@ -2,6 +2,7 @@
 What a model learned, what it forgot and how it talks: a table, and a JSON file beside each folder.
 
 $ python -m scripts.evaluate out/mine                # on the held-out pairs of its run
+$ python -m scripts.evaluate out/mine --pairs= --choices arc_easy.jsonl.gz      # on these alone
 $ python -m scripts.evaluate out/mmpo out/dpo --reference=HuggingFaceTB/SmolLM2-135M-Instruct \
       --pairs=test.jsonl --choices arc_easy.jsonl.gz lambada.jsonl.gz --text=book.txt
 
@@ -38,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))   # for `python scripts/evalu
 import data
 import model as llama
 from configurator import (
-    cache_path, one_line_errors, read_json, reading, require, save_cache, sha256, write_json)
+    cache_path, one_line_errors, read_json, reading, require, save_cache, write_json)
 
 BRANCHES = 16   # continuations of a tree, at most
 
@@ -76,15 +77,22 @@ def score(model, requests, title=None, greedy=False, pack_tokens=4096):
     return logps.double().cpu().numpy()[places], misses.cpu().numpy()[places] == 0
 
 
-def ratio(top, bottom=None, groups=None, of=lambda x: x, draws=1000):
-    """of(sum of top / sum of bottom), and its 95% interval -> [value, low, high].
+def ratio(top, bottom=None, groups=None, of=lambda x: x, draws=1000, rate=False):
+    """of(sum of top / sum of bottom), and its 95% interval -> [value, low, high]. None where bottom
+    is all 0.
 
-    top, bottom (N,); no bottom is the mean of top. Items of one group (N,) are drawn together.
+    top, bottom (N,); no bottom is the mean of top. Items of one group (N,) are drawn together. With
+    `rate`, top counts successes out of bottom. The draws then have a success and a failure more
+    than were seen, or few items that all succeed would have an interval without width.
     """
     top = np.asarray(top, dtype=float)
     bottom = np.ones(len(top)) if bottom is None else np.asarray(bottom, dtype=float)
+    if not bottom.any():
+        return None
     groups = np.arange(len(top)) if groups is None else np.unique(groups, return_inverse=True)[1]
     sums = np.stack([np.bincount(groups, x) for x in (top, bottom)])                 # (2, groups)
+    if rate:
+        sums = np.hstack([sums, [[1, 0], [1, 1]]])
     n = sums.shape[1]
     drawn = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=draws) @ sums.T
     with np.errstate(invalid="ignore", divide="ignore"):   # a draw without such pairs counts not
@@ -92,9 +100,11 @@ def ratio(top, bottom=None, groups=None, of=lambda x: x, draws=1000):
         return [float(value), *(float(x) for x in np.nanpercentile(drawn, [2.5, 97.5]))]
 
 
+share = partial(ratio, rate=True)
+
 # -----------------------------------------------------------------------------
 # The questions. Each is a function of a model and of the reference's results (None for the
-# reference itself) that returns {"metrics": {name: [value, low, high]}, ..}.
+# reference itself) that returns {"metrics": {name: [value, low, high] or None}, ..}.
 
 
 def preference(pairs, model, base):
@@ -108,11 +118,11 @@ def preference(pairs, model, base):
     scores = {"mean": logps / lengths, "sum": logps}
     scores |= {"implicit": logps - base["logps"]} if base else {}
     margins = {how: x[:, 0] - x[:, 1] for how, x in scores.items()}
-    metrics = {"accuracy/longer": ratio(longer + 0.5 * ~(longer | shorter), groups=prompts)}
+    metrics = {"accuracy/longer": share(longer + 0.5 * ~(longer | shorter), groups=prompts)}
     for how, margin in margins.items():
         right = margin > 0
-        metrics |= {f"accuracy/{how}": ratio(right, groups=prompts),
-                    f"accuracy/{how}/chosen_shorter": ratio(right & shorter, shorter, prompts),
+        metrics |= {f"accuracy/{how}": share(right, groups=prompts),
+                    f"accuracy/{how}/chosen_shorter": share(right & shorter, shorter, prompts),
                     f"margin/{how}": ratio(margin, groups=prompts)}
     metrics["logps/chosen"] = ratio(logps[:, 0], groups=prompts)
     return {"metrics": metrics, "logps": logps.tolist(), "prompts": prompts,
@@ -121,41 +131,54 @@ def preference(pairs, model, base):
 
 def encode(tokenizer, context, continuation):
     """Ids of both as lm-evaluation-harness makes them: spaces that end the context go to the
-    continuation, whose ids are what both together have more than the context."""
-    alone, both = (tokenizer.text_prefix + tokenizer.encode(text)
-                   for text in (context.rstrip(), context + continuation))
+    continuation, whose ids are what both together have more than the context. Behind an empty
+    context the bos token is the context, or eos where there is no bos."""
+    prefix = tokenizer.text_prefix
+
+    def ids(text):
+        found = tokenizer.encode(text)
+        return found if found[:len(prefix)] == prefix else prefix + found
+
+    alone, both = ids(context.rstrip()), ids(context + continuation)
+    if not alone:
+        first = tokenizer.added.get(tokenizer.named["bos_token"], tokenizer.eos_id)
+        return (first,) * (first is not None), tuple(both)
     return tuple(alone), tuple(both[len(alone):])
 
 
 def read_items(file, tokenizer, limit, room):
     """A file of multiple-choice items -> its name, [[(context, continuation), ..] of each], [gold],
-    [characters of each choice]. A context is cut on the left where an item has over `room` tokens.
-    """
+    [characters of each choice]. A context is cut on the left where both have over room + 1 tokens,
+    the last of which the model need not read."""
     items, gold, characters = [], [], []
-    for where, line in data.read_rows(file, ""):
+    for where, row in data.read_objects(file):
         with reading(where, "a multiple-choice item"):
-            row = data.parse_line(line)
+            texts = [text.removeprefix(" ") for _, text in row["pairs"]]
+            require(all(map(str.strip, texts)) and row["gold"] in range(len(texts)),
+                    f"{where}: gold must be the index of a choice, and no choice may be empty")
             choices = [encode(tokenizer, *pair) for pair in row["pairs"]]
-            require(row["gold"] in range(len(choices)) and all(c and ids for c, ids in choices),
-                    f"{where}: gold must be the index of a choice, and no text may be empty")
-            longest = max(len(ids) for _, ids in choices)
-            items.append([(context[-(room - longest):], ids) for context, ids in choices])
+            require(all(c and 0 < len(ids) <= room for c, ids in choices),
+                    f"{where}: a choice has no tokens to stand behind, or not 1 to {room} itself")
+            items.append([(context[max(0, len(context) + len(ids) - room - 1):], ids)
+                          for context, ids in choices])
             gold.append(row["gold"])
-            characters.append([len(text.lstrip()) for _, text in row["pairs"]])
+            characters.append([len(text) for text in texts])
         if len(items) == limit:
             break
     require(items, f"{file}: no items")
+    require(len({len(item) == 1 for item in items}) == 1, f"{file}: some items have one choice and "
+            "others several; these are two tasks, so give two files")
     return os.path.basename(file).split(".")[0], items, gold, characters
 
 
 def multiple_choice(task, items, gold, characters, model, _):
-    single = all(len(item) == 1 for item in items)
+    single = len(items[0]) == 1
     logps, greedy = score(model, [choice for item in items for choice in item], task, single)
     if single:
-        found = {"acc": ratio(greedy), "perplexity": ratio(-logps, of=np.exp)}
+        found = {"acc": share(greedy), "perplexity": ratio(-logps, of=np.exp)}
     else:
         logps = np.split(logps, np.cumsum([len(item) for item in items])[:-1])
-        found = {"acc": ratio([x.argmax() == g for x, g in zip(logps, gold)]), "acc_norm": ratio(
+        found = {"acc": share([x.argmax() == g for x, g in zip(logps, gold)]), "acc_norm": share(
             [(x / c).argmax() == g for x, c, g in zip(logps, characters, gold)])}
     return {"metrics": {f"choices/{task}/{name}": value for name, value in found.items()}}
 
@@ -173,8 +196,9 @@ def perplexity(windows, model, _):
     return {"metrics": {"text/perplexity": ratio(-logps, tokens, of=np.exp)}}
 
 
-def talk(prompts, tokenizer, args, model, base):
-    """KL on the reference's answers, sampled once; and the model's own answers."""
+def talk(prompts, tokenizer, args, compared, model, base):
+    """The model's answers. Where models are compared with a reference also KL, on answers that the
+    reference gives, as likely as it gives them."""
     stop_ids = tokenizer.stop_ids()
 
     def ask(title, temperature, top_p):
@@ -184,21 +208,24 @@ def talk(prompts, tokenizer, args, model, base):
                                     stop_ids, args.seed + i)
         return found
 
-    samples = base["samples"] if base else ask("samples", 1.0, 1.0)
-    logps = score(model, [*zip(prompts, map(tuple, samples))])[0]
+    found, metrics = {}, {}
+    if compared:
+        samples = base["samples"] if base else ask("samples", 1.0, 1.0)
+        logps = score(model, [*zip(prompts, map(tuple, samples))])[0]
+        found = {"samples": samples, "sample_logps": logps.tolist()}
+        if base:
+            metrics["kl"] = ratio(base["sample_logps"] - logps, [*map(len, samples)])
     answers = ask("answers", args.temperature, 0.95)
-    metrics = {"kl": ratio(base["sample_logps"] - logps, [*map(len, samples)])} if base else {}
-    return {"metrics": metrics | describe(answers, stop_ids), "samples": samples,
-            "sample_logps": logps.tolist(),
-            "answers": [{"prompt": tokenizer.decode(prompt), "answer": tokenizer.decode(ids)}
-                        for prompt, ids in zip(prompts, answers)]}
+    return found | {"metrics": metrics | describe(answers, stop_ids), "answers": [
+        {"prompt": tokenizer.decode(prompt), "answer": tokenizer.decode(ids)}
+        for prompt, ids in zip(prompts, answers)]}
 
 
 def describe(answers, stop_ids):
     """Metrics of answers, lists of ids."""
     grams = [[tuple(ids[i:i + 4]) for i in range(len(ids) - 3)] for ids in answers]
     return {"answers/tokens": ratio([len(ids) for ids in answers]),
-            "answers/ended": ratio([ids[-1] in stop_ids for ids in answers]),
+            "answers/ended": share([ids[-1] in stop_ids for ids in answers]),
             "answers/repeated": ratio([len(g) - len(set(g)) for g in grams], [*map(len, grams)])}
 
 
@@ -258,7 +285,8 @@ def arguments(argv=None):
                                      formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("models", nargs="+", metavar="FOLDER", help="or a hub id")
     parser.add_argument("--reference", help="the model before training; default: the run's own")
-    parser.add_argument("--pairs", help="preference pairs, as train.py's dataset")
+    parser.add_argument("--pairs", help="preference pairs, as train.py's dataset; default: what\n"
+                                        "the run held out; --pairs= takes none")
     parser.add_argument("--split", default="test_prefs", help="of a hub dataset")
     parser.add_argument("--choices", nargs="+", default=[], metavar="FILE")
     parser.add_argument("--limit", type=int, default=0, help="items of each such file; 0: all")
@@ -269,41 +297,53 @@ def arguments(argv=None):
     parser.add_argument("--max_length", type=int, help="as in train.py; default: the run's")
     parser.add_argument("--max_prompt_length", type=int)
     parser.add_argument("--seed", type=int, default=0, help="of the answers")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name, least in (("limit", 0), ("prompts", 0), ("temperature", 0), ("seed", 0),
+                        ("max_new_tokens", 1), ("max_length", 1), ("max_prompt_length", 1)):
+        value = getattr(args, name)
+        require(value is None or least <= value < math.inf,
+                f"--{name} must be {least} or more (got {value})")
+    return args
 
 
 def main():
     args = arguments()
-    folders = {name: llama.checkpoint_folder(name) for name in args.models}
     first = args.models[0]
     config = os.path.join(os.path.expanduser(first), "train_config.json")
     run = read_json(config) if os.path.exists(config) else {}
-    require(args.pairs or args.choices or args.text or run, f"{first}: no train_config.json there, "
-            "so say what to evaluate, with --pairs, --choices or --text")
+    run = run if "eval_dataset_sha256" in run else {}   # or another program's
+    pairs_of_run = run and args.pairs is None
+    require(args.pairs or args.choices or args.text or pairs_of_run, f"{first}: no run's "
+            "train_config.json there, so say what to evaluate: --pairs, --choices or --text")
     reference = args.reference or run.get("init_from")
-    if reference:   # first, since the others are compared with it
-        folders = {reference: llama.checkpoint_folder(reference)} | folders
+    names = dict.fromkeys([reference or first, *args.models])   # the others are compared with it
+    folders = {name: llama.checkpoint_folder(name) for name in names}
     template = os.path.join(folders[first], "chat_template.jinja")   # the base may have none
     template = template if os.path.exists(template) else ""
     tokenizer = data.Tokenizer(folders[first], template, run.get("chat_template_kwargs", ""))
     room = llama.config_from_dict(llama.read_config(folders[first])).max_position_embeddings
+    device = "cuda" if torch.cuda.is_available() else "cpu"
 
-    pairs = held_out(args, run, tokenizer) if args.pairs or run else None
-    questions = [partial(preference, pairs)] if pairs else []
-    for file in args.choices:
-        questions.append(partial(multiple_choice, *read_items(file, tokenizer, args.limit, room)))
+    key = [tokenizer.fingerprint, device, vars(args) | {"models": []}]   # of what is asked
+    questions = []
+    if args.pairs or pairs_of_run:
+        pairs = held_out(args, run, tokenizer)
+        key.append(pairs.fingerprint())
+        questions.append(partial(preference, pairs))
+    tasks = [read_items(file, tokenizer, args.limit, room) for file in args.choices]
+    require(len({task for task, *_ in tasks}) == len(tasks),
+            "--choices: two files of one name; rename one, since their metrics go by it")
+    key += tasks
+    questions += [partial(multiple_choice, *task) for task in tasks]
     if args.text:
         with open(args.text, encoding="utf-8") as f, reading(args.text, "a text"):
             windows = text_windows(tokenizer.encode(f.read()), min(room, 1024))
+        require(windows, f"{args.text}: too short, as its first token is not scored")
+        key.append(windows)
         questions.append(partial(perplexity, windows))
-    if pairs and args.prompts:
+    if (args.pairs or pairs_of_run) and args.prompts:
         prompts = [*dict.fromkeys(tuple(pairs.ids(i)[0].tolist()) for i in range(len(pairs)))]
-        questions.append(partial(talk, prompts[:args.prompts], tokenizer, args))
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    files = [*args.choices, *([args.text] if args.text else [])]
-    key = [tokenizer.fingerprint, device, [sha256(file) for file in files], [
-        pairs.fingerprint() if pairs else "", vars(args) | {"models": []}]]
+        questions.append(partial(talk, prompts[:args.prompts], tokenizer, args, bool(reference)))
 
     def answer(name, folder, base):
         path = cache_path("evaluation", [llama.weights_fingerprint(folder), *key],
@@ -317,7 +357,8 @@ def main():
         result = {"metrics": {}}
         for question in questions:
             found = question(model, base)
-            result |= found | {"metrics": result["metrics"] | found["metrics"]}
+            result |= found | {"metrics": result["metrics"] | {
+                name: value for name, value in found["metrics"].items() if value}}
         if name == reference:
             save_cache(path, result=json.dumps(result))
         return result

@@ -50,8 +50,7 @@ def main():
     questions = []
     if args.instructions:
         with reading(args.instructions, 'rows of {"instruction": ..}'):
-            questions = [data.parse_line(row)["instruction"]
-                         for _, row in data.read_rows(args.instructions, "")]
+            questions = [row["instruction"] for _, row in data.read_objects(args.instructions)]
         for n, question in enumerate(questions, 1):
             require(isinstance(question, str) and question.strip(),
                     f'{args.instructions}: row {n}: "instruction" must be text (got {question!r})')

@@ -48,22 +48,21 @@ for name, rows in (("train", others), ("held_out", balanced)):
     print(f"{name}: {len(rows)} pairs of {len({row['prompt'] for row in rows})} prompts")
 EOF
 
-# Learning rates first, for each method those around its best; then betas, seeds and ablations.
+# The methods at the rates found for them by short runs; betas; seeds; ablations; other rates.
 python -m scripts.compare config/study_135m.py --out="$out" --jobs="$jobs" \
     --evaluate="--pairs=$out/held_out.jsonl --choices $choices --limit=300 --prompts=64 --max_new_tokens=96" \
     --grid pref_weight=10,0 learning_rate=2e-5 \
-    --grid objective=dpo learning_rate=6e-6,2e-5 \
-    --grid config=config/simpo.py learning_rate=6e-6,2e-5 \
-    --grid config=config/authors.py learning_rate=2e-5 \
-    --grid pref_weight=0,10 learning_rate=6e-5 \
-    --grid pref_weight=0,10 learning_rate=2e-5 beta=0.01,0.5 \
+    --grid objective=dpo,simpo learning_rate=6e-6 \
+    --grid objective=dpo learning_rate=2e-5 --grid pref_weight=40 learning_rate=1e-5 \
+    --grid config=config/authors.py learning_rate=2e-5 --grid objective=sft learning_rate=2e-5 \
     --grid objective=dpo learning_rate=6e-6 beta=0.01,0.5 \
-    --grid objective=sft learning_rate=2e-5 \
-    --grid pref_weight=0,10 learning_rate=2e-5 seed=1 \
-    --grid objective=dpo learning_rate=6e-6 seed=1 \
+    --grid pref_weight=0,10 learning_rate=2e-5 beta=0.01,0.5 \
     --grid objective=simpo learning_rate=6e-6 beta=0.01,0.5 \
+    --grid pref_weight=0,10 learning_rate=2e-5 seed=1 \
+    --grid objective=dpo,simpo learning_rate=6e-6 seed=1 \
     --grid length_norm=False learning_rate=2e-5 --grid reward_norm=False learning_rate=2e-5 \
     --grid entropy_coef=0.05 learning_rate=2e-5 \
-    --grid pref_weight=0.5,1,2,40 learning_rate=2e-5 \
+    --grid pref_weight=0.5,1,2 learning_rate=2e-5 \
     --grid reward_norm=False reward_chosen=5 reward_rejected=0 learning_rate=2e-5 \
+    --grid objective=simpo learning_rate=2e-5 --grid pref_weight=0,10 learning_rate=6e-5 \
     -- --init_from="$model"
