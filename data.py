@@ -67,7 +67,7 @@ BYTE_LEVEL = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\
 SPACE = "\u2581"   # how SentencePiece writes a space
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>$")   # and a byte of a character that it lacks
 # Where a stretch of text stands. SentencePiece puts a space before some stretches.
-AT_START, AFTER_TOKEN, INSIDE = 0, 1, 2
+NOWHERE, AT_START, AFTER_TOKEN, INSIDE = -1, 0, 1, 2
 
 
 def byte_alphabet():
@@ -162,6 +162,8 @@ class Tokenizer:
             "generation_config")]
         spec, config, special_map, added_tokens, model_config, generation_config = (
             read_json(file) if os.path.exists(file) else {} for file in files)
+        if "added_tokens_decoder" in config:   # then transformers reads no older file
+            special_map = added_tokens = {}
         with reading(path, "a tokenizer's file"):
             added = find_added_tokens(path, spec, config, special_map, added_tokens)
             self.added = {content: token["id"] for content, token in added.items()}
@@ -178,9 +180,8 @@ class Tokenizer:
                                   for c, i in self.normalized.items()}
             self.before_stretch = tuple(c for c, t in added.items()
                                         if not (self.prepend and t.get("normalized")))
-            names = config if "added_tokens_decoder" in config else config | special_map
             self.named = {"bos_token": "", "eos_token": ""} | {
-                name: content_of(token) for name, token in names.items()
+                name: content_of(token) for name, token in (config | special_map).items()
                 if name.endswith("_token") and content_of(token)}
             self.eos_id = self.added.get(self.named["eos_token"])
             ends = (model_config | generation_config).get("eos_token_id")
@@ -213,9 +214,10 @@ class Tokenizer:
         for step in normalizers:
             require(step in ([put_first, spaces] if characters else [{"type": "NFC"}]),
                     f"{path}: normalizer {step} is not supported")
-        self.nfc, self.prepend, self.replace = ({"type": "NFC"} in normalizers,
-                                                put_first in normalizers, spaces in normalizers)
-        self.metaspace = None   # up to which place Metaspace puts a space before a stretch
+        self.nfc, self.prepend = {"type": "NFC"} in normalizers, put_first in normalizers
+        self.spaces = spaces in normalizers or characters and bool(steps)   # are written as SPACE
+        require(self.spaces or not self.prepend, f"{path}: Prepend alone is not supported")
+        self.metaspace = NOWHERE   # up to which place Metaspace puts a space before a stretch
         if characters:
             cuts, split = [f"{SPACE}*[^{SPACE}]+|{SPACE}+"], False
             for step in steps:
@@ -223,7 +225,7 @@ class Tokenizer:
                         and step["replacement"] == SPACE,
                         f"{path}: pre_tokenizer {step['type']} of SentencePiece is not supported")
                 scheme, split = step.get("prepend_scheme", "always"), step.get("split", True)
-                self.metaspace = {"never": -1, "first": AT_START, "always": AFTER_TOKEN}[scheme]
+                self.metaspace = {"never": NOWHERE, "first": AT_START, "always": AFTER_TOKEN}[scheme]
             if split:
                 cuts = [f"{SPACE}[^{SPACE}]*|[^{SPACE}]+"]
         else:
@@ -287,18 +289,17 @@ class Tokenizer:
     def normalize(self, text, place):
         if self.nfc:
             text = unicodedata.normalize("NFC", text)
-        if self.prepend and text and place < INSIDE:
-            text = SPACE + text
-        return text.replace(" ", SPACE) if self.replace else text
+        if self.prepend:
+            text = (SPACE + text if text and place < INSIDE else text).replace(" ", SPACE)
+        return text
 
     def encode_plain(self, text, place):
         """Text without added tokens -> ids."""
         if SHIELD in text:
             text = SHIELDED.sub(lambda m: self.shielded[int(m[1])], text)
-            text = text.replace(" ", SPACE) if self.replace else text
-        if self.metaspace is not None and text:
+        if self.spaces:
             text = text.replace(" ", SPACE)
-            if place <= self.metaspace and not text.startswith(SPACE):
+            if place <= self.metaspace and text and not text.startswith(SPACE):
                 text = SPACE + text
         pieces = [text]
         for cut in self.cuts:
@@ -500,25 +501,21 @@ def find_added_tokens(path, spec, config, special_map, added_tokens):
     tokenizer_config.json, or special_tokens_map.json and added_tokens.json, and so does this.
     What these name and tokenizer.json doesn't gets the next free id there, whatever they say.
     """
-    vocab = spec["model"]["vocab"]
-    decoder = config.get("added_tokens_decoder") or {}
-    if "added_tokens_decoder" not in config:
-        listed = [v for value in special_map.values()
-                  for v in (value if isinstance(value, list) else [value])]
-        special = {content_of(v) for v in listed}
-        decoder = {i: {"content": c, "special": c in special} for c, i in added_tokens.items()}
+    vocab, named = spec["model"]["vocab"], config | special_map
+    special = {content_of(token) for value in special_map.values()
+               for token in (value if isinstance(value, list) else [value])}
+    others = [t | {"id": int(i)} for i, t in (config.get("added_tokens_decoder") or {}).items()]
+    others += [{"content": c, "id": i, "special": c in special} for c, i in added_tokens.items()]
+    others.sort(key=lambda t: t["id"])
+    others += [{"content": content_of(named[name]), "id": vocab.get(content_of(named[name])),
+                "special": True} for name in ("bos_token", "eos_token") if named.get(name)]
     added = {t["content"]: t for t in spec.get("added_tokens") or []}
-    names = config if "added_tokens_decoder" in config else config | special_map
-    ends = [content_of(names.get(name)) for name in ("bos_token", "eos_token")]
-    decoder = {t["content"]: t | {"id": int(i)} for i, t in sorted(
-        decoder.items(), key=lambda entry: int(entry[0]))}
-    decoder |= {t: {"content": t, "id": vocab.get(t), "special": True}
-                for t in ends if t and t not in decoder}
-    for content, token in decoder.items():
+    for token in others:
+        content, i = token["content"], token["id"]
         if content not in added:
             free = max([len(vocab), *(t["id"] + 1 for t in added.values())])
-            require(token["id"] == vocab.get(content, free), f"{path}: has no token {content!r}, "
-                    f"which another file there names (id {token['id']}); name it in this one")
+            require(i == vocab.get(content, free), f"{path}: has no token {content!r}, which "
+                    f"another file there names (id {i}); name it in this one")
             added[content] = token
     for content, token in added.items():
         require(not (token.get("lstrip") or token.get("rstrip") or token.get("single_word")),
