@@ -26,7 +26,8 @@ Row formats, one example each (a hub dataset, or a file or folder, see READERS):
     {"prompt": "Hi", "responses": ["best", "middle", "worst"],       n responses, the best first, or
      "rewards": [3, 2, 0]}                                           in any order with rewards
     {"messages": [..]} or {"prompt": "Hi", "completion": "Hello!"}   for --objective=sft, each turn
-                                                                     of the assistant
+                                                                     of the assistant, but for those
+                                                                     of "weight" 0
 """
 import ast
 import bisect
@@ -224,8 +225,9 @@ class Tokenizer:
                 require(len(steps) == 1 and step["type"] == "Metaspace"
                         and step["replacement"] == SPACE,
                         f"{path}: pre_tokenizer {step['type']} of SentencePiece is not supported")
-                scheme, split = step.get("prepend_scheme", "always"), step.get("split", True)
-                self.metaspace = {"never": NOWHERE, "first": AT_START, "always": AFTER_TOKEN}[scheme]
+                schemes = {"never": NOWHERE, "first": AT_START, "always": AFTER_TOKEN}
+                self.metaspace = schemes[step.get("prepend_scheme", "always")]
+                split = step.get("split", True)
             if split:
                 cuts = [f"{SPACE}[^{SPACE}]*|[^{SPACE}]+"]
         else:
@@ -627,8 +629,8 @@ NAMES = {name: names.split() for name, names in {
     "messages": "messages conversations conversation trajectory",
     "prompt": "prompt instruction question query",
     "input": "input context",   # what an instruction or question is about, or the prompt itself
-    "chosen": "chosen chosen_response preferred_output",
-    "rejected": "rejected rejected_response non_preferred_output",
+    "chosen": "chosen chosen_response preferred_output response_j",
+    "rejected": "rejected rejected_response non_preferred_output response_k",
     "completion": "completion response output answer",
     "responses": "responses generations",
     "rewards": "rewards ratings",
@@ -722,7 +724,7 @@ def parse_row(row, columns=None, use_scores=False):
     [turns], [new] = dialogues, new
     rows = [Row(turns[:i], [turns[i:i + 1]], rewards, template)
             for i in range(max(1, len(turns) - len(new)), len(turns))
-            if turns[i]["role"] == "assistant"]
+            if turns[i]["role"] == "assistant" and turns[i].get("weight", 1)]   # as OpenAI's weight
     if not rows:
         raise Drop("no response turn")
     return rows, unused
@@ -1027,8 +1029,8 @@ def read_json_rows(source, f):
 def read_csv(source, f):
     csv.field_size_limit(2 ** 31 - 1)
     separator = "\t" if ".tsv" in source[-8:] else ","
-    rows = csv.DictReader(io.StringIO(decoded(source, read_whole(source, f)), newline=""), delimiter=separator,
-                          strict=True)
+    text = decoded(source, read_whole(source, f))
+    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     names = rows.fieldnames or [""]
     for other, name in ((";", "semicolons"), ("\t", "tabs"), (",", "commas")):
         require(other not in names[0] or len(names) > 1, f"{source}: its cells are separated by "

@@ -2241,15 +2241,16 @@ def test_conversations(tokenizer, tmp_path):
             {"prompt": say("Hi", "A", "B"), "completion": say(0, "b", "C", "c")[1:]},
             {"conversations": [{"from": "gpt", "value": "A"}, {"from": "human", "value": "B"},
                                {"from": "gpt", "value": "b"}]},
+            {"messages": [t | {"weight": int(t["content"] == "b")} for t in say("Hi", "A", "B", "b")]},
             {"messages": say("Hi", "", "B", "b")}, {"messages": say("Hi")}]
     pairs = load(write_rows(tmp_path / "a.jsonl", rows), tokenizer)
     want = [(chat[:2], "A"), (chat[:4], "b"), (say("Hi"), "A"), (say("Hi", "A", "B"), "b"),
             (say("Hi", "A", "B", "b", "C"), "c"), (say(0, "A", "B")[1:], "b"),
-            (say("Hi", "", "B"), "b")]
+            (say("Hi", "A", "B"), "b"), (say("Hi", "", "B"), "b")]
     assert [[ids.tolist() for ids in pairs.ids(i)] for i in range(len(pairs))] == [
         [prompt, *ids] for prompt, ids in (tokenizer.encode_responses(turns, [response])
                                            for turns, response in want)]
-    assert pairs.report.startswith("6 rows = 5 used + 1 dropped (1 no response turn); 7 pairs")
+    assert pairs.report.startswith("7 rows = 6 used + 1 dropped (1 no response turn); 8 pairs")
     assert "not used" not in pairs.report
 
 
