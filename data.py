@@ -398,7 +398,7 @@ class Tokenizer:
         encoded = []
         for response in responses:
             new = [turn("assistant", response)] if isinstance(response, str) else response
-            full = self.render_response(turns, self.shield(with_reasoning(new)), template)
+            full = self.render_response(prompt, turns, self.shield(with_reasoning(new)), template)
             text = self.continuation(prompt, before, full.removesuffix(after[end:]))
             ends = [m.end() for m in self.marker_pattern.finditer(text)]
             if ends and not text[ends[-1]:].strip():   # tool calls may end otherwise than answers
@@ -412,22 +412,25 @@ class Tokenizer:
             encoded.append(ids)
         return self.encode(prompt), encoded
 
-    def render_response(self, turns, new, template):
+    def render_response(self, prompt, turns, new, template):
         """The conversation with a response's turns, rendered, with all that these say in it."""
         full = self.render([*turns, *new], **template)
         # Templates leave the thoughts of earlier answers out, and some those of the last one too.
         # The model should write them. Hidden in the content, they stay there.
-        known, kept = squash(full), []
+        begun = os.path.commonprefix([full, OPEN_THOUGHT.sub("", prompt)])
+        written, kept = squash(full[len(begun):]), []
         for t in new:
-            thought, said = t.get("reasoning_content") or "", t.get("content") or ""
-            if squash(thought) not in known:
-                said, known = f"<think>\n{thought.strip()}\n</think>\n\n{said}", ""
-            if squash(said) not in known:
+            thought, said = t.get("reasoning_content") or "", text_of(t)
+            lost = squash(thought) not in written
+            if lost:
+                said = f"<think>\n{thought.strip()}\n</think>\n\n{said}"
+            if lost or squash(said) not in written:
                 t = t | {"content": THINK.sub(HIDDEN + r"\1", said)}
             kept.append(t)
         if kept != new:
             full = self.render([*turns, *kept], **template)
-        mute = [turn(t["role"], text_of(t)) if t.get("tool_calls") else t for t in [*turns, *kept]]
+        mute = [t | {"content": text_of(t), "tool_calls": None} if t.get("tool_calls") else t
+                for t in [*turns, *kept]]
         alone = turns + [t | {"content": None} if t.get("tool_calls") and text_of(t).strip() else t
                          for t in kept]
         for less, what in ((mute, "tool calls"), (alone, "what is said beside tool calls")):
@@ -442,18 +445,16 @@ class Tokenizer:
         Mostly the conversation begins with the prompt. But templates move a system turn into the
         user's last turn, which is another one then, or begin a thought in the prompt only.
         """
-        thought = OPEN_THOUGHT.search(prompt)
-        for start in (prompt, prompt[:thought.start()] if thought else prompt, before):
-            if full.startswith(start):
-                break
-        else:
+        begun = OPEN_THOUGHT.sub("", prompt)
+        start = next((s for s in (prompt, begun, before) if full.startswith(s)), None)
+        if start is None:
             raise Drop("the chat template writes the prompt otherwise when a response follows")
-        text = full[len(start):]
+        text, thought = full[len(start):], prompt[len(begun):].strip()
         if start == prompt:
             return text
         if not thought:
             return trailing_space(before).removeprefix(trailing_space(prompt)) + text
-        text, closing = text.lstrip().removeprefix(thought[1]), thought[1].replace("<", "</")
+        text, closing = text.lstrip().removeprefix(thought), thought.replace("<", "</")
         if closing in self.marker_pattern.split(text)[0]:
             return text
         return f"\n{closing}\n\n{text}"   # no thought, as Qwen3 writes it
@@ -548,7 +549,7 @@ RENDER_SECONDS = 2   # of CPU time, for what takes a millisecond
 DATE = datetime(2024, 7, 26)   # for templates that write the day's date: not the day of the run
 SHIELD, SHIELD_END, ANSWER, HIDDEN = "\ufdd0\ufdd1\ufdd2\ufdd3"   # no valid text has these
 THINK = re.compile(r"<(/?\w*think\w*>)")   # around thoughts
-OPEN_THOUGHT = re.compile(r"(<\w*think\w*>)\s*$")   # where a prompt ends in its beginning
+OPEN_THOUGHT = re.compile(r"<\w*think\w*>\s*$")   # where a prompt ends in its beginning
 SHIELDED = re.compile(f"{SHIELD}(\\d+){SHIELD_END}")
 
 TEMPLATES = {

@@ -1730,6 +1730,8 @@ CONTINUED = {   # template, turns, response -> the end of the prompt, the respon
     "r1 with a thought apart": (
         R1, say("Hi"), [{"role": "assistant", "content": "Moo.", "reasoning_content": "A cow?"}],
         "<think>\n", "A cow?\n</think>\n\nMoo.<|im_end|>"),
+    "a thought that the prompt has too": (CHATML, say("A cow?"), [say(0, "Moo.")[1] | {
+        "thinking": "A cow?"}], "<|im_start|>assistant\n", THOUGHT + "<|im_end|>"),
     "r1 first with a thought apart": (R1_FIRST, say("Hi"), [say(0, "Moo.")[1] | {
         "reasoning_content": "A cow?"}], "<|start_header_id|>", THOUGHT + "<|im_end|>"),
     "chatml with a thought apart": (CHATML, say("Hi"), [say(0, "Moo.")[1] | {
