@@ -452,8 +452,9 @@ class Tokenizer:
         text, thought = full[len(start):], prompt[len(begun):].strip()
         if start == prompt:
             return text
-        if not thought:
-            return trailing_space(before).removeprefix(trailing_space(prompt)) + text
+        if not thought:   # with the space that a template may put before an answer
+            gap = before[len(before.rstrip()):].removeprefix(prompt[len(prompt.rstrip()):])
+            return gap + text
         text, closing = text.lstrip().removeprefix(thought), thought.replace("<", "</")
         if closing in self.marker_pattern.split(text)[0]:
             return text
@@ -491,10 +492,6 @@ def with_reasoning(turns):
 
 def squash(text):
     return "".join(text.split())
-
-
-def trailing_space(text):
-    return text[len(text.rstrip()):]
 
 
 def find_added_tokens(path, spec, config, special_map, added_tokens):
