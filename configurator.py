@@ -17,6 +17,7 @@ default's type or is an error, and a config file runs in a namespace of its own.
 modules, define functions, and use names that begin with an underscore: those are not settings.
 """
 import ast
+import atexit
 import contextlib
 import difflib
 import errno
@@ -28,7 +29,9 @@ import math
 import os
 import re
 import shutil
+import socket
 import sys
+import time
 import tokenize
 import traceback
 from dataclasses import dataclass
@@ -453,6 +456,65 @@ def first_on_each_node(function, *args):
 
 
 # -----------------------------------------------------------------------------
+# one run in one folder
+
+
+def hold(folder):
+    """Keep other runs out of a folder until this process ends, and delete what killed ones left.
+
+    The lock is the kernel's, so that of a killed run is gone with it. Its file says who holds it.
+    Raises UserError with that if another run does.
+    """
+    made = not os.path.exists(folder)
+    os.makedirs(folder, exist_ok=True)
+    path, locked = os.path.join(folder, ".lock"), False
+    while not locked or not same_file(file, path):   # else its last holder has just deleted it
+        file = open(path, "a+", encoding="utf-8")
+        try:
+            import fcntl   # not on Windows
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locked = True
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(f"{folder}: another run is in this folder ({file.read()}); wait for "
+                            "its end, or give another out_dir") from None
+        except (OSError, ImportError) as e:
+            print(f"note: {folder}: no locks on this file system ({first_line(e)}); take care that "
+                  "no second run writes there")
+            break
+    file.truncate(0)
+    file.write(f"host {socket.gethostname()}, pid {os.getpid()}, started {time.ctime()}")
+    file.flush()
+    atexit.register(let_go, file, folder, made)
+    remove_leftovers(folder)
+
+
+def same_file(file, path):
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+
+
+def let_go(file, folder, made):
+    """The reverse of hold; a folder that it made and that nothing was written into goes too."""
+    with contextlib.suppress(OSError):
+        os.remove(file.name)
+        if made:
+            os.rmdir(folder)
+    file.close()
+
+
+def remove_leftovers(folder):
+    """Delete the temporary files of killed runs. Their names are this program's alone."""
+    for name in os.listdir(folder):
+        path = os.path.join(folder, name)
+        if re.fullmatch(r"(train_config\.json|metrics\.jsonl|README\.md)\.tmp\d+", name):
+            os.remove(path)
+        elif re.fullmatch(r"checkpoint-\d{7}\.tmp", name):
+            remove_checkpoint(path)
+    shutil.rmtree(os.path.join(folder, "export.tmp"), ignore_errors=True)
+
+
+# -----------------------------------------------------------------------------
 # resuming a run: its checkpoints, and what may change when it goes on
 #
 # A checkpoint is a folder, checkpoint-0000400: for each rank a safetensors file with its rows of
@@ -490,10 +552,6 @@ def save_checkpoint(model, optimizer, folder, iter_num, settings):
     """
     path = os.path.join(folder, f"checkpoint-{iter_num:07d}")
     temporary, (rank, ranks) = path + ".tmp", rank_and_size()
-    if rank == 0:   # of a run that was killed here
-        shutil.rmtree(temporary, ignore_errors=True)
-    if ranks > 1:
-        dist.barrier()
     mine = {name: tensor for name, tensor in training_tensors(model, optimizer).items()
             if rank == 0 or isinstance(tensor, DTensor)}   # others are the same on every rank
     about = {"step": iter_num, "ranks": ranks, "settings": settings,
@@ -515,7 +573,7 @@ def save_checkpoint(model, optimizer, folder, iter_num, settings):
         require(len(parts_of(temporary)) == ranks, f"{folder}: other machines' parts of a "
                 "checkpoint are not here; all machines must share out_dir")
         publish(temporary, path)
-        remove_checkpoints(folder, but=path)
+        remove_checkpoints(folder, keep=1)
 
 
 def parts_of(path):
@@ -535,11 +593,16 @@ def check_checkpoint(path):
         name = os.path.basename(file)
         with reading(file, "a part of a checkpoint"):
             if file in files[rank::ranks]:
-                with open(file.removesuffix("safetensors") + "sha256", encoding="utf-8") as f:
+                digest = file.removesuffix("safetensors") + "sha256"
+                require(os.path.exists(digest), f"{digest}: missing, so nobody knows whether "
+                        f"{name} is as it was written; bring it back, or delete the checkpoint")
+                with open(digest, encoding="utf-8") as f:
                     require(f.read() == sha256(file), f"{path}: {name} failed its sha256; delete "
                             "the checkpoint")
             with safe_open(file, framework="pt") as part:
                 known.append(about_part(part))
+            require(known[0]["settings"] == known[-1]["settings"],
+                    f"{path}: {name} is of another run; delete the checkpoint")
     expected = {f"{i}.safetensors" for i in range(known[0]["ranks"])} if known else {"0"}
     require({os.path.basename(file) for file in files} == expected,
             f"{path}: a rank's part is missing; delete the checkpoint")
@@ -593,9 +656,8 @@ def read_rows(pieces, start, stop):
                       for row, piece in sorted(pieces, key=lambda piece: piece[0])])
 
 
-def checkpoints(folder, suffix=""):
-    pattern = "checkpoint-" + "[0-9]" * 7 + suffix
-    return sorted(glob.glob(os.path.join(glob.escape(folder), pattern)))
+def checkpoints(folder):
+    return sorted(glob.glob(os.path.join(glob.escape(folder), "checkpoint-" + "[0-9]" * 7)))
 
 
 def last_checkpoint(folder):
@@ -604,10 +666,27 @@ def last_checkpoint(folder):
     return (int(found[-1][-7:]), found[-1]) if found else (0, None)
 
 
-def remove_checkpoints(folder, but=None):
-    for path in checkpoints(folder, "*"):   # half-written ones too
-        if path != but:
-            shutil.rmtree(path)
+def remove_checkpoints(folder, keep=0):
+    """Delete all but the last `keep` ones."""
+    found = checkpoints(folder)
+    for path in found[:len(found) - keep]:
+        remove_checkpoint(path)
+
+
+def remove_checkpoint(path):
+    """Delete a checkpoint, its name first, so that a kill leaves no half one by that name. Only the
+    files that save_checkpoint writes go. `path` may be a link to where it was moved."""
+    temporary = path.removesuffix(".tmp") + ".tmp"
+    if path != temporary:
+        os.rename(path, temporary)
+    with contextlib.suppress(FileNotFoundError):   # a link to what is gone already
+        for name in os.listdir(temporary):
+            if re.fullmatch(r"\d+\.(safetensors|sha256)(\.tmp\d+)?", name):
+                os.remove(os.path.join(temporary, name))
+    with contextlib.suppress(OSError):             # a folder with files that aren't ours stays
+        os.rmdir(os.path.realpath(temporary))
+    if os.path.islink(temporary):
+        os.remove(temporary)
 
 
 def open_metrics(path, start_iter):

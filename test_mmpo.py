@@ -2944,9 +2944,10 @@ def resumed(interrupted):
         copied = shutil.copytree(folder / "run-lora", folder / f"run-{name}")
         if damage:
             damage[1](copied / "checkpoint-0000003" / damage[0])
-    for name in ("alone", "alone-kept"):
-        shutil.copytree(folder / "run-two-fsdp", folder / f"run-{name}")
-    shutil.copytree(folder / "run-lora", folder / "run-moved")
+    for name, source in {"alone": "fsdp", "alone-kept": "fsdp", "two-ddp-kept": "ddp"}.items():
+        shutil.copytree(folder / f"run-two-{source}", folder / f"run-{name}")
+    moved = shutil.copytree(folder / "run-lora", folder / "run-moved") / "checkpoint-0000003"
+    moved.symlink_to(shutil.move(moved, folder / "bigger-disk"))
     (folder / "run-torn" / "README.md").write_text("mine")
     base = shutil.copytree(interrupted.base, folder / "elsewhere")
     pairs = shutil.copy(interrupted.pairs, base / "rows.jsonl")
@@ -2971,8 +2972,11 @@ def test_resumed_run_equals_an_uninterrupted_one(name, interrupted, resumed):
 
 
 def test_same_files_elsewhere_go_on(interrupted, resumed):
-    """The same model and pairs under other names are the same run: their content decides."""
+    """The same model and pairs under other names are the same run: their content decides. The
+    checkpoint may be a link; it is deleted as if it were none."""
     assert_done(resumed["moved"])
+    assert not (interrupted.folder / "bigger-disk").exists()
+    assert not glob.glob(f"{interrupted.folder}/run-moved/checkpoint*")
     got, want = (weights_of(interrupted.folder / f"run-{n}") for n in ("moved", "lora-whole"))
     assert all(got[n].equal(want[n]) for n in want)
 
@@ -3009,15 +3013,25 @@ def test_resume_of_a_finished_run(interrupted, resumed):
 
 
 def test_a_checkpoint_needs_every_part(interrupted, resumed, tmp_path):
-    """Without a rank's part or its sum, or under another step's name, it is none; and a header
-    without sums of its own is not believed."""
+    """Without a rank's part or its sum, with the part of another run, or under another step's name,
+    it is none. A sum covers the header too."""
     whole = interrupted.folder / "run-alone-kept" / "checkpoint-0000003"
+    other = interrupted.folder / "run-two-ddp-kept" / "checkpoint-0000003"
     assert configurator.check_checkpoint(str(whole))["parallel"] == "fsdp"
-    for name, change in {"part": lambda p: os.remove(p / "1.safetensors"),
-                         "first part": lambda p: os.remove(p / "0.safetensors"),
-                         "sum": lambda p: os.remove(p / "1.sha256")}.items():
+
+    def edit_header(path):
+        content = (path / "0.safetensors").read_bytes()
+        (path / "0.safetensors").write_bytes(content.replace(b"seed", b"sead"))
+    for name, (change, words) in {
+            "part": (lambda p: os.remove(p / "1.safetensors"), "part is missing"),
+            "first part": (lambda p: os.remove(p / "0.safetensors"), "part is missing"),
+            "sum": (lambda p: os.remove(p / "1.sha256"), "1.sha256: missing, so nobody knows"),
+            "header": (edit_header, "0.safetensors failed its sha256"),
+            "others": (lambda p: [shutil.copy(other / f"0.{end}", p) for end in
+                                  ("safetensors", "sha256")], "1.safetensors is of another run"),
+            }.items():
         change(shutil.copytree(whole, tmp_path / name / "checkpoint-0000003"))
-        with pytest.raises((UserError, OSError)):
+        with pytest.raises(UserError, match=words):
             configurator.check_checkpoint(str(tmp_path / name / "checkpoint-0000003"))
     with pytest.raises(UserError, match="another step"):
         configurator.check_checkpoint(str(shutil.copytree(whole, tmp_path / "checkpoint-0000004")))
@@ -3039,6 +3053,107 @@ def test_a_checkpoint_is_not_executed(interrupted, resumed, tmp_path):
         else:
             configurator.check_checkpoint(str(path))
     assert not (tmp_path / "ran").exists()
+
+
+def test_one_run_in_one_folder(tmp_path, monkeypatch, capsys):
+    """The second run ends with who is there. A killed run's lock holds nobody up, one that ended
+    leaves none, and a file system without locks is told of."""
+    out = str(tmp_path / "run")
+    code = "import configurator, sys; configurator.hold(sys.argv[1]); print('held', flush=True); "
+    with subprocess.Popen([sys.executable, "-c", code + "sys.stdin.read()", out], cwd=ROOT,
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline() == b"held\n"
+        who = rf"run: another run is in this folder \(host .+, pid {holder.pid}, started .+\); wait"
+        with pytest.raises(UserError, match=who):
+            configurator.hold(out)
+        holder.kill()
+    assert os.listdir(out) == [".lock"]
+    assert_done(run_process(["-c", code, out]))
+    assert os.listdir(out) == []
+    assert_done(run_process(["-c", code, f"{out}-new"]))
+    assert not os.path.exists(f"{out}-new")
+
+    def no_locks(*_):
+        raise OSError(95, "Operation not supported")
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    monkeypatch.setattr("atexit.register", lambda *_: None)
+    configurator.hold(out)
+    assert "run: no locks on this file system" in capsys.readouterr().out
+
+
+def test_only_checkpoints_of_a_run_are_deleted(tmp_path):
+    """Not their copies by other names, not what else lies in one, and the target of a link only as
+    far as it is one."""
+    mine = ["checkpoint-0000001.keep", "checkpoint-0000004.bak", "checkpoint-12", "moved"]
+    for name in ["checkpoint-0000001", "checkpoint-0000003", *mine]:
+        (tmp_path / name).mkdir()
+        for file in ("0.safetensors", "0.sha256", "1.safetensors"):
+            (tmp_path / name / file).touch()
+    (tmp_path / "checkpoint-0000001" / "notes.txt").touch()
+    (tmp_path / "checkpoint-0000002").symlink_to(tmp_path / "moved")
+    (tmp_path / "checkpoint-0000004").symlink_to(tmp_path / "mine")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "model.safetensors").touch()
+    configurator.remove_checkpoints(str(tmp_path))
+    left = [*mine[:3], "checkpoint-0000001.tmp", "mine"]
+    assert sorted(os.listdir(tmp_path)) == sorted(left)
+    assert os.listdir(tmp_path / left[-2]) == ["notes.txt"]
+    assert os.listdir(tmp_path / "mine") == ["model.safetensors"]
+
+
+KILLS = """
+import atexit, glob, json, os, runpy, shutil, sys
+sys.path.insert(0, os.getcwd())
+import data, mmpo, model, scripts.cost, scripts.report   # once, for all that are forked below
+folder, *args = sys.argv[1:]
+
+def run(out, *more, hook=None):   # train.py in a process of its own -> whether it ended well
+    if pid := os.fork():
+        return os.waitpid(pid, 0)[1] == 0
+    os.dup2(os.open(out + ".log", os.O_WRONLY | os.O_CREAT), 1), os.dup2(1, 2)
+    sys.argv = ["train.py", *args, "--out_dir=" + out, *more]
+    sys.addaudithook(hook or (lambda *_: None))
+    runpy.run_path("train.py", run_name="__main__")
+    atexit._run_exitfuncs()
+    os._exit(0)
+
+states, busy = {}, False
+def keep(event, values):   # what a kill right before this file operation would leave
+    global busy
+    if (event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir")
+            or event == "open" and values[2] & 3) and os.path.exists(whole) and not busy:
+        busy = True
+        state = [(path, open(path, "rb").read() if os.path.isfile(path) else "")
+                 for path in glob.glob(whole + "/**", recursive=True)]
+        if str(state) not in states:
+            states[str(state)] = f"{folder}/kill-{len(states)}"
+            shutil.copytree(whole, states[str(state)])
+        busy = False
+
+def end(out):
+    with open(out + "/model.safetensors", "rb") as f, open(out + "/metrics.jsonl") as lines:
+        return f.read(), sorted(os.listdir(out)), [
+            [json.loads(line).get(k) for k in ("iter", "loss", "eval/loss")] for line in lines]
+
+whole = folder + "/whole"
+assert run(whole, hook=keep)
+killed = sorted(glob.glob(folder + "/kill-*[0-9]"))
+for out in killed:
+    assert run(out, "--resume") and end(out) == end(whole), f"{out}: {sorted(os.listdir(out))}"
+print(len(killed), "states")
+"""
+
+
+def test_a_kill_at_any_file_operation(checkpoint, tmp_path):
+    """Whatever a kill leaves goes on to the same weights, metrics and files."""
+    (tmp_path / "kills.py").write_text(KILLS)
+    pairs = write_rows(tmp_path / "pairs.jsonl", word_rows(10))
+    process = run_process([
+        str(tmp_path / "kills.py"), str(tmp_path), *QUICK, f"--init_from={checkpoint}",
+        f"--dataset={pairs}", "--eval_pairs=2", "--max_iters=3", "--save_interval=1",
+        "--kl_samples=0", "--sample_tokens=1", "--compile=false"])
+    assert_done(process)
+    assert int(process.stdout.split()[0]) > 30
 
 
 @pytest.mark.parametrize("what", ["dataset", "init_from"])

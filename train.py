@@ -26,7 +26,7 @@ import data
 import mmpo
 import model as llama
 from configurator import (
-    cache_path, check_checkpoint, check_same_run, configure, first_on_each_node, is_finished,
+    cache_path, check_checkpoint, check_same_run, configure, first_on_each_node, hold, is_finished,
     last_checkpoint, load_checkpoint, one_line_errors, open_metrics, remove_checkpoints, require,
     save_cache, save_checkpoint, torchrun_ranks, write_json)
 from scripts import cost, report
@@ -120,7 +120,6 @@ master_process = ddp_rank == 0
 usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
 device = next(name for name in usable if usable[name]) if device == "auto" else device
 out_dir = os.path.expanduser(out_dir)
-start_iter, checkpoint = last_checkpoint(out_dir)
 
 # --- settings that can't work, alone or together, told before anything is loaded
 require(out_dir and (os.path.isdir(out_dir) or not os.path.exists(out_dir)),
@@ -135,10 +134,10 @@ require(objective != "ipo" or beta > 0, "beta: IPO divides by it; give a value a
 require(warmup <= 1, f"warmup: {warmup} is more than all steps; it is a share, from 0 to 1")
 require(min_lr <= learning_rate, f"min_lr: {min_lr} is above learning_rate, {learning_rate}")
 require(lora_rank or not export_adapter, "export_adapter: no adapters without LoRA; set lora_rank")
-require(resume or dry_run or not checkpoint,
-        f"{checkpoint}: an unfinished run; go on with --resume=True, or delete it")
 
 # --- setup
+if master_process and not dry_run:
+    hold(out_dir)   # one run in one folder; other ranks wait in init_process_group
 device = torch.device(device, ddp_local_rank if device == "cuda" else None)
 on_gpu = device.type == "cuda"
 if on_gpu:
@@ -147,6 +146,9 @@ if on_gpu:
 if ddp:
     dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None,
                             timeout=timedelta(hours=2))   # others wait while one rank tokenizes
+start_iter, checkpoint = last_checkpoint(out_dir)
+require(resume or dry_run or not checkpoint,
+        f"{checkpoint}: an unfinished run; go on with --resume=True, or delete it")
 if dtype == "auto":   # a dry run predicts what a GPU would need, so it assumes bf16
     dtype = "bfloat16" if dry_run or llama.fast_bfloat16(device) else "float32"
 settings["dtype"] = dtype   # recorded, since a run must resume in the same dtype
