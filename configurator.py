@@ -29,6 +29,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import socket
 import sys
 import time
@@ -437,6 +438,63 @@ def torchrun_ranks():
     return True, *(int(told[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
 
 
+# What asks a run to end: a scheduler, Ctrl-C, a closed terminal.
+SIGNALS = [getattr(signal, n) for n in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, n)]
+PARENT = os.getppid()
+asked = []         # the first of these signals that came, and when
+may_leave = True   # whether it ends the program at once, or waits for interrupted()
+
+
+def end_on_signals():
+    """From here on each of SIGNALS ends the program in an orderly way, but for what nohup and the
+    like ignore. A second one ends it at once."""
+    def come(number, _):
+        # torchrun passes on a Ctrl-C that the terminal has sent to its ranks already
+        if asked and (not dist.is_initialized() or time.monotonic() > asked[1] + 1):
+            os._exit(128 + number)
+        if not asked:
+            asked[:] = number, time.monotonic()
+            if may_leave:
+                sys.exit(128 + number)
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, come)
+
+
+def interrupted(device):
+    """The signal that asked this run to end, or 0. The same on all ranks, so that they end at the
+    same step; a rank whose torchrun is gone asks them to."""
+    global may_leave
+    may_leave = False
+    number = asked[0] if asked else 0
+    if dist.is_initialized():
+        number = number or (signal.SIGTERM if os.getppid() != PARENT else 0)
+        number = torch.tensor(float(number), device=device)
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+        number = int(number)
+        if number:
+            asked[:] = number, time.monotonic()
+            for other in SIGNALS:   # torchrun sends one to all when the first of them has ended
+                signal.signal(other, signal.SIG_IGN)
+    return number
+
+
+def until_interrupted(device, function, *args):
+    """function(*args), or as much of it as a signal leaves time for. Where there are several ranks
+    it is finished, since one that leaves would keep the others waiting."""
+    global may_leave
+    if interrupted(device):
+        return
+    try:
+        may_leave = not dist.is_initialized()
+        function(*args)
+        may_leave = False
+    except SystemExit:
+        may_leave = False
+        if not asked:
+            raise
+
+
 def rank_and_size():
     """This process's rank and how many there are: 0 and 1 where it is alone."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -495,7 +553,14 @@ def same_file(file, path):
 
 
 def let_go(file, folder, made):
-    """The reverse of hold; a folder that it made and that nothing was written into goes too."""
+    """The reverse of hold; a folder that it made and that nothing was written into goes too. If a
+    signal ended the run, say what there is of it."""
+    if asked:
+        found = last_checkpoint(folder)[1]
+        print(f"ended by {signal.Signals(asked[0]).name}: " + (
+            f"the run in {folder} is finished" if is_finished(folder) else
+            f"{found} is saved; the same command with --resume=True goes on from there" if found
+            else "no checkpoint was saved; the same command starts again"), file=sys.stderr)
     with contextlib.suppress(OSError):
         os.remove(file.name)
         if made:
@@ -546,10 +611,9 @@ def first_row(tensor):
 
 
 def save_checkpoint(model, optimizer, folder, iter_num, settings):
-    """Write folder/checkpoint-<iter_num>. When it is whole, the one before it is deleted.
-
-    Raises UserError where it can't be written.
-    """
+    """Write folder/checkpoint-<iter_num>. When it is whole, all but the last few are deleted.
+    Returns a line for the log. Raises UserError where it can't be written."""
+    t0, size = time.time(), 0
     path = os.path.join(folder, f"checkpoint-{iter_num:07d}")
     temporary, (rank, ranks) = path + ".tmp", rank_and_size()
     mine = {name: tensor for name, tensor in training_tensors(model, optimizer).items()
@@ -572,8 +636,12 @@ def save_checkpoint(model, optimizer, folder, iter_num, settings):
     if rank == 0:
         require(len(parts_of(temporary)) == ranks, f"{folder}: other machines' parts of a "
                 "checkpoint are not here; all machines must share out_dir")
+        size = sum(os.path.getsize(part) for part in parts_of(temporary))
         publish(temporary, path)
-        remove_checkpoints(folder, keep=1)
+        remove_checkpoints(folder, keep=settings["keep_checkpoints"])
+    if ranks > 1:   # a rank that ends now must not end the others before this
+        dist.barrier()
+    return f"{path}: {size / 1e6:,.1f} MB in {time.time() - t0:.1f} s"
 
 
 def parts_of(path):
@@ -717,7 +785,7 @@ def is_finished(folder):
 # goes, what it writes.
 RESUME_MAY_CHANGE = (
     "out_dir", "resume", "dry_run", "debug", "max_iters", "epochs", "export_", "wandb_", "sample_",
-    "log_", "eval_interval", "save_", "device", "parallel", "compile", "pack_tokens", "activation_")
+    "log_", "eval_interval", "save_", "keep_", "skip_", "device", "parallel", "compile", "pack_tokens", "activation_")
 COMPARED_BY_CONTENT = ("init_from", "dataset", "eval_dataset")   # by their .._sha256
 
 

@@ -21,6 +21,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -3101,22 +3102,36 @@ def test_only_checkpoints_of_a_run_are_deleted(tmp_path):
     assert os.listdir(tmp_path / "mine") == ["model.safetensors"]
 
 
-KILLS = """
-import atexit, glob, json, os, runpy, shutil, sys
+FORKS = """
+import atexit, glob, json, os, runpy, shutil, signal, sys
 sys.path.insert(0, os.getcwd())
 import data, mmpo, model, scripts.cost, scripts.report   # once, for all that are forked below
 folder, *args = sys.argv[1:]
 
-def run(out, *more, hook=None):   # train.py in a process of its own -> whether it ended well
+def run(out, *more, before=lambda: None):   # train.py in a process of its own -> its exit status
     if pid := os.fork():
-        return os.waitpid(pid, 0)[1] == 0
-    os.dup2(os.open(out + ".log", os.O_WRONLY | os.O_CREAT), 1), os.dup2(1, 2)
-    sys.argv = ["train.py", *args, "--out_dir=" + out, *more]
-    sys.addaudithook(hook or (lambda *_: None))
-    runpy.run_path("train.py", run_name="__main__")
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    os.dup2(os.open(out + ".log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1), os.dup2(1, 2)
+    sys.argv, status = ["train.py", *args, "--out_dir=" + out, *more], 0
+    before()
+    try:
+        runpy.run_path("train.py", run_name="__main__")
+    except SystemExit as e:
+        status = e.code or 0
     atexit._run_exitfuncs()
-    os._exit(0)
+    os._exit(status)
 
+def end(out):
+    with open(out + "/model.safetensors", "rb") as f, open(out + "/metrics.jsonl") as lines:
+        return f.read(), sorted(os.listdir(out)), [
+            [json.loads(line).get(k) for k in ("iter", "loss", "eval/loss")] for line in lines]
+
+def assert_goes_on(out):
+    assert run(out, "--resume") == 0 and end(out) == end(whole), f"{out}: {os.listdir(out)}"
+
+whole = folder + "/whole"
+"""
+KILLS = """
 states, busy = {}, False
 def keep(event, values):   # what a kill right before this file operation would leave
     global busy
@@ -3130,30 +3145,90 @@ def keep(event, values):   # what a kill right before this file operation would 
             shutil.copytree(whole, states[str(state)])
         busy = False
 
-def end(out):
-    with open(out + "/model.safetensors", "rb") as f, open(out + "/metrics.jsonl") as lines:
-        return f.read(), sorted(os.listdir(out)), [
-            [json.loads(line).get(k) for k in ("iter", "loss", "eval/loss")] for line in lines]
-
-whole = folder + "/whole"
-assert run(whole, hook=keep)
-killed = sorted(glob.glob(folder + "/kill-*[0-9]"))
+assert run(whole, before=lambda: sys.addaudithook(keep)) == 0
+killed = glob.glob(folder + "/kill-*")
 for out in killed:
-    assert run(out, "--resume") and end(out) == end(whole), f"{out}: {sorted(os.listdir(out))}"
+    assert_goes_on(out)
 print(len(killed), "states")
+"""
+SIGNALLED = """
+def signal_in(module, name, n, number):   # when that function is called for the n-th time
+    def before():
+        function, calls = getattr(module, name), 0
+        def counted(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls == n:
+                os.kill(os.getpid(), number)
+            return function(*args, **kwargs)
+        setattr(module, name, counted)
+    return before
+
+assert run(whole) == 0
+for place, number, step in (
+        ((data, "score", 1), signal.SIGTERM, None),          # before the first step
+        ((mmpo, "preference_loss", 1), signal.SIGTERM, None),   # in its evaluation
+        ((data, "score", 5), signal.SIGINT, 4),              # in an evaluation
+        ((mmpo, "preference_loss", 9), signal.SIGHUP, ...),  # in a step
+        ((scripts.report, "write_model_card", 1), signal.SIGTERM, "end")):
+    out = folder + "/" + "-".join(map(str, place[1:]))
+    status = run(out, before=signal_in(*place, number))
+    with open(out + ".log") as f:
+        last = f.read().splitlines()[-1]
+    assert last.startswith(f"ended by {number.name}: "), last
+    saved = glob.glob(out + "/checkpoint-*")
+    if step == "end":
+        assert status == 0 and last.endswith("is finished") and end(out) == end(whole), last
+    else:
+        assert status == 128 + number, status
+        assert step is None and not saved or saved[0] in last and "--resume=True" in last, last
+        assert step in (None, ...) or saved[0].endswith(f"-{step:07d}"), saved
+        assert_goes_on(out)
 """
 
 
-def test_a_kill_at_any_file_operation(checkpoint, tmp_path):
-    """Whatever a kill leaves goes on to the same weights, metrics and files."""
-    (tmp_path / "kills.py").write_text(KILLS)
+@pytest.mark.parametrize("body", [KILLS, SIGNALLED], ids=["kill", "signal"])
+def test_a_run_goes_on_wherever_it_ended(body, checkpoint, tmp_path):
+    """To the same weights, metrics and files, from whatever a kill at any file operation leaves. A
+    signal is left time to save, and the last line says what was saved and how to go on."""
+    (tmp_path / "forks.py").write_text(FORKS + body)
     pairs = write_rows(tmp_path / "pairs.jsonl", word_rows(10))
     process = run_process([
-        str(tmp_path / "kills.py"), str(tmp_path), *QUICK, f"--init_from={checkpoint}",
-        f"--dataset={pairs}", "--eval_pairs=2", "--max_iters=3", "--save_interval=1",
-        "--kl_samples=0", "--sample_tokens=1", "--compile=false"])
+        str(tmp_path / "forks.py"), str(tmp_path), *QUICK, f"--init_from={checkpoint}",
+        f"--dataset={pairs}", "--eval_pairs=2", "--sample_tokens=1", "--compile=false",
+        *(["--max_iters=3", "--save_interval=1", "--kl_samples=0"] if body == KILLS else
+          ["--max_iters=6", "--save_interval=5", "--eval_interval=2"])],
+        NANOMMPO_CACHE=str(tmp_path / "cache"))
     assert_done(process)
-    assert int(process.stdout.split()[0]) > 30
+    assert body != KILLS or int(process.stdout.split()[0]) > 30
+
+
+def test_all_ranks_end_at_the_same_step(checkpoint, tmp_path):
+    """One of two gets a signal, and both save the step that it was in."""
+    script = script_that("""
+import mmpo, signal
+loss, calls = mmpo.preference_loss, []
+def counted(*args, **kwargs):
+    calls.append(0)
+    if len(calls) == 3 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return loss(*args, **kwargs)
+mmpo.preference_loss = counted
+""", tmp_path / "signalled.py")
+    pairs = write_rows(tmp_path / "pairs.jsonl", word_rows(20))
+    process = train(checkpoint, f"{tmp_path}/two", f"--dataset={pairs}", "--eval_pairs=4",
+                    "--max_iters=50", "--save_interval=50", script=script)
+    _, path = configurator.last_checkpoint(f"{tmp_path}/two")
+    assert process.returncode and f"ended by SIGTERM: {path} is saved" in process.stderr
+    assert configurator.check_checkpoint(path) and len(configurator.parts_of(path)) == 2
+
+
+def test_an_interrupt_while_importing(tmp_path):
+    """Ctrl-C in the first seconds ends without a traceback."""
+    with subprocess.Popen([sys.executable, TRAIN], stderr=subprocess.PIPE, text=True) as process:
+        time.sleep(0.7)
+        process.send_signal(signal.SIGINT)
+        assert process.communicate()[1] == "" and process.returncode == -signal.SIGINT
 
 
 @pytest.mark.parametrize("what", ["dataset", "init_from"])

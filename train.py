@@ -11,10 +11,14 @@ $ torchrun --nnodes=2 --node_rank=0 --nproc_per_node=8 --master_addr=10.0.0.1 tr
 import json
 import math
 import os
+import signal
 import sys
 import time
 from datetime import timedelta
 from importlib.util import find_spec
+
+if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)   # Ctrl-C in the imports below: no traceback
 
 import numpy as np
 import torch
@@ -26,9 +30,10 @@ import data
 import mmpo
 import model as llama
 from configurator import (
-    cache_path, check_checkpoint, check_same_run, configure, first_on_each_node, hold, is_finished,
-    last_checkpoint, load_checkpoint, one_line_errors, open_metrics, remove_checkpoints, require,
-    save_cache, save_checkpoint, torchrun_ranks, write_json)
+    cache_path, check_checkpoint, check_same_run, configure, end_on_signals, first_on_each_node,
+    hold, interrupted, is_finished, last_checkpoint, load_checkpoint, one_line_errors, open_metrics,
+    remove_checkpoints, require, save_cache, save_checkpoint, torchrun_ranks, until_interrupted,
+    write_json)
 from scripts import cost, report
 
 # -----------------------------------------------------------------------------
@@ -40,6 +45,7 @@ init_from = "HuggingFaceTB/SmolLM2-135M-Instruct"   # the model: hub id[@revisio
 export_dtype = "bfloat16"         # bfloat16 | float16 | float32: of the exported weights
 export_adapter = False            # with LoRA: write the adapters alone (peft), not merged weights
 save_interval = 0                 # steps between checkpoints to resume from; 0 writes none
+keep_checkpoints = 1              # so many of them, the last ones, are kept while the run goes on
 resume = False                    # go on from the last checkpoint in out_dir, if there is one
 dry_run = False                   # print what a run would take, memory by part, and stop
 debug = False                     # show the traceback of errors that otherwise are one line
@@ -89,6 +95,7 @@ weight_decay = 0.0                # on matrices
 beta1 = 0.9                       # AdamW's
 beta2 = 0.999                     # AdamW's
 grad_clip = 1.0                   # the gradient's norm at most; 0 never clips
+skip_nonfinite = 0                # steps whose gradient is NaN or infinite to skip; one more ends
 # schedule
 epochs = 5.0                      # passes over the pairs
 max_iters = 0                     # steps; 0 takes as many as epochs needs
@@ -108,10 +115,10 @@ one_line_errors()   # a user's mistake ends in one line, a bug in a traceback
 settings, overrides = configure(
     globals(), sys.argv[1:], __file__, choices={"objective": mmpo.OBJECTIVES},
     above_zero="log_interval eval_interval sample_tokens kl_tokens eval_pairs max_length "
-               "max_prompt_length lora_alpha batch_size epochs pack_tokens",
+               "max_prompt_length lora_alpha batch_size epochs pack_tokens keep_checkpoints",
     at_least_zero="save_interval kl_samples beta reward_norm_group pref_weight entropy_coef "
                   "gamma_beta_ratio orpo_lambda lora_rank learning_rate weight_decay grad_clip "
-                  "max_iters warmup min_lr seed", below_one="lora_dropout beta1 beta2")
+                  "max_iters warmup min_lr seed skip_nonfinite", below_one="lora_dropout beta1 beta2")
 
 # one process, or one of those that torchrun started
 ddp, ddp_rank, ddp_local_rank, ddp_world_size = torchrun_ranks()
@@ -136,8 +143,9 @@ require(min_lr <= learning_rate, f"min_lr: {min_lr} is above learning_rate, {lea
 require(lora_rank or not export_adapter, "export_adapter: no adapters without LoRA; set lora_rank")
 
 # --- setup
+end_on_signals()     # now at once, and between two steps once there are some
 if master_process and not dry_run:
-    hold(out_dir)   # one run in one folder; other ranks wait in init_process_group
+    hold(out_dir)    # one run in one folder; other ranks wait in init_process_group
 device = torch.device(device, ddp_local_rank if device == "cuda" else None)
 on_gpu = device.type == "cuda"
 if on_gpu:
@@ -366,6 +374,13 @@ else:
 model = DDP(raw_model, gradient_as_bucket_view=True) if ddp and not fsdp else raw_model
 
 
+def name_pairs(batch, batch_logps):
+    """Which pairs a step that went wrong had: those without a log-prob, or else all of them."""
+    found = batch[~batch_logps.isfinite().all(1).cpu().numpy()]
+    kind, found = ("log-probs not finite", found) if len(found) else ("all finite", batch)
+    return f"its pairs ({kind}): " + ", ".join(map(str, found[:20])) + ", .." * (len(found) > 20)
+
+
 def set_lr(iter_num):
     """Linear warm-up, then a cosine down to min_lr. Returns the learning rate."""
     warmup_iters = warmup * max_iters
@@ -383,13 +398,20 @@ answer("sample before")
 if checkpoint:
     load_checkpoint(raw_model, optimizer, checkpoint)
     log(f"going on from {checkpoint}")
-started = time.time()
+started, skipped = time.time(), 0
 for iter_num in tqdm(range(start_iter, max_iters + 1), "steps", max_iters, initial=start_iter,
                      disable=None if master_process else True):   # None: only on a terminal
 
     # evaluate before the first step, now and then, and after the last
     if iter_num % eval_interval == 0 or iter_num == max_iters:
-        evaluate(iter_num)
+        until_interrupted(device, evaluate, iter_num)
+    # save now and then, and when a signal asks the run to end
+    signal_number = interrupted(device)
+    if save_interval and iter_num > start_iter and (
+            signal_number or iter_num % save_interval == 0 and iter_num < max_iters):
+        log(save_checkpoint(raw_model, optimizer, out_dir, iter_num, settings))
+    if signal_number:
+        sys.exit(128 + signal_number)
     if iter_num == max_iters:
         break
     t0 = time.time()
@@ -428,22 +450,26 @@ for iter_num in tqdm(range(start_iter, max_iters + 1), "steps", max_iters, initi
     # reach the weights.
     norm = torch.nn.utils.clip_grad_norm_(trained, grad_clip or math.inf)
     grad_norm = llama.whole(norm).item()
-    require(math.isfinite(grad_norm), f"step {iter_num}: the gradient is not finite; weights not "
-            "updated; lower learning_rate, or try --dtype=float32")
-    optimizer.step()
+    finite = math.isfinite(grad_norm)
+    if ddp and (not finite or iter_num % log_interval == 0):
+        dist.all_reduce(batch_logps)   # every rank filled in the pairs that it computed
+    if finite:
+        optimizer.step()
+    else:
+        skipped += 1
+        wrong = (f"step {iter_num}: the gradient is not finite, and the weights are not updated; "
+                 + name_pairs(batch, batch_logps))
+        require(skipped <= skip_nonfinite, f"{wrong}; lower learning_rate, or --dtype=float32")
+        log(f"warning: {wrong}")
     optimizer.zero_grad(set_to_none=True)
 
     if iter_num % log_interval == 0:
-        if ddp:
-            dist.all_reduce(batch_logps)   # every rank filled in the pairs that it computed
         metrics = mmpo.measure(objective, batch_logps, lengths, ref_logps,
                                R if objective == "mmpo" else None, **loss_knobs)
         left = (time.time() - started) / (iter_num + 1 - start_iter) * (max_iters - iter_num - 1)
         metrics |= {"grad_norm": grad_norm, "lr": lr, "seconds_left": left}
         metrics |= cost.throughput(raw_model, tree_lengths, packs, pad_to, time.time() - t0)
         record(iter_num, metrics)
-    if save_interval and (iter_num + 1) % save_interval == 0 and iter_num + 1 < max_iters:
-        save_checkpoint(raw_model, optimizer, out_dir, iter_num + 1, settings)
 
 # --- the aligned model, in Hugging Face layout, and what to know about it
 llama.export(raw_model, out_dir, hf_config, folder, llama.DTYPES[export_dtype],
