@@ -36,6 +36,7 @@ import time
 import tokenize
 import traceback
 from dataclasses import dataclass
+from datetime import timedelta
 from types import ModuleType
 
 import numpy as np
@@ -61,11 +62,41 @@ def require(condition, message):
 
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)   # the system names no file with these
+LONGEST = 300   # characters of an error
+
+
+class Unbreakable(io.FileIO):
+    """A standard stream. Where nobody reads it any more, or its disk is full, the run goes on."""
+
+    def write(self, content):
+        with contextlib.suppress(OSError):
+            return super().write(content)
+        return len(content)
+
+
+def open_streams():
+    """Give stdout and stderr a place, if they were closed, and what they can't encode an escape."""
+    while (opened := os.open(os.devnull, os.O_RDWR)) <= 2:   # the lowest number that is free
+        pass
+    os.close(opened)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        encoding = getattr(getattr(sys, name), "encoding", "utf-8")
+        setattr(sys, name, io.TextIOWrapper(
+            io.BufferedWriter(Unbreakable(number, "w", closefd=False)), encoding,
+            "backslashreplace", line_buffering=True))
+
+
+def printable(text):
+    """Text of data, with those characters escaped that would move a terminal's cursor or more."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]",
+                  lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def one_line_errors():
     """From here on a UserError, and what the system says about a file, ends the program in one
-    line. Everything else is a bug and keeps its traceback."""
+    line. Everything else is a bug and keeps its traceback. And no output ends it."""
+    open_streams()
+
     def hook(kind, error, trace):
         if issubclass(kind, UserError):
             message = f"error: {error}"
@@ -76,6 +107,9 @@ def one_line_errors():
             message = "interrupted"
         else:
             return sys.__excepthook__(kind, error, trace)
+        message = printable(message).replace("\n", "\\n")
+        if len(message) > LONGEST:   # the end is how to mend it
+            message = f"{message[:LONGEST - 104]} .. {message[-100:]}"
         print(message, file=sys.stderr, flush=True)
         # objects that are torn down badly after this must not print below that line
         sys.unraisablehook = lambda _: None
@@ -105,6 +139,16 @@ def reading(path, what):
             raise
         raise UserError(f"{path}: not {what} ({type(e).__name__}: {first_line(e)}); "
                         "is it damaged?") from e
+
+
+@contextlib.contextmanager
+def writing(path):
+    """The system's error about a write names no file. This gives it the path."""
+    try:
+        yield
+    except OSError as e:
+        e.filename = e.filename or path
+        raise
 
 
 def first_line(error):
@@ -139,9 +183,10 @@ def write_json(path, value):
 def write_text(path, text):
     temporary = f"{path}.tmp{os.getpid()}"
     try:
-        with open(temporary, "w", encoding="utf-8", newline="") as f:
-            f.write(text)
-        publish(temporary, path)
+        with writing(path):
+            with open(temporary, "w", encoding="utf-8", newline="") as f:
+                f.write(text)
+            publish(temporary, path)
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.remove(temporary)
@@ -309,7 +354,7 @@ def run_config_file(path, known):
         exec(compile(tree, path, "exec"), scope)
     except SyntaxError as e:
         raise UserError(f"{path}:{e.lineno or 1}: {e.msg}; a config file is Python") from e
-    except Exception as e:
+    except (Exception, SystemExit) as e:   # sys.exit() in one would look like a run that ended well
         line = [1, *(frame.lineno for frame in traceback.extract_tb(e.__traceback__)
                      if frame.filename == path)][-1]
         raise UserError(f"{path}:{line}: {type(e).__name__}: {first_line(e)}") from e
@@ -398,6 +443,8 @@ def coerce(key, value, default, words, where):
     elif want in (int, float):
         try:
             number = float(value)
+            if want is int and re.fullmatch(r"[+-]?\d+", str(value).strip()):
+                number = int(value)   # a float loses digits from 2 ** 53 on
         except (TypeError, ValueError, OverflowError):
             raise problem from None
         if (isinstance(value, bool) or not math.isfinite(number)
@@ -429,6 +476,9 @@ def torchrun_ranks():
     """-> whether torchrun or the like started this process, its rank, its rank on this machine, the
     number of processes. UserError where what a launcher sets is there in part."""
     if "RANK" not in os.environ:
+        size = os.environ.get("WORLD_SIZE", "1")
+        require(size in ("", "1"), f'WORLD_SIZE is "{size}", but RANK is not set; start with '
+                "torchrun, or unset WORLD_SIZE")
         return False, 0, 0, 1
     told = {"LOCAL_RANK": "0"} | os.environ
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR"):
@@ -495,6 +545,22 @@ def until_interrupted(device, function, *args):
             raise
 
 
+def join_ranks(backend, device_id=None):
+    """Meet the other ranks. They have minutes to come. Once there, they wait longer for one that
+    tokenizes."""
+    minutes, hours = timedelta(minutes=5), timedelta(hours=2)
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    try:
+        store, rank, ranks = next(dist.rendezvous("env://", timeout=minutes))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=hours,
+                                device_id=device_id)
+        store.set_timeout(hours)
+    except dist.DistError as e:
+        raise UserError(f"MASTER_ADDR: the ranks did not meet at {where} in {minutes} "
+                        f"({first_line(e)[:90]}); is the first machine up, and are all started?"
+                        ) from e
+
+
 def rank_and_size():
     """This process's rank and how many there are: 0 and 1 where it is alone."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -525,13 +591,14 @@ def hold(folder):
     """
     made = not os.path.exists(folder)
     os.makedirs(folder, exist_ok=True)
-    path, locked = os.path.join(folder, ".lock"), False
-    while not locked or not same_file(file, path):   # else its last holder has just deleted it
+    path = os.path.join(folder, ".lock")
+    while True:
         file = open(path, "a+", encoding="utf-8")
         try:
             import fcntl   # not on Windows
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            locked = True
+            if same_file(file, path):   # else its last holder has just deleted it
+                break
         except BlockingIOError:
             file.seek(0)
             raise UserError(f"{folder}: another run is in this folder ({file.read()}); wait for "
@@ -540,9 +607,10 @@ def hold(folder):
             print(f"note: {folder}: no locks on this file system ({first_line(e)}); take care that "
                   "no second run writes there")
             break
-    file.truncate(0)
-    file.write(f"host {socket.gethostname()}, pid {os.getpid()}, started {time.ctime()}")
-    file.flush()
+    with writing(path):
+        file.truncate(0)
+        file.write(f"host {socket.gethostname()}, pid {os.getpid()}, started {time.ctime()}")
+        file.flush()
     atexit.register(let_go, file, folder, made)
     remove_leftovers(folder)
 
@@ -785,7 +853,8 @@ def is_finished(folder):
 # goes, what it writes.
 RESUME_MAY_CHANGE = (
     "out_dir", "resume", "dry_run", "debug", "max_iters", "epochs", "export_", "wandb_", "sample_",
-    "log_", "eval_interval", "save_", "keep_", "skip_", "device", "parallel", "compile", "pack_tokens", "activation_")
+    "log_", "eval_interval", "save_", "keep_", "skip_", "device", "parallel", "compile",
+    "pack_tokens", "activation_")
 COMPARED_BY_CONTENT = ("init_from", "dataset", "eval_dataset")   # by their .._sha256
 
 

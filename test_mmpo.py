@@ -22,6 +22,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -2157,7 +2158,8 @@ def test_what_can_not_be_a_setting(line, tmp_path):
 
 
 @pytest.mark.parametrize("arg, value", [
-    ("--max_iters=1e3", 1000), ("--learning_rate=1", 1.0), ("--learning_rate=5e-4", 5e-4),
+    ("--max_iters=1e3", 1000), (f"--max_iters={2 ** 53 + 1}", 2 ** 53 + 1),
+    ("--learning_rate=1", 1.0), ("--learning_rate=5e-4", 5e-4),
     ("--compile=false", False), ("--compile=True", True), ("--out_dir=a=b", "a=b"),
     ("--out_dir=", ""), ("--out_dir=1", "1"), ("--resume", True), ("--scale=5.0", 5.0),
     ("--offset=-3", -3.0), ("--dropout=0.9", 0.9), ("--objective=sft", "sft")])
@@ -2208,7 +2210,8 @@ def test_config_that_sets_nothing_it_seems_to(configure, tmp_path):
     ("--max_iters=true", ["whole number"]), ("--max_iters=1e999", ["whole number"]),
     ("--max_iters=-5", ["max_iters", "0 or more", "-5"]), ("--learning_rate=0", ["above 0"]),
     ("--offset=inf", ["a number"]), ("--offset=nan", ["a number"]),
-    ("--dropout=1.5", ["from 0 to below 1"]),
+    ("--dropout=1.5", ["from 0 to below 1"]), ("--max_iters=" + "9" * 5000, ["whole number"]),
+    ("import sys\nmax_iters = 5\nsys.exit(0)", ["file.py:3", "SystemExit"]),
     ("--compile=maybe", ["true or false"]), ("--objective=dpoo", ["mmpo, dpo, sft", '"dpo"']),
     ("learnig_rate = 1", ['"learnig_rate"', 'did you mean "learning_rate"']),
     ("max_iters = 'many'", ["whole number"]), ("max_iters = True", ["whole number"]),
@@ -2249,10 +2252,10 @@ KEYWORDS = {keyword.arg: eval(compile(ast.Expression(keyword.value), TRAIN, "eva
             for keyword in CALL.keywords}
 BOUNDS = {
     "above_zero": "log_interval eval_interval sample_tokens kl_tokens eval_pairs max_length "
-                  "max_prompt_length lora_alpha batch_size epochs pack_tokens",
+                  "max_prompt_length lora_alpha batch_size epochs pack_tokens keep_checkpoints",
     "at_least_zero": "save_interval kl_samples beta reward_norm_group pref_weight entropy_coef "
                      "gamma_beta_ratio orpo_lambda lora_rank learning_rate weight_decay grad_clip "
-                     "max_iters warmup min_lr seed",
+                     "max_iters warmup min_lr seed skip_nonfinite",
     "below_one": "lora_dropout beta1 beta2"}
 
 
@@ -2347,6 +2350,60 @@ def test_reading_passes_on(error):
     assert e.value is error
 
 
+@pytest.mark.parametrize("output", [
+    "| head -c 9", ">&-", "2>&-", ">&- 2>&- <&-", "> /dev/full 2>&1", "| PYTHONIOENCODING= cat"])
+def test_output_is_not_the_run(output, tmp_path):
+    """Nobody who reads it, a full disk, no place at all, or an ASCII terminal: the run goes on.
+    What would move a terminal's cursor is printed escaped."""
+    code = f"""
+import os, sys, time
+import configurator
+configurator.one_line_errors()
+for _ in range(3):
+    print(configurator.printable("a 🦙 \\x07\\x1b[1m\\u202e\\tb"))
+    print("warning", file=sys.stderr)
+    time.sleep(0.1)
+open(sys.argv[1], "w").write("done")"""
+    script, done = tmp_path / "script.py", tmp_path / "done"
+    script.write_text(f"import sys\nsys.path.insert(0, {ROOT!r})\n{code}".replace("\\\\", "\\"))
+    process = subprocess.run(f"{sys.executable} {script} {done} {output}", shell=True, text=True,
+                             env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True)
+    assert done.read_text() == "done" and "Traceback" not in process.stderr, process.stderr
+    if "cat" in output:
+        assert process.stdout == "a \\U0001f999 \\x07\\x1b[1m\\u202e\tb\n" * 3
+
+
+def test_the_length_of_an_error(tmp_path):
+    """At most 300 characters on one line, of its beginning and of its end, how to mend it."""
+    code = "import configurator as c; c.one_line_errors(); "
+    code += "c.require(0, 'a.json: ' + '\\n\\x1b' * 999 + '; x')"
+    process = run_process(["-c", code])
+    [line] = process.stderr.splitlines()
+    assert len(line) <= 300 and line.startswith("error: a.json: \\n\\x1b") and line.endswith("; x")
+
+
+def test_a_full_disk_has_a_path(tmp_path):
+    """The system says that it is full, but not where."""
+    with pytest.raises(OSError) as e, configurator.writing("out/metrics.jsonl"):
+        with open("/dev/full", "w", buffering=1) as f:
+            f.write("x\n")
+    assert e.value.filename == "out/metrics.jsonl"
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_ranks_that_do_not_come(rank, monkeypatch):
+    """A first machine that doesn't answer, or others that never come, end in a line, in minutes."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        free = str(s.getsockname()[1])
+    for name, value in (LAUNCHED | {"RANK": rank, "MASTER_ADDR": "127.0.0.1",
+                                    "MASTER_PORT": free}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(configurator, "timedelta", lambda **_: timedelta(seconds=1))
+    with pytest.raises(UserError, match=f"MASTER_ADDR: the ranks did not meet at 127.0.0.1:{free}"):
+        configurator.join_ranks("gloo")
+
+
 # -----------------------------------------------------------------------------
 # micro-steps and ranks: one global batch is one gradient
 
@@ -2409,7 +2466,8 @@ LAUNCHED = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "here", "MASTER_PORT"
 
 
 @pytest.mark.parametrize("told, found", [
-    ({}, (False, 0, 0, 1)), ({"WORLD_SIZE": "8", "LOCAL_RANK": "3"}, (False, 0, 0, 1)),
+    ({}, (False, 0, 0, 1)), ({"WORLD_SIZE": "1", "LOCAL_RANK": "3"}, (False, 0, 0, 1)),
+    ({"WORLD_SIZE": "8"}, 'WORLD_SIZE is "8", but RANK is not set'),
     (LAUNCHED, (True, 1, 0, 2)), (LAUNCHED | {"LOCAL_RANK": "1"}, (True, 1, 1, 2)),
     ({"RANK": "0"}, "WORLD_SIZE"), (LAUNCHED | {"MASTER_ADDR": ""}, "MASTER_ADDR"),
     (LAUNCHED | {"RANK": "one"}, 'RANK is "one"'), (LAUNCHED | {"MASTER_PORT": "x"}, "_PORT")])
@@ -2422,7 +2480,7 @@ def test_torchrun_ranks(told, found, monkeypatch):
     if isinstance(found, tuple):
         assert configurator.torchrun_ranks() == found
     else:
-        with pytest.raises(UserError, match=f"RANK is set, but .*{found}"):
+        with pytest.raises(UserError, match=f"RANK is .*set.*{found}|{found}"):
             configurator.torchrun_ranks()
 
 
@@ -3203,6 +3261,45 @@ def test_a_run_goes_on_wherever_it_ended(body, checkpoint, tmp_path):
     assert body != KILLS or int(process.stdout.split()[0]) > 30
 
 
+NOT_FINITE = """
+def poison(*poisoned):   # the loss of a step's first pair, at those calls
+    def before():
+        loss, calls = mmpo.preference_loss, 0
+        def counted(objective, logps, *args, **kwargs):
+            nonlocal calls
+            calls += logps.requires_grad
+            losses = loss(objective, logps, *args, **kwargs)
+            return losses * float("nan") if logps.requires_grad and calls in poisoned else losses
+        mmpo.preference_loss = counted
+    return before
+
+def log_of(out):
+    with open(out + ".log") as f:
+        return f.read()
+
+out = folder + "/run"
+assert run(out, "--keep_checkpoints=2", before=poison(7, 12)) == 1, log_of(out)
+*_, last = log_of(out).splitlines()
+assert "warning: step 3: the gradient is not finite" in log_of(out) and "MB in" in log_of(out)
+assert last.startswith("error: step 5: the gradient is not finite, and the weights are not") and \
+    "; its pairs: " in last and len(last) <= 300, last
+kept = [name for name in sorted(os.listdir(out)) if name.startswith("checkpoint")]
+assert kept == ["checkpoint-0000004", "checkpoint-0000005"], kept
+assert run(out, "--resume") == 0 and not glob.glob(out + "/checkpoint*")
+"""
+
+
+def test_steps_that_are_not_finite(checkpoint, tmp_path):
+    """As many as skip_nonfinite are skipped and named. One more ends the run, with its last
+    checkpoints intact."""
+    (tmp_path / "forks.py").write_text(FORKS + NOT_FINITE)
+    pairs = write_rows(tmp_path / "pairs.jsonl", word_rows(10))
+    assert_done(run_process([
+        str(tmp_path / "forks.py"), str(tmp_path), *QUICK, f"--init_from={checkpoint}",
+        f"--dataset={pairs}", "--eval_pairs=2", "--sample_tokens=1", "--max_iters=6",
+        "--save_interval=1", "--kl_samples=0", "--skip_nonfinite=1"]))
+
+
 def test_all_ranks_end_at_the_same_step(checkpoint, tmp_path):
     """One of two gets a signal, and both save the step that it was in."""
     script = script_that("""
@@ -3310,14 +3407,14 @@ MISTAKES = {   # arguments, words of the error
     "typo": (["{folder}/typo.py"], ["typo.py", '"learning_rate"']),
     "objective": (["--objective=dpoo"], ["--objective", '"dpo"']),
     "weights": ([*USABLE, "--init_from={folder}/model"], ["/model: ", "no model.safetensors"]),
-    "no_out_dir": (["--out_dir="], ["out_dir"]),
+    "no_out_dir": (["--out_dir="], ["out_dir"]), "no_dataset": (["--dataset="], ["dataset: empty"]),
     "itself": ([*USABLE, "--init_from={checkpoint}", "--out_dir={checkpoint}"],
                ["out_dir", "init_from"]),
     "min_lr": (["--min_lr=1"], ["min_lr", "above learning_rate"]),
     "device": (["--device=" + ("mps" if torch.cuda.is_available() else "cuda")], ["device: no"]),
     "single": ([*USABLE, "--eval_dataset={folder}/single.jsonl"], ["single.jsonl", "one response"]),
     "window": ([*USABLE, "--init_from={folder}/windowed"], ["tokens", "sliding_window, 8"]),
-    "diverged": ([*USABLE, "--learning_rate=1e38", "--max_iters=9"], ["step", "not finite"]),
+    "diverged": ([*USABLE, "--learning_rate=1e38", "--max_iters=9"], ["step", "not finite", "its pairs"]),
 }
 
 

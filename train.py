@@ -14,7 +14,6 @@ import os
 import signal
 import sys
 import time
-from datetime import timedelta
 from importlib.util import find_spec
 
 if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
@@ -31,9 +30,9 @@ import mmpo
 import model as llama
 from configurator import (
     cache_path, check_checkpoint, check_same_run, configure, end_on_signals, first_on_each_node,
-    hold, interrupted, is_finished, last_checkpoint, load_checkpoint, one_line_errors, open_metrics,
-    remove_checkpoints, require, save_cache, save_checkpoint, torchrun_ranks, until_interrupted,
-    write_json)
+    hold, interrupted, is_finished, join_ranks, last_checkpoint, load_checkpoint, one_line_errors,
+    open_metrics, printable, remove_checkpoints, require, save_cache, save_checkpoint,
+    torchrun_ranks, until_interrupted, write_json, writing)
 from scripts import cost, report
 
 # -----------------------------------------------------------------------------
@@ -118,7 +117,8 @@ settings, overrides = configure(
                "max_prompt_length lora_alpha batch_size epochs pack_tokens keep_checkpoints",
     at_least_zero="save_interval kl_samples beta reward_norm_group pref_weight entropy_coef "
                   "gamma_beta_ratio orpo_lambda lora_rank learning_rate weight_decay grad_clip "
-                  "max_iters warmup min_lr seed skip_nonfinite", below_one="lora_dropout beta1 beta2")
+                  "max_iters warmup min_lr seed skip_nonfinite",
+    below_one="lora_dropout beta1 beta2")
 
 # one process, or one of those that torchrun started
 ddp, ddp_rank, ddp_local_rank, ddp_world_size = torchrun_ranks()
@@ -131,6 +131,7 @@ out_dir = os.path.expanduser(out_dir)
 # --- settings that can't work, alone or together, told before anything is loaded
 require(out_dir and (os.path.isdir(out_dir) or not os.path.exists(out_dir)),
         f'out_dir: "{out_dir}" is no folder; give another')
+require(dataset, "dataset: empty; give files, folders or hub ids, separated by commas")
 require(seed < 2 ** 63, f"seed: {seed} is too large; give a smaller one")
 require(usable[device], f"device: no {device} on this machine; try --device=auto")
 require(ddp or parallel == "ddp", "parallel: fsdp shards over processes; start it with torchrun")
@@ -145,15 +146,14 @@ require(lora_rank or not export_adapter, "export_adapter: no adapters without Lo
 # --- setup
 end_on_signals()     # now at once, and between two steps once there are some
 if master_process and not dry_run:
-    hold(out_dir)    # one run in one folder; other ranks wait in init_process_group
+    hold(out_dir)    # one run in one folder; the other ranks wait in join_ranks
 device = torch.device(device, ddp_local_rank if device == "cuda" else None)
 on_gpu = device.type == "cuda"
 if on_gpu:
     torch.cuda.set_device(device)
     torch.set_float32_matmul_precision("high")   # TF32 for the products that stay in fp32
 if ddp:
-    dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None,
-                            timeout=timedelta(hours=2))   # others wait while one rank tokenizes
+    join_ranks("nccl" if on_gpu else "gloo", device if on_gpu else None)
 start_iter, checkpoint = last_checkpoint(out_dir)
 require(resume or dry_run or not checkpoint,
         f"{checkpoint}: an unfinished run; go on with --resume=True, or delete it")
@@ -167,7 +167,7 @@ torch.manual_seed(seed)     # on all ranks alike, for they must start with the s
 
 def log(text):
     if master_process:
-        tqdm.write(text)
+        tqdm.write(printable(text))
 
 
 if resume and not checkpoint:
@@ -315,7 +315,8 @@ def record(iter_num, metrics):
     """Keep all metrics of a step or an evaluation, and show the main ones on a line."""
     if not master_process:
         return
-    metrics_file.write(json.dumps({"iter": iter_num} | metrics, default=float) + "\n")
+    with writing(metrics_file.name):
+        metrics_file.write(json.dumps({"iter": iter_num} | metrics, default=float) + "\n")
     if wandb_log:
         wandb.log(metrics, step=iter_num)
     kind, speed = "eval", ""
@@ -375,10 +376,10 @@ model = DDP(raw_model, gradient_as_bucket_view=True) if ddp and not fsdp else ra
 
 
 def name_pairs(batch, batch_logps):
-    """Which pairs a step that went wrong had: those without a log-prob, or else all of them."""
+    """The pairs of a step that went wrong: those without a log-prob, or else all of them."""
     found = batch[~batch_logps.isfinite().all(1).cpu().numpy()]
-    kind, found = ("log-probs not finite", found) if len(found) else ("all finite", batch)
-    return f"its pairs ({kind}): " + ", ".join(map(str, found[:20])) + ", .." * (len(found) > 20)
+    kind, found = ("its pairs without log-probs", found) if len(found) else ("its pairs", batch)
+    return f"{kind}: {', '.join(map(str, found[:12]))}" + ", .." * (len(found) > 12)
 
 
 def set_lr(iter_num):
