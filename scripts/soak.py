@@ -25,8 +25,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))   # for `python scripts/soak.
 from configurator import HERE, one_line_errors, read_metrics, require, sha256
 
 SETTINGS = ["config/demo.py", "--max_iters=12", "--save_interval=2", "--eval_interval=5",
-            "--batch_size=16", "--kl_samples=4", "--kl_tokens=8", "--sample_tokens=8", "--device=cpu",
-            "--lora_rank=8", "--lora_dropout=0.1", "--export_dtype=float32", "--resume"]
+            "--batch_size=16", "--kl_samples=4", "--kl_tokens=8", "--sample_tokens=8",
+            "--lora_rank=8", "--lora_dropout=0.1", "--export_dtype=float32", "--device=cpu",
+            "--resume"]
 TIMES = "seconds_left", "tokens_per_second", "tflops", "mfu"   # in metrics.jsonl: they differ
 PATIENCE = 120   # seconds that a process may take, alone or after a kill
 
@@ -39,8 +40,8 @@ def start(out, ranks):
 
 
 def end_of(out):
-    """What must be equal: the weights' sha256, and all metrics but the times."""
-    return sha256(f"{out}/model.safetensors"), [
+    """What must be equal: the files, the weights' sha256, and all metrics but the times."""
+    return sorted(os.listdir(out)), sha256(f"{out}/model.safetensors"), [
         {key: value for key, value in record.items() if key not in TIMES}
         for record in read_metrics(f"{out}/metrics.jsonl")]
 
