@@ -17,6 +17,7 @@ default's type or is an error, and a config file runs in a namespace of its own.
 modules, define functions, and use names that begin with an underscore: those are not settings.
 """
 import ast
+import atexit
 import contextlib
 import difflib
 import errno
@@ -29,12 +30,15 @@ import os
 import re
 import shutil
 import signal
+import socket
 import stat
 import sys
 import threading
+import time
 import tokenize
 import traceback
 from dataclasses import dataclass
+from datetime import timedelta
 from types import ModuleType
 
 import numpy as np
@@ -60,11 +64,41 @@ def require(condition, message):
 
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)   # the system names no file with these
+LONGEST = 300   # characters of an error
+
+
+class Unbreakable(io.FileIO):
+    """A standard stream. Where nobody reads it any more, or its disk is full, the run goes on."""
+
+    def write(self, content):
+        with contextlib.suppress(OSError):
+            return super().write(content)
+        return len(content)
+
+
+def open_streams():
+    """Give stdout and stderr a place, if they were closed, and what they can't encode an escape."""
+    while (opened := os.open(os.devnull, os.O_RDWR)) <= 2:   # the lowest number that is free
+        pass
+    os.close(opened)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        encoding = getattr(getattr(sys, name), "encoding", "utf-8")
+        setattr(sys, name, io.TextIOWrapper(
+            io.BufferedWriter(Unbreakable(number, "w", closefd=False)), encoding,
+            "backslashreplace", line_buffering=True))
+
+
+def printable(text):
+    """Text of data, with those characters escaped that would move a terminal's cursor or more."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]",
+                  lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def one_line_errors():
     """From here on a UserError, and what the system says about a file, ends the program in one
-    line. Everything else is a bug and keeps its traceback."""
+    line. Everything else is a bug and keeps its traceback. And no output ends it."""
+    open_streams()
+
     def hook(kind, error, trace):
         if issubclass(kind, UserError):
             message = f"error: {error}"
@@ -75,6 +109,9 @@ def one_line_errors():
             message = "interrupted"
         else:
             return sys.__excepthook__(kind, error, trace)
+        message = printable(message).replace("\n", "\\n")
+        if len(message) > LONGEST:   # the end is how to mend it
+            message = f"{message[:LONGEST - 104]} .. {message[-100:]}"
         print(message, file=sys.stderr, flush=True)
         # objects that are torn down badly after this must not print below that line
         sys.unraisablehook = lambda _: None
@@ -125,6 +162,16 @@ def time_limit(seconds, what):
         signal.signal(signal.SIGPROF, before)
 
 
+@contextlib.contextmanager
+def writing(path):
+    """The system's error about a write names no file. This gives it the path."""
+    try:
+        yield
+    except OSError as e:
+        e.filename = e.filename or path
+        raise
+
+
 def first_line(error):
     """The first line of an error's message, for a message of one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -164,9 +211,10 @@ def write_json(path, value):
 def write_text(path, text):
     temporary = f"{path}.tmp{os.getpid()}"
     try:
-        with open(temporary, "w", encoding="utf-8", newline="") as f:
-            f.write(text)
-        publish(temporary, path)
+        with writing(path):
+            with open(temporary, "w", encoding="utf-8", newline="") as f:
+                f.write(text)
+            publish(temporary, path)
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.remove(temporary)
@@ -334,7 +382,7 @@ def run_config_file(path, known):
         exec(compile(tree, path, "exec"), scope)
     except SyntaxError as e:
         raise UserError(f"{path}:{e.lineno or 1}: {e.msg}; a config file is Python") from e
-    except Exception as e:
+    except (Exception, SystemExit) as e:   # sys.exit() in one would look like a run that ended well
         line = [1, *(frame.lineno for frame in traceback.extract_tb(e.__traceback__)
                      if frame.filename == path)][-1]
         raise UserError(f"{path}:{line}: {type(e).__name__}: {first_line(e)}") from e
@@ -423,6 +471,8 @@ def coerce(key, value, default, words, where):
     elif want in (int, float):
         try:
             number = float(value)
+            if want is int and re.fullmatch(r"[+-]?\d+", str(value).strip()):
+                number = int(value)   # a float loses digits from 2 ** 53 on
         except (TypeError, ValueError, OverflowError):
             raise problem from None
         if (isinstance(value, bool) or not math.isfinite(number)
@@ -454,6 +504,9 @@ def torchrun_ranks():
     """-> whether torchrun or the like started this process, its rank, its rank on this machine, the
     number of processes. UserError where what a launcher sets is there in part."""
     if "RANK" not in os.environ:
+        size = os.environ.get("WORLD_SIZE", "1")
+        require(size in ("", "1"), f'WORLD_SIZE is "{size}", but RANK is not set; start with '
+                "torchrun, or unset WORLD_SIZE")
         return False, 0, 0, 1
     told = {"LOCAL_RANK": "0"} | os.environ
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR"):
@@ -461,6 +514,79 @@ def torchrun_ranks():
         require(value and (name == "MASTER_ADDR" or value.isdecimal()),
                 f'RANK is set, but {name} is "{value}"; start with torchrun, or unset RANK')
     return True, *(int(told[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+
+
+# What asks a run to end: a scheduler, Ctrl-C, a closed terminal.
+SIGNALS = [getattr(signal, n) for n in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, n)]
+PARENT = os.getppid()
+asked = []         # the first of these signals that came, and when
+may_leave = True   # whether it ends the program at once, or waits for interrupted()
+
+
+def end_on_signals():
+    """From here on each of SIGNALS ends the program in an orderly way, but for what nohup and the
+    like ignore. A second one ends it at once."""
+    def come(number, _):
+        # torchrun passes on a Ctrl-C that the terminal has sent to its ranks already
+        if asked and (not dist.is_initialized() or time.monotonic() > asked[1] + 1):
+            os._exit(128 + number)
+        if not asked:
+            asked[:] = number, time.monotonic()
+            if may_leave:
+                sys.exit(128 + number)
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, come)
+
+
+def interrupted(device):
+    """The signal that asked this run to end, or 0. The same on all ranks, so that they end at the
+    same step; a rank whose torchrun is gone asks them to."""
+    global may_leave
+    may_leave = False
+    number = asked[0] if asked else 0
+    if dist.is_initialized():
+        number = number or (signal.SIGTERM if os.getppid() != PARENT else 0)
+        number = torch.tensor(float(number), device=device)
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+        number = int(number)
+        if number:
+            asked[:] = number, time.monotonic()
+            for other in SIGNALS:   # torchrun sends one to all when the first of them has ended
+                signal.signal(other, signal.SIG_IGN)
+    return number
+
+
+def until_interrupted(device, function, *args):
+    """function(*args), or as much of it as a signal leaves time for. Where there are several ranks
+    it is finished, since one that leaves would keep the others waiting."""
+    global may_leave
+    if interrupted(device):
+        return
+    try:
+        may_leave = not dist.is_initialized()
+        function(*args)
+        may_leave = False
+    except SystemExit:
+        may_leave = False
+        if not asked:
+            raise
+
+
+def join_ranks(backend, device_id=None):
+    """Meet the other ranks. They have minutes to come. Once there, they wait longer for one that
+    tokenizes."""
+    minutes, hours = timedelta(minutes=5), timedelta(hours=2)
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    try:
+        store, rank, ranks = next(dist.rendezvous("env://", timeout=minutes))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=hours,
+                                device_id=device_id)
+        store.set_timeout(hours)
+    except dist.DistError as e:
+        raise UserError(f"MASTER_ADDR: the ranks did not meet at {where} in {minutes} "
+                        f"({first_line(e)[:90]}); is the first machine up, and are all started?"
+                        ) from e
 
 
 def rank_and_size():
@@ -479,6 +605,74 @@ def first_on_each_node(function, *args):
     if wait and first:
         dist.barrier()
     return result
+
+
+# -----------------------------------------------------------------------------
+# one run in one folder
+
+
+def hold(folder):
+    """Keep other runs out of a folder until this process ends, and delete what killed ones left.
+
+    The lock is the kernel's, so that of a killed run is gone with it. Its file says who holds it.
+    Raises UserError with that if another run does.
+    """
+    made = not os.path.exists(folder)
+    os.makedirs(folder, exist_ok=True)
+    path = os.path.join(folder, ".lock")
+    while True:
+        file = open(path, "a+", encoding="utf-8")
+        try:
+            import fcntl   # not on Windows
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if same_file(file, path):   # else its last holder has just deleted it
+                break
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(f"{folder}: another run is in this folder ({file.read()}); wait for "
+                            "its end, or give another out_dir") from None
+        except (OSError, ImportError) as e:
+            print(f"note: {folder}: no locks on this file system ({first_line(e)}); take care that "
+                  "no second run writes there")
+            break
+    with writing(path):
+        file.truncate(0)
+        file.write(f"host {socket.gethostname()}, pid {os.getpid()}, started {time.ctime()}")
+        file.flush()
+    atexit.register(let_go, file, folder, made)
+    remove_leftovers(folder)
+
+
+def same_file(file, path):
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+
+
+def let_go(file, folder, made):
+    """The reverse of hold; a folder that it made and that nothing was written into goes too. If a
+    signal ended the run, say what there is of it."""
+    if asked:
+        found = last_checkpoint(folder)[1]
+        print(f"ended by {signal.Signals(asked[0]).name}: " + (
+            f"the run in {folder} is finished" if is_finished(folder) else
+            f"{found} is saved; the same command with --resume=True goes on from there" if found
+            else "no checkpoint was saved; the same command starts again"), file=sys.stderr)
+    with contextlib.suppress(OSError):
+        os.remove(file.name)
+        if made:
+            os.rmdir(folder)
+    file.close()
+
+
+def remove_leftovers(folder):
+    """Delete the temporary files of killed runs. Their names are this program's alone."""
+    for name in os.listdir(folder):
+        path = os.path.join(folder, name)
+        if re.fullmatch(r"(train_config\.json|metrics\.jsonl|README\.md)\.tmp\d+", name):
+            os.remove(path)
+        elif re.fullmatch(r"checkpoint-\d{7}\.tmp", name):
+            remove_checkpoint(path)
+    shutil.rmtree(os.path.join(folder, "export.tmp"), ignore_errors=True)
 
 
 # -----------------------------------------------------------------------------
@@ -513,16 +707,11 @@ def first_row(tensor):
 
 
 def save_checkpoint(model, optimizer, folder, iter_num, settings):
-    """Write folder/checkpoint-<iter_num>. When it is whole, the one before it is deleted.
-
-    Raises UserError where it can't be written.
-    """
+    """Write folder/checkpoint-<iter_num>. When it is whole, all but the last few are deleted.
+    Returns a line for the log. Raises UserError where it can't be written."""
+    t0, size = time.time(), 0
     path = os.path.join(folder, f"checkpoint-{iter_num:07d}")
     temporary, (rank, ranks) = path + ".tmp", rank_and_size()
-    if rank == 0:   # of a run that was killed here
-        shutil.rmtree(temporary, ignore_errors=True)
-    if ranks > 1:
-        dist.barrier()
     mine = {name: tensor for name, tensor in training_tensors(model, optimizer).items()
             if rank == 0 or isinstance(tensor, DTensor)}   # others are the same on every rank
     about = {"step": iter_num, "ranks": ranks, "settings": settings,
@@ -543,8 +732,12 @@ def save_checkpoint(model, optimizer, folder, iter_num, settings):
     if rank == 0:
         require(len(parts_of(temporary)) == ranks, f"{folder}: other machines' parts of a "
                 "checkpoint are not here; all machines must share out_dir")
+        size = sum(os.path.getsize(part) for part in parts_of(temporary))
         publish(temporary, path)
-        remove_checkpoints(folder, but=path)
+        remove_checkpoints(folder, keep=settings["keep_checkpoints"])
+    if ranks > 1:   # a rank that ends now must not end the others before this
+        dist.barrier()
+    return f"{path}: {size / 1e6:,.1f} MB in {time.time() - t0:.1f} s"
 
 
 def parts_of(path):
@@ -564,11 +757,16 @@ def check_checkpoint(path):
         name = os.path.basename(file)
         with reading(file, "a part of a checkpoint"):
             if file in files[rank::ranks]:
-                with open(file.removesuffix("safetensors") + "sha256", encoding="utf-8") as f:
+                digest = file.removesuffix("safetensors") + "sha256"
+                require(os.path.exists(digest), f"{digest}: missing, so nobody knows whether "
+                        f"{name} is as it was written; bring it back, or delete the checkpoint")
+                with open(digest, encoding="utf-8") as f:
                     require(f.read() == sha256(file), f"{path}: {name} failed its sha256; delete "
                             "the checkpoint")
             with safe_open(file, framework="pt") as part:
                 known.append(about_part(part))
+            require(known[0]["settings"] == known[-1]["settings"],
+                    f"{path}: {name} is of another run; delete the checkpoint")
     expected = {f"{i}.safetensors" for i in range(known[0]["ranks"])} if known else {"0"}
     require({os.path.basename(file) for file in files} == expected,
             f"{path}: a rank's part is missing; delete the checkpoint")
@@ -622,9 +820,8 @@ def read_rows(pieces, start, stop):
                       for row, piece in sorted(pieces, key=lambda piece: piece[0])])
 
 
-def checkpoints(folder, suffix=""):
-    pattern = "checkpoint-" + "[0-9]" * 7 + suffix
-    return sorted(glob.glob(os.path.join(glob.escape(folder), pattern)))
+def checkpoints(folder):
+    return sorted(glob.glob(os.path.join(glob.escape(folder), "checkpoint-" + "[0-9]" * 7)))
 
 
 def last_checkpoint(folder):
@@ -633,10 +830,27 @@ def last_checkpoint(folder):
     return (int(found[-1][-7:]), found[-1]) if found else (0, None)
 
 
-def remove_checkpoints(folder, but=None):
-    for path in checkpoints(folder, "*"):   # half-written ones too
-        if path != but:
-            shutil.rmtree(path)
+def remove_checkpoints(folder, keep=0):
+    """Delete all but the last `keep` ones."""
+    found = checkpoints(folder)
+    for path in found[:len(found) - keep]:
+        remove_checkpoint(path)
+
+
+def remove_checkpoint(path):
+    """Delete a checkpoint, its name first, so that a kill leaves no half one by that name. Only the
+    files that save_checkpoint writes go. `path` may be a link to where it was moved."""
+    temporary = path.removesuffix(".tmp") + ".tmp"
+    if path != temporary:
+        os.rename(path, temporary)
+    with contextlib.suppress(FileNotFoundError):   # a link to what is gone already
+        for name in os.listdir(temporary):
+            if re.fullmatch(r"\d+\.(safetensors|sha256)(\.tmp\d+)?", name):
+                os.remove(os.path.join(temporary, name))
+    with contextlib.suppress(OSError):             # a folder with files that aren't ours stays
+        os.rmdir(os.path.realpath(temporary))
+    if os.path.islink(temporary):
+        os.remove(temporary)
 
 
 def open_metrics(path, start_iter):
@@ -667,7 +881,8 @@ def is_finished(folder):
 # goes, what it writes.
 RESUME_MAY_CHANGE = (
     "out_dir", "resume", "dry_run", "debug", "max_iters", "epochs", "export_", "wandb_", "sample_",
-    "log_", "eval_interval", "save_", "device", "parallel", "compile", "pack_tokens", "activation_")
+    "log_", "eval_interval", "save_", "keep_", "skip_", "device", "parallel", "compile",
+    "pack_tokens", "activation_")
 COMPARED_BY_CONTENT = ("init_from", "dataset", "eval_dataset")   # by their .._sha256
 
 

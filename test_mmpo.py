@@ -21,6 +21,8 @@ import os
 import random
 import re
 import shutil
+import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -2470,7 +2472,8 @@ def test_what_can_not_be_a_setting(line, tmp_path):
 
 
 @pytest.mark.parametrize("arg, value", [
-    ("--max_iters=1e3", 1000), ("--learning_rate=1", 1.0), ("--learning_rate=5e-4", 5e-4),
+    ("--max_iters=1e3", 1000), (f"--max_iters={2 ** 53 + 1}", 2 ** 53 + 1),
+    ("--learning_rate=1", 1.0), ("--learning_rate=5e-4", 5e-4),
     ("--compile=false", False), ("--compile=True", True), ("--out_dir=a=b", "a=b"),
     ("--out_dir=", ""), ("--out_dir=1", "1"), ("--resume", True), ("--scale=5.0", 5.0),
     ("--offset=-3", -3.0), ("--dropout=0.9", 0.9), ("--objective=sft", "sft")])
@@ -2521,7 +2524,8 @@ def test_config_that_sets_nothing_it_seems_to(configure, tmp_path):
     ("--max_iters=true", ["whole number"]), ("--max_iters=1e999", ["whole number"]),
     ("--max_iters=-5", ["max_iters", "0 or more", "-5"]), ("--learning_rate=0", ["above 0"]),
     ("--offset=inf", ["a number"]), ("--offset=nan", ["a number"]),
-    ("--dropout=1.5", ["from 0 to below 1"]),
+    ("--dropout=1.5", ["from 0 to below 1"]), ("--max_iters=" + "9" * 5000, ["whole number"]),
+    ("import sys\nmax_iters = 5\nsys.exit(0)", ["file.py:3", "SystemExit"]),
     ("--compile=maybe", ["true or false"]), ("--objective=dpoo", ["mmpo, dpo, sft", '"dpo"']),
     ("learnig_rate = 1", ['"learnig_rate"', 'did you mean "learning_rate"']),
     ("max_iters = 'many'", ["whole number"]), ("max_iters = True", ["whole number"]),
@@ -2562,10 +2566,10 @@ KEYWORDS = {keyword.arg: eval(compile(ast.Expression(keyword.value), TRAIN, "eva
             for keyword in CALL.keywords}
 BOUNDS = {
     "above_zero": "log_interval eval_interval sample_tokens kl_tokens eval_pairs max_length "
-                  "max_prompt_length lora_alpha batch_size epochs pack_tokens",
+                  "max_prompt_length lora_alpha batch_size epochs pack_tokens keep_checkpoints",
     "at_least_zero": "save_interval kl_samples beta reward_norm_group pref_weight entropy_coef "
                      "gamma_beta_ratio orpo_lambda lora_rank learning_rate weight_decay grad_clip "
-                     "max_iters warmup min_lr seed",
+                     "max_iters warmup min_lr seed skip_nonfinite",
     "below_one": "lora_dropout beta1 beta2"}
 
 
@@ -2660,6 +2664,60 @@ def test_reading_passes_on(error):
     assert e.value is error
 
 
+@pytest.mark.parametrize("output", [
+    "| head -c 9", ">&-", "2>&-", ">&- 2>&- <&-", "> /dev/full 2>&1", "| PYTHONIOENCODING= cat"])
+def test_output_is_not_the_run(output, tmp_path):
+    """Nobody who reads it, a full disk, no place at all, or an ASCII terminal: the run goes on.
+    What would move a terminal's cursor is printed escaped."""
+    code = f"""
+import os, sys, time
+import configurator
+configurator.one_line_errors()
+for _ in range(3):
+    print(configurator.printable("a 🦙 \\x07\\x1b[1m\\u202e\\tb"))
+    print("warning", file=sys.stderr)
+    time.sleep(0.1)
+open(sys.argv[1], "w").write("done")"""
+    script, done = tmp_path / "script.py", tmp_path / "done"
+    script.write_text(f"import sys\nsys.path.insert(0, {ROOT!r})\n{code}".replace("\\\\", "\\"))
+    process = subprocess.run(f"{sys.executable} {script} {done} {output}", shell=True, text=True,
+                             env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True)
+    assert done.read_text() == "done" and "Traceback" not in process.stderr, process.stderr
+    if "cat" in output:
+        assert process.stdout == "a \\U0001f999 \\x07\\x1b[1m\\u202e\tb\n" * 3
+
+
+def test_the_length_of_an_error(tmp_path):
+    """At most 300 characters on one line, of its beginning and of its end, how to mend it."""
+    code = "import configurator as c; c.one_line_errors(); "
+    code += "c.require(0, 'a.json: ' + '\\n\\x1b' * 999 + '; x')"
+    process = run_process(["-c", code])
+    [line] = process.stderr.splitlines()
+    assert len(line) <= 300 and line.startswith("error: a.json: \\n\\x1b") and line.endswith("; x")
+
+
+def test_a_full_disk_has_a_path(tmp_path):
+    """The system says that it is full, but not where."""
+    with pytest.raises(OSError) as e, configurator.writing("out/metrics.jsonl"):
+        with open("/dev/full", "w", buffering=1) as f:
+            f.write("x\n")
+    assert e.value.filename == "out/metrics.jsonl"
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_ranks_that_do_not_come(rank, monkeypatch):
+    """A first machine that doesn't answer, or others that never come, end in a line, in minutes."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        free = str(s.getsockname()[1])
+    for name, value in (LAUNCHED | {"RANK": rank, "MASTER_ADDR": "127.0.0.1",
+                                    "MASTER_PORT": free}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(configurator, "timedelta", lambda **_: timedelta(seconds=1))
+    with pytest.raises(UserError, match=f"MASTER_ADDR: the ranks did not meet at 127.0.0.1:{free}"):
+        configurator.join_ranks("gloo")
+
+
 # -----------------------------------------------------------------------------
 # micro-steps and ranks: one global batch is one gradient
 
@@ -2722,7 +2780,8 @@ LAUNCHED = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "here", "MASTER_PORT"
 
 
 @pytest.mark.parametrize("told, found", [
-    ({}, (False, 0, 0, 1)), ({"WORLD_SIZE": "8", "LOCAL_RANK": "3"}, (False, 0, 0, 1)),
+    ({}, (False, 0, 0, 1)), ({"WORLD_SIZE": "1", "LOCAL_RANK": "3"}, (False, 0, 0, 1)),
+    ({"WORLD_SIZE": "8"}, 'WORLD_SIZE is "8", but RANK is not set'),
     (LAUNCHED, (True, 1, 0, 2)), (LAUNCHED | {"LOCAL_RANK": "1"}, (True, 1, 1, 2)),
     ({"RANK": "0"}, "WORLD_SIZE"), (LAUNCHED | {"MASTER_ADDR": ""}, "MASTER_ADDR"),
     (LAUNCHED | {"RANK": "one"}, 'RANK is "one"'), (LAUNCHED | {"MASTER_PORT": "x"}, "_PORT")])
@@ -2735,7 +2794,7 @@ def test_torchrun_ranks(told, found, monkeypatch):
     if isinstance(found, tuple):
         assert configurator.torchrun_ranks() == found
     else:
-        with pytest.raises(UserError, match=f"RANK is set, but .*{found}"):
+        with pytest.raises(UserError, match=f"RANK is .*set.*{found}|{found}"):
             configurator.torchrun_ranks()
 
 
@@ -3340,9 +3399,10 @@ def resumed(interrupted):
         copied = shutil.copytree(folder / "run-lora", folder / f"run-{name}")
         if damage:
             damage[1](copied / "checkpoint-0000003" / damage[0])
-    for name in ("alone", "alone-kept"):
-        shutil.copytree(folder / "run-two-fsdp", folder / f"run-{name}")
-    shutil.copytree(folder / "run-lora", folder / "run-moved")
+    for name, source in {"alone": "fsdp", "alone-kept": "fsdp", "two-ddp-kept": "ddp"}.items():
+        shutil.copytree(folder / f"run-two-{source}", folder / f"run-{name}")
+    moved = shutil.copytree(folder / "run-lora", folder / "run-moved") / "checkpoint-0000003"
+    moved.symlink_to(shutil.move(moved, folder / "bigger-disk"))
     (folder / "run-torn" / "README.md").write_text("mine")
     base = shutil.copytree(interrupted.base, folder / "elsewhere")
     pairs = shutil.copy(interrupted.pairs, base / "rows.jsonl")
@@ -3367,8 +3427,11 @@ def test_resumed_run_equals_an_uninterrupted_one(name, interrupted, resumed):
 
 
 def test_same_files_elsewhere_go_on(interrupted, resumed):
-    """The same model and pairs under other names are the same run: their content decides."""
+    """The same model and pairs under other names are the same run: their content decides. The
+    checkpoint may be a link; it is deleted as if it were none."""
     assert_done(resumed["moved"])
+    assert not (interrupted.folder / "bigger-disk").exists()
+    assert not glob.glob(f"{interrupted.folder}/run-moved/checkpoint*")
     got, want = (weights_of(interrupted.folder / f"run-{n}") for n in ("moved", "lora-whole"))
     assert all(got[n].equal(want[n]) for n in want)
 
@@ -3405,15 +3468,25 @@ def test_resume_of_a_finished_run(interrupted, resumed):
 
 
 def test_a_checkpoint_needs_every_part(interrupted, resumed, tmp_path):
-    """Without a rank's part or its sum, or under another step's name, it is none; and a header
-    without sums of its own is not believed."""
+    """Without a rank's part or its sum, with the part of another run, or under another step's name,
+    it is none. A sum covers the header too."""
     whole = interrupted.folder / "run-alone-kept" / "checkpoint-0000003"
+    other = interrupted.folder / "run-two-ddp-kept" / "checkpoint-0000003"
     assert configurator.check_checkpoint(str(whole))["parallel"] == "fsdp"
-    for name, change in {"part": lambda p: os.remove(p / "1.safetensors"),
-                         "first part": lambda p: os.remove(p / "0.safetensors"),
-                         "sum": lambda p: os.remove(p / "1.sha256")}.items():
+
+    def edit_header(path):
+        content = (path / "0.safetensors").read_bytes()
+        (path / "0.safetensors").write_bytes(content.replace(b"seed", b"sead"))
+    for name, (change, words) in {
+            "part": (lambda p: os.remove(p / "1.safetensors"), "part is missing"),
+            "first part": (lambda p: os.remove(p / "0.safetensors"), "part is missing"),
+            "sum": (lambda p: os.remove(p / "1.sha256"), "1.sha256: missing, so nobody knows"),
+            "header": (edit_header, "0.safetensors failed its sha256"),
+            "others": (lambda p: [shutil.copy(other / f"0.{end}", p) for end in
+                                  ("safetensors", "sha256")], "1.safetensors is of another run"),
+            }.items():
         change(shutil.copytree(whole, tmp_path / name / "checkpoint-0000003"))
-        with pytest.raises((UserError, OSError)):
+        with pytest.raises(UserError, match=words):
             configurator.check_checkpoint(str(tmp_path / name / "checkpoint-0000003"))
     with pytest.raises(UserError, match="another step"):
         configurator.check_checkpoint(str(shutil.copytree(whole, tmp_path / "checkpoint-0000004")))
@@ -3435,6 +3508,220 @@ def test_a_checkpoint_is_not_executed(interrupted, resumed, tmp_path):
         else:
             configurator.check_checkpoint(str(path))
     assert not (tmp_path / "ran").exists()
+
+
+def test_one_run_in_one_folder(tmp_path, monkeypatch, capsys):
+    """The second run ends with who is there. A killed run's lock holds nobody up, one that ended
+    leaves none, and a file system without locks is told of."""
+    out = str(tmp_path / "run")
+    code = "import configurator, sys; configurator.hold(sys.argv[1]); print('held', flush=True); "
+    with subprocess.Popen([sys.executable, "-c", code + "sys.stdin.read()", out], cwd=ROOT,
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline() == b"held\n"
+        who = rf"run: another run is in this folder \(host .+, pid {holder.pid}, started .+\); wait"
+        with pytest.raises(UserError, match=who):
+            configurator.hold(out)
+        holder.kill()
+    assert os.listdir(out) == [".lock"]
+    assert_done(run_process(["-c", code, out]))
+    assert os.listdir(out) == []
+    assert_done(run_process(["-c", code, f"{out}-new"]))
+    assert not os.path.exists(f"{out}-new")
+
+    def no_locks(*_):
+        raise OSError(95, "Operation not supported")
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    monkeypatch.setattr("atexit.register", lambda *_: None)
+    configurator.hold(out)
+    assert "run: no locks on this file system" in capsys.readouterr().out
+
+
+def test_only_checkpoints_of_a_run_are_deleted(tmp_path):
+    """Not their copies by other names, not what else lies in one, and the target of a link only as
+    far as it is one."""
+    mine = ["checkpoint-0000001.keep", "checkpoint-0000004.bak", "checkpoint-12", "moved"]
+    for name in ["checkpoint-0000001", "checkpoint-0000003", *mine]:
+        (tmp_path / name).mkdir()
+        for file in ("0.safetensors", "0.sha256", "1.safetensors"):
+            (tmp_path / name / file).touch()
+    (tmp_path / "checkpoint-0000001" / "notes.txt").touch()
+    (tmp_path / "checkpoint-0000002").symlink_to(tmp_path / "moved")
+    (tmp_path / "checkpoint-0000004").symlink_to(tmp_path / "mine")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "model.safetensors").touch()
+    configurator.remove_checkpoints(str(tmp_path))
+    left = [*mine[:3], "checkpoint-0000001.tmp", "mine"]
+    assert sorted(os.listdir(tmp_path)) == sorted(left)
+    assert os.listdir(tmp_path / left[-2]) == ["notes.txt"]
+    assert os.listdir(tmp_path / "mine") == ["model.safetensors"]
+
+
+FORKS = """
+import atexit, glob, json, os, runpy, shutil, signal, sys
+sys.path.insert(0, os.getcwd())
+import data, mmpo, model, scripts.cost, scripts.report   # once, for all that are forked below
+folder, *args = sys.argv[1:]
+
+def run(out, *more, before=lambda: None):   # train.py in a process of its own -> its exit status
+    if pid := os.fork():
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    os.dup2(os.open(out + ".log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1), os.dup2(1, 2)
+    sys.argv, status = ["train.py", *args, "--out_dir=" + out, *more], 0
+    before()
+    try:
+        runpy.run_path("train.py", run_name="__main__")
+    except SystemExit as e:
+        status = e.code or 0
+    atexit._run_exitfuncs()
+    os._exit(status)
+
+def end(out):
+    with open(out + "/model.safetensors", "rb") as f, open(out + "/metrics.jsonl") as lines:
+        return f.read(), sorted(os.listdir(out)), [
+            [json.loads(line).get(k) for k in ("iter", "loss", "eval/loss")] for line in lines]
+
+def assert_goes_on(out):
+    assert run(out, "--resume") == 0 and end(out) == end(whole), f"{out}: {os.listdir(out)}"
+
+whole = folder + "/whole"
+"""
+KILLS = """
+states, busy = {}, False
+def keep(event, values):   # what a kill right before this file operation would leave
+    global busy
+    if (event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir")
+            or event == "open" and values[2] & 3) and os.path.exists(whole) and not busy:
+        busy = True
+        state = [(path, open(path, "rb").read() if os.path.isfile(path) else "")
+                 for path in glob.glob(whole + "/**", recursive=True)]
+        if str(state) not in states:
+            states[str(state)] = f"{folder}/kill-{len(states)}"
+            shutil.copytree(whole, states[str(state)])
+        busy = False
+
+assert run(whole, before=lambda: sys.addaudithook(keep)) == 0
+killed = glob.glob(folder + "/kill-*")
+for out in killed:
+    assert_goes_on(out)
+print(len(killed), "states")
+"""
+SIGNALLED = """
+def signal_in(module, name, n, number):   # when that function is called for the n-th time
+    def before():
+        function, calls = getattr(module, name), 0
+        def counted(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls == n:
+                os.kill(os.getpid(), number)
+            return function(*args, **kwargs)
+        setattr(module, name, counted)
+    return before
+
+assert run(whole) == 0
+for place, number, step in (
+        ((data, "score", 1), signal.SIGTERM, None),          # before the first step
+        ((mmpo, "preference_loss", 1), signal.SIGTERM, None),   # in its evaluation
+        ((data, "score", 5), signal.SIGINT, 4),              # in an evaluation
+        ((mmpo, "preference_loss", 9), signal.SIGHUP, ...),  # in a step
+        ((scripts.report, "write_model_card", 1), signal.SIGTERM, "end")):
+    out = folder + "/" + "-".join(map(str, place[1:]))
+    status = run(out, before=signal_in(*place, number))
+    with open(out + ".log") as f:
+        last = f.read().splitlines()[-1]
+    assert last.startswith(f"ended by {number.name}: "), last
+    saved = glob.glob(out + "/checkpoint-*")
+    if step == "end":
+        assert status == 0 and last.endswith("is finished") and end(out) == end(whole), last
+    else:
+        assert status == 128 + number, status
+        assert step is None and not saved or saved[0] in last and "--resume=True" in last, last
+        assert step in (None, ...) or saved[0].endswith(f"-{step:07d}"), saved
+        assert_goes_on(out)
+"""
+
+
+@pytest.mark.parametrize("body", [KILLS, SIGNALLED], ids=["kill", "signal"])
+def test_a_run_goes_on_wherever_it_ended(body, checkpoint, tmp_path):
+    """To the same weights, metrics and files, from whatever a kill at any file operation leaves. A
+    signal is left time to save, and the last line says what was saved and how to go on."""
+    (tmp_path / "forks.py").write_text(FORKS + body)
+    pairs = write_rows(tmp_path / "pairs.jsonl", word_rows(10))
+    process = run_process([
+        str(tmp_path / "forks.py"), str(tmp_path), *QUICK, f"--init_from={checkpoint}",
+        f"--dataset={pairs}", "--eval_pairs=2", "--sample_tokens=1", "--compile=false",
+        *(["--max_iters=3", "--save_interval=1", "--kl_samples=0"] if body == KILLS else
+          ["--max_iters=6", "--save_interval=5", "--eval_interval=2"])],
+        NANOMMPO_CACHE=str(tmp_path / "cache"))
+    assert_done(process)
+    assert body != KILLS or int(process.stdout.split()[0]) > 30
+
+
+NOT_FINITE = """
+def poison(*poisoned):   # the loss of a step's first pair, at those calls
+    def before():
+        loss, calls = mmpo.preference_loss, 0
+        def counted(objective, logps, *args, **kwargs):
+            nonlocal calls
+            calls += logps.requires_grad
+            losses = loss(objective, logps, *args, **kwargs)
+            return losses * float("nan") if logps.requires_grad and calls in poisoned else losses
+        mmpo.preference_loss = counted
+    return before
+
+def log_of(out):
+    with open(out + ".log") as f:
+        return f.read()
+
+out = folder + "/run"
+assert run(out, "--keep_checkpoints=2", before=poison(7, 12)) == 1, log_of(out)
+*_, last = log_of(out).splitlines()
+assert "warning: step 3: the gradient is not finite" in log_of(out) and "MB in" in log_of(out)
+assert last.startswith("error: step 5: the gradient is not finite, and the weights are not") and \
+    "; its pairs: " in last and len(last) <= 300, last
+kept = [name for name in sorted(os.listdir(out)) if name.startswith("checkpoint")]
+assert kept == ["checkpoint-0000004", "checkpoint-0000005"], kept
+assert run(out, "--resume") == 0 and not glob.glob(out + "/checkpoint*")
+"""
+
+
+def test_steps_that_are_not_finite(checkpoint, tmp_path):
+    """As many as skip_nonfinite are skipped and named. One more ends the run, with its last
+    checkpoints intact."""
+    (tmp_path / "forks.py").write_text(FORKS + NOT_FINITE)
+    pairs = write_rows(tmp_path / "pairs.jsonl", word_rows(10))
+    assert_done(run_process([
+        str(tmp_path / "forks.py"), str(tmp_path), *QUICK, f"--init_from={checkpoint}",
+        f"--dataset={pairs}", "--eval_pairs=2", "--sample_tokens=1", "--max_iters=6",
+        "--save_interval=1", "--kl_samples=0", "--skip_nonfinite=1"]))
+
+
+def test_all_ranks_end_at_the_same_step(checkpoint, tmp_path):
+    """One of two gets a signal, and both save the step that it was in."""
+    script = script_that("""
+import mmpo, signal
+loss, calls = mmpo.preference_loss, []
+def counted(*args, **kwargs):
+    calls.append(0)
+    if len(calls) == 3 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return loss(*args, **kwargs)
+mmpo.preference_loss = counted
+""", tmp_path / "signalled.py")
+    pairs = write_rows(tmp_path / "pairs.jsonl", word_rows(20))
+    process = train(checkpoint, f"{tmp_path}/two", f"--dataset={pairs}", "--eval_pairs=4",
+                    "--max_iters=50", "--save_interval=50", script=script)
+    _, path = configurator.last_checkpoint(f"{tmp_path}/two")
+    assert process.returncode and f"ended by SIGTERM: {path} is saved" in process.stderr
+    assert configurator.check_checkpoint(path) and len(configurator.parts_of(path)) == 2
+
+
+def test_an_interrupt_while_importing(tmp_path):
+    """Ctrl-C in the first seconds ends without a traceback."""
+    with subprocess.Popen([sys.executable, TRAIN], stderr=subprocess.PIPE, text=True) as process:
+        time.sleep(0.7)
+        process.send_signal(signal.SIGINT)
+        assert process.communicate()[1] == "" and process.returncode == -signal.SIGINT
 
 
 @pytest.mark.parametrize("what", ["dataset", "init_from"])
@@ -3516,14 +3803,14 @@ MISTAKES = {   # arguments, words of the error
     "typo": (["{folder}/typo.py"], ["typo.py", '"learning_rate"']),
     "objective": (["--objective=dpoo"], ["--objective", '"dpo"']),
     "weights": ([*USABLE, "--init_from={folder}/model"], ["/model: ", "no model.safetensors"]),
-    "no_out_dir": (["--out_dir="], ["out_dir"]),
+    "no_out_dir": (["--out_dir="], ["out_dir"]), "no_dataset": (["--dataset="], ["dataset: empty"]),
     "itself": ([*USABLE, "--init_from={checkpoint}", "--out_dir={checkpoint}"],
                ["out_dir", "init_from"]),
     "min_lr": (["--min_lr=1"], ["min_lr", "above learning_rate"]),
     "device": (["--device=" + ("mps" if torch.cuda.is_available() else "cuda")], ["device: no"]),
     "single": ([*USABLE, "--eval_dataset={folder}/single.jsonl"], ["single.jsonl", "one response"]),
     "window": ([*USABLE, "--init_from={folder}/windowed"], ["tokens", "sliding_window, 8"]),
-    "diverged": ([*USABLE, "--learning_rate=1e38", "--max_iters=9"], ["step", "not finite"]),
+    "diverged": ([*USABLE, "--learning_rate=1e38", "--max_iters=9"], ["step", "not finite", "its pairs"]),
 }
 
 

@@ -11,10 +11,13 @@ $ torchrun --nnodes=2 --node_rank=0 --nproc_per_node=8 --master_addr=10.0.0.1 tr
 import json
 import math
 import os
+import signal
 import sys
 import time
-from datetime import timedelta
 from importlib.util import find_spec
+
+if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)   # Ctrl-C in the imports below: no traceback
 
 import numpy as np
 import torch
@@ -26,9 +29,10 @@ import data
 import mmpo
 import model as llama
 from configurator import (
-    cache_path, check_checkpoint, check_same_run, configure, first_on_each_node, is_finished,
-    last_checkpoint, load_checkpoint, one_line_errors, open_metrics, remove_checkpoints, require,
-    save_cache, save_checkpoint, torchrun_ranks, write_json)
+    cache_path, check_checkpoint, check_same_run, configure, end_on_signals, first_on_each_node,
+    hold, interrupted, is_finished, join_ranks, last_checkpoint, load_checkpoint, one_line_errors,
+    open_metrics, printable, remove_checkpoints, require, save_cache, save_checkpoint,
+    torchrun_ranks, until_interrupted, write_json, writing)
 from scripts import cost, report
 
 # -----------------------------------------------------------------------------
@@ -40,6 +44,7 @@ init_from = "HuggingFaceTB/SmolLM2-135M-Instruct"   # the model: hub id[@revisio
 export_dtype = "bfloat16"         # bfloat16 | float16 | float32: of the exported weights
 export_adapter = False            # with LoRA: write the adapters alone (peft), not merged weights
 save_interval = 0                 # steps between checkpoints to resume from; 0 writes none
+keep_checkpoints = 1              # so many of them, the last ones, are kept while the run goes on
 resume = False                    # go on from the last checkpoint in out_dir, if there is one
 dry_run = False                   # print what a run would take, memory by part, and stop
 debug = False                     # show the traceback of errors that otherwise are one line
@@ -90,6 +95,7 @@ weight_decay = 0.0                # on matrices
 beta1 = 0.9                       # AdamW's
 beta2 = 0.999                     # AdamW's
 grad_clip = 1.0                   # the gradient's norm at most; 0 never clips
+skip_nonfinite = 0                # steps whose gradient is NaN or infinite to skip; one more ends
 # schedule
 epochs = 5.0                      # passes over the pairs
 max_iters = 0                     # steps; 0 takes as many as epochs needs
@@ -109,10 +115,11 @@ one_line_errors()   # a user's mistake ends in one line, a bug in a traceback
 settings, overrides = configure(
     globals(), sys.argv[1:], __file__, choices={"objective": mmpo.OBJECTIVES},
     above_zero="log_interval eval_interval sample_tokens kl_tokens eval_pairs max_length "
-               "max_prompt_length lora_alpha batch_size epochs pack_tokens",
+               "max_prompt_length lora_alpha batch_size epochs pack_tokens keep_checkpoints",
     at_least_zero="save_interval kl_samples beta reward_norm_group pref_weight entropy_coef "
                   "gamma_beta_ratio orpo_lambda lora_rank learning_rate weight_decay grad_clip "
-                  "max_iters warmup min_lr seed", below_one="lora_dropout beta1 beta2")
+                  "max_iters warmup min_lr seed skip_nonfinite",
+    below_one="lora_dropout beta1 beta2")
 
 # one process, or one of those that torchrun started
 ddp, ddp_rank, ddp_local_rank, ddp_world_size = torchrun_ranks()
@@ -121,11 +128,11 @@ master_process = ddp_rank == 0
 usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
 device = next(name for name in usable if usable[name]) if device == "auto" else device
 out_dir = os.path.expanduser(out_dir)
-start_iter, checkpoint = last_checkpoint(out_dir)
 
 # --- settings that can't work, alone or together, told before anything is loaded
 require(out_dir and (os.path.isdir(out_dir) or not os.path.exists(out_dir)),
         f'out_dir: "{out_dir}" is no folder; give another')
+require(dataset, "dataset: empty; give files, folders or hub ids, separated by commas")
 require(seed < 2 ** 63, f"seed: {seed} is too large; give a smaller one")
 require(usable[device], f"device: no {device} on this machine; try --device=auto")
 require(ddp or parallel == "ddp", "parallel: fsdp shards over processes; start it with torchrun")
@@ -136,18 +143,21 @@ require(objective != "ipo" or beta > 0, "beta: IPO divides by it; give a value a
 require(warmup <= 1, f"warmup: {warmup} is more than all steps; it is a share, from 0 to 1")
 require(min_lr <= learning_rate, f"min_lr: {min_lr} is above learning_rate, {learning_rate}")
 require(lora_rank or not export_adapter, "export_adapter: no adapters without LoRA; set lora_rank")
-require(resume or dry_run or not checkpoint,
-        f"{checkpoint}: an unfinished run; go on with --resume=True, or delete it")
 
 # --- setup
+end_on_signals()     # now at once, and between two steps once there are some
+if master_process and not dry_run:
+    hold(out_dir)    # one run in one folder; the other ranks wait in join_ranks
 device = torch.device(device, ddp_local_rank if device == "cuda" else None)
 on_gpu = device.type == "cuda"
 if on_gpu:
     torch.cuda.set_device(device)
     torch.set_float32_matmul_precision("high")   # TF32 for the products that stay in fp32
 if ddp:
-    dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None,
-                            timeout=timedelta(hours=2))   # others wait while one rank tokenizes
+    join_ranks("nccl" if on_gpu else "gloo", device if on_gpu else None)
+start_iter, checkpoint = last_checkpoint(out_dir)
+require(resume or dry_run or not checkpoint,
+        f"{checkpoint}: an unfinished run; go on with --resume=True, or delete it")
 if dtype == "auto":   # a dry run predicts what a GPU would need, so it assumes bf16
     dtype = "bfloat16" if dry_run or llama.fast_bfloat16(device) else "float32"
 settings["dtype"] = dtype   # recorded, since a run must resume in the same dtype
@@ -158,7 +168,7 @@ torch.manual_seed(seed)     # on all ranks alike, for they must start with the s
 
 def log(text):
     if master_process:
-        tqdm.write(text)
+        tqdm.write(printable(text))
 
 
 if resume and not checkpoint:
@@ -306,7 +316,8 @@ def record(iter_num, metrics):
     """Keep all metrics of a step or an evaluation, and show the main ones on a line."""
     if not master_process:
         return
-    metrics_file.write(json.dumps({"iter": iter_num} | metrics, default=float) + "\n")
+    with writing(metrics_file.name):
+        metrics_file.write(json.dumps({"iter": iter_num} | metrics, default=float) + "\n")
     if wandb_log:
         wandb.log(metrics, step=iter_num)
     kind, speed = "eval", ""
@@ -365,6 +376,13 @@ else:
 model = DDP(raw_model, gradient_as_bucket_view=True) if ddp and not fsdp else raw_model
 
 
+def name_pairs(batch, batch_logps):
+    """The pairs of a step that went wrong: those without a log-prob, or else all of them."""
+    found = batch[~batch_logps.isfinite().all(1).cpu().numpy()]
+    kind, found = ("its pairs without log-probs", found) if len(found) else ("its pairs", batch)
+    return f"{kind}: {', '.join(map(str, found[:12]))}" + ", .." * (len(found) > 12)
+
+
 def set_lr(iter_num):
     """Linear warm-up, then a cosine down to min_lr. Returns the learning rate."""
     warmup_iters = warmup * max_iters
@@ -382,13 +400,20 @@ answer("sample before")
 if checkpoint:
     load_checkpoint(raw_model, optimizer, checkpoint)
     log(f"going on from {checkpoint}")
-started = time.time()
+started, skipped = time.time(), 0
 for iter_num in tqdm(range(start_iter, max_iters + 1), "steps", max_iters, initial=start_iter,
                      disable=None if master_process else True):   # None: only on a terminal
 
     # evaluate before the first step, now and then, and after the last
     if iter_num % eval_interval == 0 or iter_num == max_iters:
-        evaluate(iter_num)
+        until_interrupted(device, evaluate, iter_num)
+    # save now and then, and when a signal asks the run to end
+    signal_number = interrupted(device)
+    if save_interval and iter_num > start_iter and (
+            signal_number or iter_num % save_interval == 0 and iter_num < max_iters):
+        log(save_checkpoint(raw_model, optimizer, out_dir, iter_num, settings))
+    if signal_number:
+        sys.exit(128 + signal_number)
     if iter_num == max_iters:
         break
     t0 = time.time()
@@ -427,22 +452,26 @@ for iter_num in tqdm(range(start_iter, max_iters + 1), "steps", max_iters, initi
     # reach the weights.
     norm = torch.nn.utils.clip_grad_norm_(trained, grad_clip or math.inf)
     grad_norm = llama.whole(norm).item()
-    require(math.isfinite(grad_norm), f"step {iter_num}: the gradient is not finite; weights not "
-            "updated; lower learning_rate, or try --dtype=float32")
-    optimizer.step()
+    finite = math.isfinite(grad_norm)
+    if ddp and (not finite or iter_num % log_interval == 0):
+        dist.all_reduce(batch_logps)   # every rank filled in the pairs that it computed
+    if finite:
+        optimizer.step()
+    else:
+        skipped += 1
+        wrong = (f"step {iter_num}: the gradient is not finite, and the weights are not updated; "
+                 + name_pairs(batch, batch_logps))
+        require(skipped <= skip_nonfinite, f"{wrong}; lower learning_rate, or --dtype=float32")
+        log(f"warning: {wrong}")
     optimizer.zero_grad(set_to_none=True)
 
     if iter_num % log_interval == 0:
-        if ddp:
-            dist.all_reduce(batch_logps)   # every rank filled in the pairs that it computed
         metrics = mmpo.measure(objective, batch_logps, lengths, ref_logps,
                                R if objective == "mmpo" else None, **loss_knobs)
         left = (time.time() - started) / (iter_num + 1 - start_iter) * (max_iters - iter_num - 1)
         metrics |= {"grad_norm": grad_norm, "lr": lr, "seconds_left": left}
         metrics |= cost.throughput(raw_model, tree_lengths, packs, pad_to, time.time() - t0)
         record(iter_num, metrics)
-    if save_interval and (iter_num + 1) % save_interval == 0 and iter_num + 1 < max_iters:
-        save_checkpoint(raw_model, optimizer, out_dir, iter_num + 1, settings)
 
 # --- the aligned model, in Hugging Face layout, and what to know about it
 llama.export(raw_model, out_dir, hf_config, folder, llama.DTYPES[export_dtype],

@@ -7,6 +7,7 @@ init_from = "HuggingFaceTB/SmolLM2-135M-Instruct"
 dataset = "HuggingFaceH4/ultrafeedback_binarized"
 eval_pairs = 200        # an accuracy's standard error is 0.035 then
 eval_interval = 20
+save_interval = 20      # after Ctrl-C the same command with --resume goes on
 max_length = 256
 max_prompt_length = 160
 kl_samples = 32

@@ -21,7 +21,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))   # for `python scripts/sample.py`
 import data
 import model as llama
-from configurator import one_line_errors, reading, require, write_json
+from configurator import one_line_errors, printable, reading, require, write_json
 
 
 def main():
@@ -77,14 +77,14 @@ def main():
         write_json(args.out, [{"instruction": question, "output": text, "generator": name}
                               for question, text in zip(questions, answers)])
     elif args.prompt:
-        print(answer([[{"role": "user", "content": args.prompt}]])[0])
+        print(printable(answer([[{"role": "user", "content": args.prompt}]])[0]))
     else:
         turns = []
         with contextlib.suppress(EOFError):          # Ctrl-D ends it, as an empty line does
             while question := input("> ").strip():
                 turns.append({"role": "user", "content": question})
                 turns.append({"role": "assistant", "content": answer([turns])[0]})
-                print(turns[-1]["content"])
+                print(printable(turns[-1]["content"]))
 
 
 if __name__ == "__main__":
