@@ -1195,7 +1195,7 @@ def parse_columns(text):
 def tokenize(sources, tokenizer, max_length, max_prompt_length, bad_rows, columns, use_scores):
     """load_pairs without the cache. Every row is used, or counted as dropped, by its reason."""
     pairs, rewards = [], []
-    seen, used, dropped, cut, unused = 0, 0, Counter(), Counter(), Counter()
+    seen, used, dropped, cut, unused, left_out = 0, 0, *(Counter() for _ in range(4))
     for where, line in (found for source in sources for found in read_rows(*source)):
         seen += 1
         try:
@@ -1224,11 +1224,12 @@ def tokenize(sources, tokenizer, max_length, max_prompt_length, bad_rows, column
             continue
         used += 1
         unused.update(names)
-        template = rows[0].template
-        for name in template.keys() & {"tools", "documents"}:   # the template may not know them
-            prompt = tokenizer.render(rows[0].turns, True, **template)
-            less = template | {name: None}
-            unused[name] += tokenizer.renders_to(prompt, rows[0].turns, True, **less)
+        left_out.update(reasons)
+        turns, template = rows[0].turns, rows[0].template
+        for name in ("tools", "documents"):
+            if name in template:   # the chat template may not know it
+                prompt, less = tokenizer.render(turns, True, **template), template | {name: None}
+                unused[name] += tokenizer.renders_to(prompt, turns, True, **less)
         pairs += made
         rewards += [row.rewards for row in rows[:len(made)] if row.rewards is not None]
 
@@ -1241,6 +1242,8 @@ def tokenize(sources, tokenizer, max_length, max_prompt_length, bad_rows, column
     report = f"{seen:,} rows = {used:,} used + {sum(dropped.values()):,} dropped{why}"
     if len(pairs) != used:
         report += f"; {len(pairs):,} pairs, one for each turn of the assistant"
+    if left_out:
+        report += f"; turns left out: {', '.join(f'{n:,} {why}' for why, n in left_out.items())}"
     if any(cut.values()):
         report += f"; cut to length: {', '.join(f'{n:,} {what}' for what, n in cut.items())}"
     if unused := +unused:
@@ -1253,8 +1256,8 @@ def tokenize_row(row, tokenizer, max_length, max_prompt_length, cut):
     last = [turns[-1] for turns in [row.turns, *row.responses]]
     if not all(text_of(t).strip() or len(t) > 2 for t in last):   # tool calls may be all it says
         raise Drop("empty")
-    if max(len(str(value)) for turns in [row.turns, *row.responses] for t in turns
-           for value in t.values()) > MAX_CHARS:
+    values = [v for turns in [row.turns, *row.responses] for t in turns for v in t.values()]
+    if max(len(str(value)) for value in [*values, *row.template.values()]) > MAX_CHARS:
         raise Drop(f"over {MAX_CHARS:,} characters")
     # a plain turn is its text
     responses = [turns[0]["content"] if turns == [turn("assistant", text_of(turns[0]))] else turns

@@ -2255,6 +2255,7 @@ def test_conversations(tokenizer, tmp_path):
         [prompt, *ids] for prompt, ids in (tokenizer.encode_responses(turns, [response])
                                            for turns, response in want)]
     assert pairs.report.startswith("7 rows = 6 used + 1 dropped (1 no response turn); 8 pairs")
+    assert pairs.report.endswith("; turns left out: 1 empty")
     assert "not used" not in pairs.report
 
 
