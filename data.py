@@ -45,7 +45,7 @@ import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
 from datetime import datetime
-from itertools import chain, groupby
+from itertools import chain
 
 import numpy as np
 import regex   # comes with tiktoken
@@ -116,19 +116,16 @@ def mergeable(model, others, path):
     `tokenizers` merges the pairs that are listed. tiktoken merges any two neighbours that are a
     token together, and takes a piece that is a token as it is. Both come to the same if each token
     is what the listed merges make of its own characters. A token of which they make something else
-    is never made in any text, so it is left out. Only with ignore_merges (Llama 3) is a piece that
-    is a token meant to be taken as it is. others: the tokens beside the BPE's.
+    is never made in any text, so it is left out. With ignore_merges (Llama 3) a piece that is such
+    a token is meant to be taken as it is. Then it comes last, where tiktoken never merges to it if
+    its characters end in three parts or more. others: the tokens beside the BPE's.
     """
     merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
-    results = dict.fromkeys(a + b for a, b in merges)
-    if model.get("ignore_merges"):
-        whole = {t for t in model["vocab"] if len(t) > 1 and t not in others} == results.keys()
-        require(whole and len([*groupby(a + b for a, b in merges)]) == len(results), f"{path}: "
-                "ignore_merges with tokens that no merge makes, or not in a row, is not supported")
-        return [*results]
     ranks = {pair: rank for rank, pair in reversed([*enumerate(merges)])}
-    made, last = {}, len(merges)   # made: {token: the rank of the merge that makes it}
-    for token in results:
+    made, pieces, last = {}, [], len(merges)   # made: {token: the rank of the merge that makes it}
+    whole = {token: 0 for token in model["vocab"] if model.get("ignore_merges")
+             and len(token) > 1 and token not in others}
+    for token in {a + b: 0 for a, b in merges} | whole:
         parts, rank = [*token], last
         while len(parts) > 1:
             found = [ranks.get(pair, last) for pair in zip(parts, parts[1:])]
@@ -139,7 +136,11 @@ def mergeable(model, others, path):
             parts[i:i + 2] = [parts[i] + parts[i + 1]]
         if parts == [token]:
             made[token] = rank
-    return sorted(made, key=made.get)
+        elif token in whole:
+            require(len(parts) != 2 and not model.get("byte_fallback"), f"{path}: ignore_merges "
+                    f"with {token!r}, which merges do not make, is not supported")
+            pieces.append(token)
+    return sorted(made, key=made.get) + pieces
 
 
 class Tokenizer:

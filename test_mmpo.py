@@ -1513,6 +1513,23 @@ def test_entries_that_no_merge_makes(kind, tmp_path):
         assert_same_ids(str(tmp_path), texts)
 
 
+def test_pieces_that_are_tokens(tmp_path):
+    """With ignore_merges a whole piece is a token, though no merge makes it. Where tiktoken would
+    also merge to it inside of a longer piece, that is an error."""
+    save_tokenizer(train_bpe("llama3"), tmp_path)
+    spec = read_json(tmp_path / "tokenizer.json")
+    vocab = spec["model"]["vocab"]
+    vocab["zqxjvk"] = 1000
+    write_json(tmp_path / "tokenizer.json", spec)
+    ours = assert_same_ids(str(tmp_path), ["zqxjvk", "a zqxjvk", "zqxjvky zqxjvkzqxjvk\nzqxjvk"])
+    assert ours.encode("zqxjvk") == [1000]
+    vocab["zqx"] = 1001
+    write_json(tmp_path / "tokenizer.json", spec | {"model": spec["model"] | {
+        "merges": [*spec["model"]["merges"], ["z", "q"]]}})
+    with pytest.raises(UserError, match="ignore_merges with 'zqx', which merges do not make"):
+        data.Tokenizer(str(tmp_path))
+
+
 SENTENCEPIECE = ["tokenizers/llama2", "tokenizers/llama2_legacy", "tokenizers/mistral_v1",
                  "tokenizers/mistral_v3", "models/stories260K"]
 PLAIN = ("{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}\n{% endfor %}"
