@@ -2669,7 +2669,7 @@ def test_reading_passes_on(error):
 def test_output_is_not_the_run(output, tmp_path):
     """Nobody who reads it, a full disk, no place at all, or an ASCII terminal: the run goes on.
     What would move a terminal's cursor is printed escaped."""
-    code = f"""
+    code = """
 import os, sys, time
 import configurator
 configurator.one_line_errors()
