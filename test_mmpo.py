@@ -28,6 +28,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -1973,6 +1974,82 @@ def test_cache(tokenizer, tmp_path, monkeypatch):
     assert len(load(path, tokenizer)) == 5 and len(calls) == 5
 
 
+def replace_array(name, change):
+    def damage(path):   # as somebody would who has no sums
+        with np.load(path) as z:
+            arrays = dict(z)
+        np.savez(path, **arrays | {name: change(arrays[name])})
+    return damage
+
+
+def write_another_cache(path):
+    configurator.save_cache(os.path.dirname(path) + "/another.npz", lengths=np.arange(3))
+    os.replace(os.path.dirname(path) + "/another.npz", path)
+
+
+def become_folder(path):
+    os.remove(path)
+    os.mkdir(path)
+
+
+def become_pipe(path):
+    os.remove(path)
+    os.mkfifo(path)
+
+
+CACHE_DAMAGE = {   # what happens to a cache's file
+    "cut": lambda path: os.truncate(path, 900), "cut_end": lambda path: os.truncate(path, 3000),
+    "empty": lambda path: os.truncate(path, 0), "folder": become_folder, "pipe": become_pipe,
+    "text": lambda path: Path(path).write_text("no cache"), "other": write_another_cache,
+    "rows": replace_array("lengths", lambda a: a[:-1]),
+    "shape": replace_array("tokens", lambda a: a[:, None]),
+    "dtype": replace_array("lengths", lambda a: a.astype(np.float64)),
+    "content": replace_array("tokens", lambda a: a + 1),
+    "text_array": replace_array("report", lambda a: np.array("fine")),
+    "pickle": replace_array("tokens", lambda a: np.array([Bomb()], dtype=object)),
+    "no_sum": replace_array("sha256", lambda a: np.array("")),
+    "missing": lambda path: np.savez(path, tokens=np.arange(3)),
+    "npy": lambda path: np.save(open(path, "wb"), np.arange(3)),
+}
+
+
+class Bomb:
+    """A pickle that ends the process which opens it."""
+    def __reduce__(self):
+        return os._exit, (9,)
+
+
+@pytest.mark.parametrize("name", CACHE_DAMAGE)
+def test_damaged_cache(name, tokenizer, tmp_path, monkeypatch, capsys):
+    """A damaged cache is no cache: one note, the same pairs, and (but for a folder in its place) a
+    new one that is good."""
+    monkeypatch.setenv("NANOMMPO_CACHE", str(tmp_path / "cache"))
+    path = write_rows(tmp_path / "a.jsonl", word_rows(9))
+    first = load(path, tokenizer)
+    [cache] = glob.glob(f"{tmp_path}/cache/*.npz")
+    CACHE_DAMAGE[name](cache)
+    again, told = load(path, tokenizer), capsys.readouterr().out
+    assert all_ids(again) == all_ids(first) and again.report == first.report
+    assert told.count("note: ") == told.count("\n") == (name != "pipe")
+    assert name in ("folder", "pipe") or f"note: {cache} is damaged" in told
+    assert (configurator.load_cache(cache) is None) == (name == "folder")
+
+
+def test_every_flipped_bit_of_a_cache_is_harmless(tmp_path, capsys):
+    """It is noticed, or is in a part of the file that doesn't matter, as its date."""
+    path, wanted = str(tmp_path / "a.npz"), dict(x=np.arange(4.0), y=np.array("text"))
+    configurator.save_cache(path, **wanted)
+    raw, noticed = (tmp_path / "a.npz").read_bytes(), 0
+    for i in range(0, 8 * len(raw), 3):
+        flipped = bytearray(raw)
+        flipped[i // 8] ^= 1 << i % 8
+        (tmp_path / "a.npz").write_bytes(flipped)
+        found = configurator.load_cache(path)
+        noticed += found is None
+        assert found is None or all(found[k].tobytes() == wanted[k].tobytes() for k in wanted)
+    assert noticed > 8 * len(raw) / 3 / 2 and capsys.readouterr().out.count("note") == noticed
+
+
 def test_rewards_stay_with_their_pairs(tokenizer, tmp_path):
     """Scores given in the data come through loading, cache and subsets."""
     rows = [{"prompt": "Hi", "responses": ["a", "b", str(i)], "rewards": [3, 1, -i]}
@@ -3086,7 +3163,7 @@ def test_reference_is_cached(idle):
     shutil.copytree(f"{out}-cache", f"{out}-again-cache")
     tables = glob.glob(f"{out}-again-cache/reference-*.npz")
     for table in tables:   # doctored: the reference likes every chosen response by 1 nat more
-        np.savez(table, logps=np.load(table)["logps"] + np.float32([1, 0]))
+        configurator.save_cache(table, logps=np.load(table)["logps"] + np.float32([1, 0]))
     assert len(tables) == 2
     assert_done(train(checkpoint, f"{out}-again", *args))
     _, step, last = metrics_of(f"{out}-again")

@@ -27,8 +27,8 @@ import mmpo
 import model as llama
 from configurator import (
     cache_path, check_checkpoint, check_same_run, configure, first_on_each_node, is_finished,
-    last_checkpoint, load_checkpoint, one_line_errors, open_metrics, remove_checkpoints, require,
-    save_cache, save_checkpoint, torchrun_ranks, write_json)
+    last_checkpoint, load_cache, load_checkpoint, one_line_errors, open_metrics,
+    remove_checkpoints, require, save_cache, save_checkpoint, torchrun_ranks, write_json)
 from scripts import cost, report
 
 # -----------------------------------------------------------------------------
@@ -261,11 +261,12 @@ def reference_logps(pairs, indices):
     key = [settings["init_from_sha256"], dtype, str(frozen_dtype), fsdp, device.type, compile,
            pairs.fingerprint(), indices.tolist()]
     path = cache_path("reference", key, code=["data.py", "model.py"])
-    found = torch.tensor(float(os.path.exists(path)), device=device)
+    cached = load_cache(path)
+    found = torch.tensor(float(cached is not None), device=device)
     if ddp:
         dist.all_reduce(found, dist.ReduceOp.MIN)
     if found:
-        return torch.from_numpy(np.load(path)["logps"])
+        return torch.from_numpy(cached["logps"])
     with llama.adapters_off(raw_model):
         logps = score(pairs, indices, "reference log-probs")
     if ddp_local_rank == 0:
