@@ -663,7 +663,8 @@ def is_finished(folder):
 # goes, what it writes.
 RESUME_MAY_CHANGE = (
     "out_dir", "resume", "dry_run", "debug", "max_iters", "epochs", "export_", "wandb_", "sample_",
-    "log_", "eval_interval", "save_", "device", "parallel", "compile", "pack_tokens", "activation_")
+    "log_", "eval_interval", "save_", "device", "parallel", "compile", "pack_tokens", "activation_",
+    "overwrite")
 COMPARED_BY_CONTENT = ("init_from", "dataset", "eval_dataset")   # by their .._sha256
 
 

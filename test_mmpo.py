@@ -670,7 +670,6 @@ def test_bf16_export_keeps_what_training_added():
 def test_export_leaves_whole_files_that_others_can_read(checkpoint, tmp_path):
     """File modes are what the umask says, and nothing stays of an export that was killed."""
     model, config = llama.from_pretrained(checkpoint)
-    (tmp_path / "model.safetensors.tmp7").touch()
     (tmp_path / "export.tmp").mkdir()
     (tmp_path / "export.tmp" / "model-7.safetensors").touch()
     umask = os.umask(0o022)
@@ -957,7 +956,7 @@ def test_adapter_config(exports, checkpoint):
 
 ADAPTERS = {   # LoraConfig's arguments
     "plain": {}, "rslora": dict(use_rslora=True), "bias": dict(bias="all"),
-    "patterns": dict(rank_pattern={"q_proj": 2}, alpha_pattern={r"layers\.1\..*v_proj": 3}),
+    "ranks": dict(rank_pattern={"q_proj": 2}),
     "head": dict(target_modules=["o_proj", "lm_head"]),
     "saved": dict(modules_to_save=["embed_tokens", "lm_head", "norm"]),
 }
@@ -1027,7 +1026,13 @@ BAD_ADAPTERS = {   # the damage, words of the error
     "shape": (change_tensors(lambda t: t.update({LORA_B: torch.ones(7, 4)})), "shape (7, 32)"),
     "nan": (change_tensors(lambda t: t[LORA_A].fill_(math.nan)), "q_proj.weight holds NaN"),
     "bin": (lambda f: os.remove(f"{f}/adapter_model.safetensors"), "no adapter_model.safetensors"),
-    "merged": (damage_file("model.safetensors", b""), "a model and an adapter"),
+    "alpha": (change_adapter(lora_alpha="6"), "lora_alpha", "'6'"),
+    "alphas": (change_adapter(alpha_pattern={"q_proj": 3}), "alpha_pattern"),
+    "rs_text": (change_adapter(use_rslora="false"), "use_rslora 'false'"),
+    "of_itself": (lambda f: change_adapter(base_model_name_or_path=f)(f), "is an adapter too"),
+    "one_row": (change_tensors(lambda t: t.update({LORA_B: torch.ones(1, 4)})), "shape (1, 32)"),
+    "flat": (change_tensors(lambda t: t.update({LORA_A: torch.ones(4)})), "q_proj", "for this base"),
+    "deep": (damage_file("adapter_config.json", b'{"a":' * 10 ** 5), "adapter_config.json", "JSON"),
 }
 
 

@@ -40,6 +40,7 @@ init_from = "HuggingFaceTB/SmolLM2-135M-Instruct"   # the model: hub id[@revisio
 export_dtype = "bfloat16"         # bfloat16 | float16 | float32: of the exported weights
 export_adapter = False            # with LoRA: write the adapters alone (peft), not merged weights
 save_interval = 0                 # steps between checkpoints to resume from; 0 writes none
+overwrite = False                 # replace the finished model that is in out_dir
 resume = False                    # go on from the last checkpoint in out_dir, if there is one
 dry_run = False                   # print what a run would take, memory by part, and stop
 debug = False                     # show the traceback of errors that otherwise are one line
@@ -171,7 +172,7 @@ log(f"nanoMMPO: {objective} on {ddp_world_size} x {device.type}, {dtype}; set: "
 
 # --- data: rows become token ids once, and are read from the cache after that
 folder = first_on_each_node(llama.checkpoint_folder, init_from)
-llama.check_target(out_dir, folder, export_adapter)
+llama.check_target(out_dir, folder, export_adapter, overwrite or dry_run or bool(checkpoint))
 tokenizer = data.Tokenizer(folder, chat_template)
 tokenizing = (tokenizer, max_length, max_prompt_length, bad_rows, columns, use_scores)
 train_pairs = first_on_each_node(data.load_pairs, dataset, train_split, *tokenizing)
