@@ -105,7 +105,7 @@ def reading(path, what):
 
 def first_line(error):
     """The first line of an error's message, for a message of one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 
 def parse_json(text):

@@ -14,7 +14,6 @@ References
 import atexit
 import contextlib
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -30,7 +29,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -122,7 +121,7 @@ def config_from_dict(hf, where="config.json"):
     found = hf | rope | {"rope_type": rope_type, "layer_types": min(odd, default=None)}
     for field, (values, hint) in HONOURED.items():
         require(found.get(field) in values,
-                f'{where}: {field} "{found.get(field)!s:.60}" is not supported ({hint})')
+                f'{where}: {field} {json.dumps(found.get(field)):.60} is not supported ({hint})')
 
     context, factor = hf.get("max_position_embeddings"), rope.get("factor")
     sharper = 1 + 0.1 * math.log(max(1, factor)) if type(factor) in NUMBER else None
@@ -747,7 +746,7 @@ def checkpoint_folder(name, base_of=""):
         return folder
     if not os.path.isdir(folder):
         require(re.fullmatch(r"\w[\w.-]*/[\w.-]+(@.+)?", name),
-                f"{where}{name}: no such folder; give a model's folder or a hub id")
+                f"{where}{name:.80}: no such folder; give a model's folder or a hub id")
         repo, _, revision = name.partition("@")
         from huggingface_hub import snapshot_download
         try:
@@ -830,13 +829,13 @@ def read_config(folder):
 
 def read_adapter(folder):
     """The tensors of a folder's adapter, without peft's prefix, and its adapter_config.json."""
-    path, tensors = os.path.join(folder, "adapter_config.json"), {}
+    path = os.path.join(folder, "adapter_config.json")
     if not os.path.exists(path):
         return {}, {}
-    for file in {file for file, *_ in find_tensors(folder, "adapter_model").values()}:
-        tensors |= load_file(file)
-    return ({name.removeprefix("base_model.model.").replace(".base_layer.", "."): tensor
-             for name, tensor in tensors.items()}, read_json(path))
+    found = {name: read_tensor(file, name)
+             for name, (file, *_) in find_tensors(folder, "adapter_model").items()}
+    return {name.removeprefix("base_model.model.").replace(".base_layer.", "."): tensor
+            for name, tensor in found.items()}, read_json(path)
 
 
 def merge(weight, name, adapter, config):
@@ -847,17 +846,14 @@ def merge(weight, name, adapter, config):
         A, B = (adapter.pop(f"{layer}.lora_{x}.weight").float() for x in "AB")
         rank = math.sqrt(len(A)) if config.get("use_rslora") else len(A)
         change = config["lora_alpha"] / rank * (B @ A)
-    for part in (merged, change):
-        require(part.shape == weight.shape, f"the adapter's {name} has shape {tuple(part.shape)}, "
-                f"its base's {tuple(weight.shape)}; merge the adapter in peft")
+    for part in (merged, change):   # which may be broadcast, else
+        if part.shape != weight.shape:
+            raise ValueError(f"shape {tuple(part.shape)}, not {tuple(weight.shape)}")
     return merged if change is merged else merged.float() + change
 
 
-FLOATS = "F64", "F32", "F16", "BF16"
-
-
 def find_tensors(folder, stem="model"):
-    """{tensor name: (the safetensors file it is in, its first byte there, its end, dtype, shape)}.
+    """{tensor name: (its safetensors file, its dtype there, its shape)}.
 
     Headers are read here because the library keeps one of two tensors of a name without a word.
     Where there is one file and an index of shards beside it, the one file counts, as everywhere.
@@ -873,42 +869,41 @@ def find_tensors(folder, stem="model"):
     for shard in shards:
         path = os.path.join(folder, shard)
         require(os.path.basename(shard) == shard and shard.endswith(".safetensors"),
-                f'{index}: shard "{shard:.60}" is outside the model folder; refusing')
+                f"{index}: shard {json.dumps(shard):.60} is outside the model folder; refusing")
         require(os.path.exists(path), f"{path}: missing, but the index names it; download it again")
         with open(path, "rb") as f, reading(path, "a complete safetensors file"):
             head = f.read(8)
             size = int.from_bytes(head, "little")
             require(head != b"version ", f"{path}: Git LFS pointer, not weights; run git lfs pull")
             require(0 < size < 100_000_000, f"{path}: not a safetensors file; download it again")
-            header = json.loads(f.read(size), object_pairs_hook=list)
-            with safe_open(path, framework="pt"):   # raises what else is wrong with the header
-                pass
-            for name, entry in header:
+            for name, entry in json.loads(f.read(size), object_pairs_hook=list):
                 if name != "__metadata__":
-                    require(name not in found, f"{path}: tensor {name:.80} appears twice")
+                    require(name not in found, f"{path}: tensor {name!r:.80} appears twice")
                     entry = dict(entry)
-                    require(entry["dtype"] in FLOATS, f"{path}: {name:.80} is {entry['dtype']}; "
-                            "quantized weights are not supported, use the bf16 checkpoint")
-                    start, end = (8 + size + at for at in entry["data_offsets"])
-                    found[name] = path, start, end, entry["dtype"], tuple(entry["shape"])
+                    found[name] = path, entry["dtype"], tuple(entry["shape"])
+                    require(entry["dtype"] in ("F64", "F32", "F16", "BF16"),
+                            f"{path}: {name!r:.80} is {entry['dtype']!r:.60}; quantized weights "
+                            "are not supported, use the bf16 checkpoint")
     return found
 
 
+def read_tensor(path, name):
+    with reading(path, "a complete safetensors file"), safe_open(path, framework="pt") as f:
+        return f.get_tensor(name)
+
+
 def weights_fingerprint(folder):
-    """A sha256 of all that makes the model, wherever it lies: config.json, the names, types, shapes
-    and every byte of its tensors, and an adapter's too. It takes about a second a GB."""
+    """A sha256 of all that makes the model, wherever it lies: config.json and every byte of every
+    tensor, with its name, dtype and shape; an adapter's too. It takes about a second a GB."""
     about, tensors = [read_config(folder)], find_tensors(folder)
     adapter = os.path.join(folder, "adapter_config.json")
     if os.path.exists(adapter):
         tensors |= find_tensors(folder, "adapter_model")
         about += map(read_json(adapter).get, ("lora_alpha", "use_rslora"))
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
-    for name, (path, start, end, *kind) in sorted(tensors.items()):
-        digest.update(f"{name} {kind}".encode())
-        with open(path, "rb") as f:
-            f.seek(start)
-            while piece := f.read(min(2 ** 24, end - f.tell())):
-                digest.update(piece)
+    for name, (path, *kind) in sorted(tensors.items()):
+        digest.update(f"{name} {kind}".encode("utf-8", "replace"))
+        digest.update(read_tensor(path, name).reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -929,37 +924,34 @@ def load_weights(model, folder, device):
     Strict: every tensor of the model exactly once, of the right shape, finite, and none besides;
     else UserError says what is wrong where. The weights are never in memory twice.
     """
-    where = {name: entry for name, entry in find_tensors(folder).items()
+    found = {name: entry for name, entry in find_tensors(folder).items()
              if not name.endswith("rotary_emb.inv_freq")}   # old Llamas saved it; it is computed
-    shapes = {n: p.shape for n, p in model.named_parameters() if "lora_" not in n}
-    tied = {"lm_head.weight"} & where.keys() if model.config.tie_word_embeddings else set()
-    shapes |= dict.fromkeys(tied, model.head_weight.shape)
-    for what, names in (("missing", shapes.keys() - where.keys()),
-                        ("unexpected", where.keys() - shapes.keys())):
-        require(not names, f"{folder}: {what} tensor {min(names, default=''):.80} ({len(names)} of "
-                f"{len(shapes)}); wrong config.json?")
-    for name, (path, *_, shape) in where.items():
-        require(shape == shapes[name], f"{path}: {name} has shape {shape}, config.json asks for "
-                f"{tuple(shapes[name])}")
-    model.to_empty(device=device)   # only now is it known to fit the files, and so the memory
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters() if "lora_" not in n}
+    tied = {"lm_head.weight"} & found.keys() if model.config.tie_word_embeddings else set()
+    shapes |= dict.fromkeys(tied, tuple(model.head_weight.shape))
+    for what, names in (("missing", shapes.keys() - found.keys()),
+                        ("unexpected", found.keys() - shapes.keys())):
+        require(not names, f"{folder}: {what} tensor {min(names, default='')!r:.80} ({len(names)} "
+                f"of {len(shapes)}); wrong config.json?")
+    for name, (path, _, shape) in found.items():
+        require(shape == shapes[name], f"{path}: {name} has shape {shape!s:.80}, config.json asks "
+                f"for {shapes[name]}")
+    model.to_empty(device=device)   # not before it is known to be as large as the files say
     parameters, (adapter, adapter_settings) = dict(model.named_parameters()), read_adapter(folder)
-    order = sorted(where, key=lambda name: (name in tied, where[name]))   # by file, the tied last
-    for path, names in itertools.groupby(order, lambda name: where[name][0]):
-        with reading(path, "a complete safetensors file"), safe_open(path, framework="pt") as f:
-            for name in names:
-                p, tensor = parameters.get(name, model.head_weight), f.get_tensor(name)
-                if p is not model.head_weight or not model.config.tie_word_embeddings:
-                    with reading(f"{folder}: the adapter's part of {name}", "one for this base"):
-                        tensor = merge(tensor, name, adapter, adapter_settings)
-                tensor = tensor.to(p.dtype)
-                require(all_finite(tensor), f"{path}: {name} holds NaN or values that are infinite "
-                        f"in {p.dtype}; refusing")
-                require(name not in tied or tensor.to(p.device).equal(whole(p)),
-                        f"{folder}: lm_head.weight differs from embed_tokens.weight, but "
-                        "config.json ties them; set tie_word_embeddings to false")
-                fill(p, tensor)
-    require(not adapter, f"{folder}: the adapter's {min(adapter, default='')} fits no weight of "
-            "its base, or one that is tied; merge the adapter in peft")
+    for name, (path, *_) in sorted(found.items(), key=lambda entry: entry[0] in tied):
+        p, tensor = parameters.get(name, model.head_weight), read_tensor(path, name)
+        if p is not model.head_weight or not model.config.tie_word_embeddings:
+            with reading(f"{folder}: the adapter's part of {name}", "one for this base"):
+                tensor = merge(tensor, name, adapter, adapter_settings)
+        tensor = tensor.to(p.dtype)
+        require(all_finite(tensor), f"{path}: {name} holds NaN or infinite values in {p.dtype}; "
+                "refusing")
+        require(name not in tied or tensor.to(p.device).equal(whole(p)),
+                f"{folder}: lm_head.weight differs from embed_tokens.weight, but config.json ties "
+                "them; set tie_word_embeddings to false")
+        fill(p, tensor)
+    require(not adapter, f"{folder}: the adapter's {min(adapter, default='')!r:.80} fits no weight "
+            "of its base, or one that is tied; merge the adapter in peft")
     for layer in lora_layers(model).values():
         layer.init_adapter()
 
