@@ -125,12 +125,12 @@ def config_from_dict(hf, where="config.json"):
 
     context, factor = hf.get("max_position_embeddings"), rope.get("factor")
     sharper = 1 + 0.1 * math.log(max(1, factor)) if type(factor) in NUMBER else None
-    given = {"original_max_position_embeddings": context, "beta_fast": 32, "beta_slow": 1,
-             "attention_factor": sharper} | rope
-    given |= {field: hf[field] for field in ["original_max_position_embeddings"] if hf.get(field)}
+    original = "original_max_position_embeddings"
+    given = {original: context, "beta_fast": 32, "beta_slow": 1, "attention_factor": sharper} | rope
+    given[original] = hf.get(original) or given[original]
     scaling = {field: given.get(field) for field in ROPE[rope_type]}
     needed = {field: hf.get(field) for field in SIZES} | scaling | {
-        "rope_theta": rope.get("rope_theta") or hf.get("rope_theta", 1e4),
+        "rope_theta": rope.get("rope_theta", hf.get("rope_theta", 1e4)),
         "rms_norm_eps": hf.get("rms_norm_eps", 1e-6)}
     given = hf | dict.fromkeys(ROPE_NUMBERS) | {"sliding_window": window} | needed
     for field, (kinds, least, most) in RANGES.items():
@@ -726,7 +726,8 @@ def whole(tensor):
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
                    "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model",
                    "chat_template.jinja")
-MODEL_FILES = ("config.json", "generation_config.json", "adapter_config.json", *TOKENIZER_FILES)
+CONFIGS = "config.json", "adapter_config.json"   # by which a folder is opened
+MODEL_FILES = (*CONFIGS, "generation_config.json", *TOKENIZER_FILES)
 ON_A_BASE = set()   # the folders that on_its_base made
 
 
@@ -810,8 +811,7 @@ def on_its_base(adapter):
     alone = not own & {*TOKENIZER_FILES} - {"chat_template.jinja"}
     files = {file: base for file in model_files(base)
              if alone or file == "tokenizer.json" or file not in TOKENIZER_FILES}
-    folder = tempfile.mkdtemp(prefix=f"{os.path.basename(os.path.abspath(adapter))}-on-"
-                              f"{os.path.basename(os.path.abspath(name))}-")
+    folder = tempfile.mkdtemp(prefix=os.path.basename(os.path.abspath(adapter)) + "-on-its-base-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     for file, source in (files | dict.fromkeys(own, adapter)).items():
         os.symlink(os.path.abspath(os.path.join(source, file)), os.path.join(folder, file))
@@ -820,11 +820,9 @@ def on_its_base(adapter):
 
 
 def read_config(folder):
-    """config.json of a checkpoint as a dict."""
-    path = os.path.join(folder, "config.json")
-    require(os.path.exists(path),
+    require("config.json" in model_files(folder),
             f"{folder}: no config.json; give a Hugging Face checkpoint folder")
-    return read_json(path)
+    return read_json(os.path.join(folder, "config.json"))
 
 
 def read_adapter(folder):
@@ -1036,15 +1034,13 @@ def export(model, folder, hf_config, base_folder=None, dtype=torch.bfloat16, ada
     write_json(os.path.join(temporary, "generation_config.json"), generation)
     if chat_template is not None:
         write_text(os.path.join(temporary, "chat_template.jinja"), chat_template)
-    record, new = os.path.join(folder, EXPORTED), set(os.listdir(temporary))
-    old = exported_files(folder) - {*(() if base_folder else TOKENIZER_FILES)}
-    write_json(record, {"files": sorted(exported_files(folder) | new)})
-    configs = "config.json", "adapter_config.json"
-    for file in sorted(old, key=lambda file: file not in configs):
+    record, old, new = os.path.join(folder, EXPORTED), exported_files(folder), os.listdir(temporary)
+    write_json(record, {"files": sorted(old.union(new))})
+    for file in sorted(old, key=lambda file: file not in CONFIGS):
         os.remove(os.path.join(folder, file))
-    for file in sorted(new, key=lambda file: file in configs):
+    for file in sorted(new, key=lambda file: file in CONFIGS):
         publish(os.path.join(temporary, file), os.path.join(folder, file))
-    write_json(record, {"files": sorted(exported_files(folder))})
+    write_json(record, {"files": sorted(new)})
     os.rmdir(temporary)
 
 
@@ -1098,7 +1094,6 @@ def check_target(out_dir, folder, adapter_alone, overwrite=False):
         require(file in known, f"{os.path.join(out_dir, file)}: no export of this project wrote "
                 "it, and it would be overwritten, or opened with the model; move it, or give "
                 "another out_dir")
-    unfinished = os.path.exists(os.path.join(out_dir, "train_config.json"))
-    unfinished = unfinished and not is_finished(out_dir)
-    require(overwrite or unfinished or not known,
+    begun = os.path.exists(os.path.join(out_dir, "train_config.json"))
+    require(overwrite or not known or begun and not is_finished(out_dir),
             f"out_dir: {out_dir} holds a finished model; --overwrite=True replaces it")
