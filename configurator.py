@@ -174,7 +174,7 @@ def writing(path):
 
 def first_line(error):
     """The first line of an error's message, for a message of one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 
 def parse_json(text):
@@ -258,12 +258,37 @@ def cache_path(kind, key, code):
     return os.path.join(folder, f"{kind}-{digest.hexdigest()[:24]}.npz")
 
 
+def cache_sum(path, arrays):
+    """A sha256 of arrays by name, their shapes and dtypes, and the name of the cache's file."""
+    digest = hashlib.sha256(os.path.basename(path).encode())
+    for name, array in sorted(arrays.items()):
+        array = np.asarray(array)
+        digest.update(f"{name} {array.dtype.str} {array.shape} ".encode() + array.tobytes())
+    return digest.hexdigest()
+
+
+def load_cache(path):
+    """{name: array} as save_cache was given it. None where there is nothing, or anything else: a
+    damaged cache is no cache, and a note says so."""
+    if not os.path.isfile(path):
+        return None
+    try:
+        with np.load(path) as z:   # which unpickles nothing
+            arrays = dict(z)
+        require(arrays.pop("sha256") == cache_sum(path, arrays), "other content than was written")
+        return arrays
+    except Exception as e:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"note: {path} is damaged ({first_line(e):.80}); this is computed again")
+        return None
+
+
 def save_cache(path, **arrays):
     """np.savez, whole or not at all. A cache that can't be written costs time, not the run."""
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(f"{path}.tmp{os.getpid()}", "wb") as f:
-            np.savez(f, **arrays)
+            np.savez(f, **arrays, sha256=cache_sum(path, arrays))
         publish(f.name, path)
     except OSError as e:
         print(f"note: {path} not written ({e.strerror}); this will be computed again next time")
@@ -882,7 +907,7 @@ def is_finished(folder):
 RESUME_MAY_CHANGE = (
     "out_dir", "resume", "dry_run", "debug", "max_iters", "epochs", "export_", "wandb_", "sample_",
     "log_", "eval_interval", "save_", "keep_", "skip_", "device", "parallel", "compile",
-    "pack_tokens", "activation_")
+    "pack_tokens", "activation_", "overwrite")
 COMPARED_BY_CONTENT = ("init_from", "dataset", "eval_dataset")   # by their .._sha256
 
 

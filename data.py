@@ -55,8 +55,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from configurator import (
-    UserError, cache_path, check_file, first_line, parse_json, rank_and_size, read_json, reading,
-    require, save_cache, sha256, time_limit)
+    UserError, cache_path, check_file, first_line, load_cache, parse_json, rank_and_size, read_json,
+    reading, require, save_cache, sha256, time_limit)
 
 MAX_CHARS = 400_000   # of a field; tiktoken panics at a piece of about a million characters
 MAX_LINE, MAX_WHOLE = 10 ** 8, 2 ** 31   # bytes: a small file may unpack without end
@@ -1162,9 +1162,8 @@ def load_pairs(sources, split, tokenizer, max_length, max_prompt_length, bad_row
         glob.glob(f"{glob.escape(s)}/**", recursive=True)) if os.path.isfile(f)] or [s])]
                 for s, split in sources]
     path = cache_path("pairs", [tokenizer.fingerprint, *args, contents], code=["data.py"])
-    if os.path.exists(path):
-        with np.load(path) as z:
-            return Pairs(z["tokens"], z["lengths"], z["rewards"], str(z["report"]))
+    if z := load_cache(path):
+        return Pairs(z["tokens"], z["lengths"], z["rewards"], str(z["report"]))
     pairs = tokenize(sources, tokenizer, *args)
     save_cache(path, tokens=pairs.tokens, lengths=pairs.lengths, rewards=pairs.rewards,
                report=pairs.report)

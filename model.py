@@ -14,7 +14,6 @@ References
 import atexit
 import contextlib
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -30,7 +29,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -38,8 +37,8 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from torch.utils.checkpoint import checkpoint
 
 from configurator import (
-    UserError, first_line, publish, rank_and_size, read_json, reading, require, write_json,
-    write_text)
+    UserError, first_line, is_finished, publish, rank_and_size, read_json, reading, require,
+    write_json, write_text)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -87,10 +86,19 @@ HONOURED = {
     "truncate": ((True, None), "yarn with true"),
     "layer_types": ((None,), "full_attention, or sliding_attention with a sliding_window"),
     "quantization_config": ((None, {}), "use the bf16 checkpoint, not quantized weights"),
-}
+} | dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"),
+                  ((True, False, None), "true or false"))
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-         "num_attention_heads")
-OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings")
+         "num_attention_heads")   # which every config.json has
+ROPE_NUMBERS = {field for fields in ROPE.values() for field in fields}
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+WHOLE, NUMBER = (int,), (int, float)
+# Of each number its type, the least and the largest value with which a network can be built and
+# computes something.
+RANGES = dict.fromkeys((*SIZES, "num_key_value_heads", "head_dim", "max_position_embeddings",
+                        "sliding_window"), (WHOLE, 1, 2 ** 30)) | dict.fromkeys(
+    ROPE_NUMBERS, (NUMBER, 1e-12, 1e12)) | {"rms_norm_eps": (NUMBER, 1e-12, 1), "rope_theta": (
+        NUMBER, 2, 1e12), "num_hidden_layers": (WHOLE, 1, 1000)}
 
 
 def config_from_dict(hf, where="config.json"):
@@ -101,7 +109,7 @@ def config_from_dict(hf, where="config.json"):
     """
     rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     require(isinstance(rope, dict) and dict not in map(type, rope.values()),
-            f"{where}: rope parameters must be one object of numbers and words (got {rope!r})")
+            f"{where}: rope parameters must be one object of numbers and words (got {rope!r:.60})")
     rope = {field: value for field, value in rope.items() if value is not None}
     kind, rope_type = hf.get("model_type"), rope.get("rope_type") or rope.get("type") or "default"
     # Every Mistral has a window, of 4,096 where its config doesn't say; Qwen's is switched on by
@@ -113,37 +121,49 @@ def config_from_dict(hf, where="config.json"):
     found = hf | rope | {"rope_type": rope_type, "layer_types": min(odd, default=None)}
     for field, (values, hint) in HONOURED.items():
         require(found.get(field) in values,
-                f'{where}: {field} "{found.get(field)}" is not supported ({hint})')
+                f'{where}: {field} {json.dumps(found.get(field)):.60} is not supported ({hint})')
 
-    theta, eps = rope.get("rope_theta") or hf.get("rope_theta", 1e4), hf.get("rms_norm_eps", 1e-6)
     context, factor = hf.get("max_position_embeddings"), rope.get("factor")
-    sharper = 1 + 0.1 * math.log(max(1, factor)) if type(factor) in (int, float) else None
-    given = {"original_max_position_embeddings": context, "beta_fast": 32, "beta_slow": 1,
-             "attention_factor": sharper} | rope
-    given |= {field: hf[field] for field in ["original_max_position_embeddings"] if hf.get(field)}
+    sharper = 1 + 0.1 * math.log(max(1, factor)) if type(factor) in NUMBER else None
+    original = "original_max_position_embeddings"
+    given = {original: context, "beta_fast": 32, "beta_slow": 1, "attention_factor": sharper} | rope
+    given[original] = hf.get(original) or given[original]
     scaling = {field: given.get(field) for field in ROPE[rope_type]}
+    needed = {field: hf.get(field) for field in SIZES} | scaling | {
+        "rope_theta": rope.get("rope_theta", hf.get("rope_theta", 1e4)),
+        "rms_norm_eps": hf.get("rms_norm_eps", 1e-6)}
+    given = hf | dict.fromkeys(ROPE_NUMBERS) | {"sliding_window": window} | needed
+    for field, (kinds, least, most) in RANGES.items():
+        value, name = given.get(field), "whole number" if kinds is WHOLE else "number"
+        require(type(value) in kinds and least <= value <= most
+                or value is None and field not in needed,
+                f"{where}: {field} must be a {name} from {least} to {most} (got {value!r:.60})")
+    for field in TOKEN_IDS:
+        ids = hf.get(field)
+        for i in ids if isinstance(ids, list) else [ids]:
+            require(i is None or type(i) is int,
+                    f"{where}: {field} must be a token's id, a number (got {i!r:.60})")
+
+    n_head, width, bias = hf["num_attention_heads"], hf["hidden_size"], hf.get("attention_bias")
+    n_kv_head = hf.get("num_key_value_heads") or n_head
+    head_dim = hf.get("head_dim") or (128 if kind == "qwen3" else width // n_head)
+    low, high = scaling.get("low_freq_factor", 0), scaling.get("high_freq_factor", 1)
+    for wrong, why in ((n_head % n_kv_head, f"{n_head} heads can't share {n_kv_head} key heads"),
+                       (head_dim % 2 or not head_dim, f"head_dim {head_dim} is no even number"),
+                       (low >= high, "high_freq_factor must be above low_freq_factor")):
+        require(not wrong, f"{where}: {why}; is it this model's config?")
     limits = {"sliding_window": None if layers == {"full_attention"} else window,
               "max_position_embeddings": (context or 2048) if rope_type == "dynamic" else None}
-    optional = {field: hf.get(field) for field in OPTIONAL_SIZES} | {"sliding_window": window}
-    whole_numbers = {field: hf.get(field) for field in SIZES}
-    whole_numbers |= {field: value for field, value in optional.items() if value is not None}
-    numbers = scaling | {"rope_theta": theta, "rms_norm_eps": eps}
-    for field, value in (whole_numbers | numbers).items():
-        kinds, name = ((int, float), "number") if field in numbers else ((int,), "whole number")
-        require(type(value) in kinds and value > 0,
-                f"{where}: {field} must be a {name} above 0 (got {value!r})")
-    n_head, bias = hf["num_attention_heads"], hf.get("attention_bias", False)
     return LlamaConfig(
-        vocab_size=hf["vocab_size"], n_layer=hf["num_hidden_layers"], n_embd=hf["hidden_size"],
-        n_head=n_head, n_kv_head=hf.get("num_key_value_heads") or n_head,
-        head_dim=hf.get("head_dim") or (128 if kind == "qwen3" else hf["hidden_size"] // n_head),
-        intermediate_size=hf["intermediate_size"], norm_eps=eps, rope_theta=theta,
+        vocab_size=hf["vocab_size"], n_layer=hf["num_hidden_layers"], n_embd=width, n_head=n_head,
+        n_kv_head=n_kv_head, head_dim=head_dim, intermediate_size=hf["intermediate_size"],
+        norm_eps=needed["rms_norm_eps"], rope_theta=needed["rope_theta"],
         rope_scaling={"rope_type": rope_type} | scaling if scaling else None,
         max_position_embeddings=context or 2048,
-        tie_word_embeddings=hf.get("tie_word_embeddings", False),
+        tie_word_embeddings=bool(hf.get("tie_word_embeddings")),
         limits=tuple((field, n) for field, n in limits.items() if n),
-        mlp_bias=hf.get("mlp_bias", False), qkv_bias=bias or kind == "qwen2",
-        o_bias=bias and kind != "qwen2", qk_norm=kind == "qwen3")
+        mlp_bias=bool(hf.get("mlp_bias")), qkv_bias=bool(bias) or kind == "qwen2",
+        o_bias=bool(bias) and kind != "qwen2", qk_norm=kind == "qwen3")
 
 
 # -----------------------------------------------------------------------------
@@ -707,113 +727,132 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
                    "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model",
                    "chat_template.jinja")
 TEMPLATE_FILES = "chat_template.jinja", "tokenizer_config.json"
+CONFIGS = "config.json", "adapter_config.json"   # by which a folder is opened
+MODEL_FILES = (*CONFIGS, "generation_config.json", *TOKENIZER_FILES)
+ON_A_BASE = set()   # the folders that on_its_base made
 
 
-def checkpoint_folder(name, where=""):
+def model_files(folder):
+    """Names of what is in a folder, of those that somebody who opens a model there may read."""
+    found = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    return [file for file in found if file in MODEL_FILES
+            or file.endswith((".safetensors", ".safetensors.index.json"))]
+
+
+def checkpoint_folder(name, base_of=""):
     """A folder as it is; of a hub id, owner/name or owner/name@revision, the folder into which the
-    needed files are downloaded; of a LoRA adapter, what `on_its_base` makes of it. where: begins an
-    error."""
-    folder = os.path.expanduser(name)
+    needed files are downloaded; of a LoRA adapter, what `on_its_base` makes of it. base_of: the
+    adapter_config.json that names it as its base."""
+    folder, where = os.path.expanduser(name), f"{base_of}: base model " if base_of else ""
+    if folder in ON_A_BASE:
+        return folder
     if not os.path.isdir(folder):
         require(re.fullmatch(r"\w[\w.-]*/[\w.-]+(@.+)?", name),
-                f"{where}{name}: no such folder; give a model's folder or a hub id")
+                f"{where}{name:.80}: no such folder; give a model's folder or a hub id")
         repo, _, revision = name.partition("@")
         from huggingface_hub import snapshot_download
         try:
             folder = snapshot_download(repo, revision=revision or None, allow_patterns=[
-                "config.json", "generation_config.json", "model*.safetensors",
-                "model.safetensors.index.json", "adapter_config.json",
-                "adapter_model*.safetensors", *TOKENIZER_FILES])
+                "model*.safetensors*", "adapter_model*.safetensors*", *MODEL_FILES])
         except Exception as e:
             raise UserError(f"{where}{name}: no such folder here, and the hub can't be reached or "
                             f"refuses ({type(e).__name__}: {first_line(e)}); is the name right? A "
                             f"gated model asks you to accept its licence at huggingface.co/{repo}, "
                             "then to run `hf auth login`") from e
+    check_files(folder)
     adapter = os.path.exists(os.path.join(folder, "adapter_config.json"))
+    require(not (adapter and base_of), f"{base_of}: its base is an adapter too; merge that one")
     return on_its_base(folder) if adapter else folder
 
 
-ADAPTER = "adapter-to-merge"   # what on_its_base calls its link to the adapter's folder
+def check_files(folder):
+    """UserError unless the model's files are files, and lie in the folder. A link that leaves it
+    could bring a private file into an export. The hub's cache may have its links, from
+    snapshots/REVISION/x to blobs/y."""
+    here = os.path.realpath(folder)
+    snapshots, blobs = os.path.dirname(here), os.path.join(here, "..", "..", "blobs")
+    for file in model_files(folder):
+        path = os.path.join(folder, file)
+        require(os.path.isfile(path), f"{path}: not a file; put the model's there")
+        there = os.path.dirname(os.path.realpath(path))
+        require(os.path.commonpath([here, there]) == here or os.path.basename(snapshots) ==
+                "snapshots" and there == os.path.normpath(blobs), f"{path}: a link to another "
+                "folder, which may be private; copy the file, or link the whole folder")
+
+
 # Fields of adapter_config.json with which an adapter is (alpha / rank) B A, or tensors that replace
 # the base's. With any other field that is set it may be more.
-LORA_FIELDS = """alpha_pattern auto_mapping base_model_name_or_path bias eva_config exclude_modules
-    fan_in_fan_out inference_mode layers_pattern layers_to_transform lora_alpha lora_dropout
-    megatron_core modules_to_save peft_version qalora_group_size r rank_pattern revision
-    runtime_config target_modules task_type use_rslora""".split()
-LORA_VALUES = {"peft_type": ("LORA",), "init_lora_weights":   # others change the base as well
-               (True, False, None, "gaussian", "eva", "orthogonal")}
+LORA_FIELDS = """auto_mapping base_model_name_or_path bias exclude_modules inference_mode
+    layers_pattern layers_to_transform lora_alpha lora_dropout megatron_core modules_to_save
+    peft_version qalora_group_size r rank_pattern revision runtime_config target_modules
+    task_type""".split()
+LORA_VALUES = {"peft_type": ("LORA",), "use_rslora": (True, False, None), "init_lora_weights":
+               (True, False, None, "gaussian", "eva", "orthogonal")}   # others change the base
 
 
 def on_its_base(adapter):
-    """The folder of a LoRA adapter, as peft writes it -> a folder of links to its base's files and
-    its own tokenizer's. `load_weights` merges the adapter there."""
+    """The folder of a LoRA adapter, as peft writes it -> a folder of links to it, to its base's
+    files and to its own tokenizer's. `load_weights` merges the adapter there."""
     path = os.path.join(adapter, "adapter_config.json")
     config = read_json(path)
     for field, value in config.items():
         known = not value or field in LORA_FIELDS
         require(value in LORA_VALUES[field] if field in LORA_VALUES else known,
-                f"{path}: {field} {value!r} is not supported; merge the adapter in peft")
-    files = set(os.listdir(adapter))
-    require(not files & {"model.safetensors", "model.safetensors.index.json"},
-            f"{adapter}: a model and an adapter, which may be merged in it already; delete "
-            "adapter_config.json or the model's weights")
-    name, revision = str(config.get("base_model_name_or_path")), config.get("revision")
+                f"{path}: {field} {value!r:.60} is not supported; merge the adapter in peft")
+    alpha, revision = config.get("lora_alpha"), config.get("revision")
+    require(type(alpha) in NUMBER and 0 < alpha < 1e12,
+            f"{path}: lora_alpha must be a number above 0 (got {alpha!r:.60})")
+    name = str(config.get("base_model_name_or_path"))
     at = f"@{revision}" if revision and not os.path.isdir(name) else ""
-    base = checkpoint_folder(name + at, f"{path}: base model ")
-    require(ADAPTER not in os.listdir(base), f"{path}: its base is an adapter too; merge that one")
-    folder = tempfile.mkdtemp(prefix=f"{os.path.basename(os.path.abspath(adapter))}-on-"
-                              f"{os.path.basename(os.path.abspath(name))}-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    base = checkpoint_folder(name + at, base_of=path)
     # A tokenizer's files belong together; but some adapters have them without tokenizer.json, or
     # a template alone.
-    own = files & set(TOKENIZER_FILES)
-    instead = set(TOKENIZER_FILES if own - {"chat_template.jinja"} else own)
-    instead -= {"tokenizer.json"} - own
-    for source, files in ((base, set(os.listdir(base)) - instead), (adapter, own)):
-        for file in files:
-            os.symlink(os.path.abspath(os.path.join(source, file)), os.path.join(folder, file))
-    os.symlink(os.path.abspath(adapter), os.path.join(folder, ADAPTER))
+    own = {file for file in model_files(adapter)
+           if file in TOKENIZER_FILES or file.startswith("adapter_")}
+    alone = not own & {*TOKENIZER_FILES} - {"chat_template.jinja"}
+    files = {file: base for file in model_files(base)
+             if alone or file == "tokenizer.json" or file not in TOKENIZER_FILES}
+    folder = tempfile.mkdtemp(prefix=os.path.basename(os.path.abspath(adapter)) + "-on-its-base-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    for file, source in (files | dict.fromkeys(own, adapter)).items():
+        os.symlink(os.path.abspath(os.path.join(source, file)), os.path.join(folder, file))
+    ON_A_BASE.add(folder)
     return folder
 
 
 def read_config(folder):
-    """config.json of a checkpoint as a dict."""
-    path = os.path.join(folder, "config.json")
-    require(os.path.exists(path),
+    require("config.json" in model_files(folder),
             f"{folder}: no config.json; give a Hugging Face checkpoint folder")
-    return read_json(path)
+    return read_json(os.path.join(folder, "config.json"))
 
 
 def read_adapter(folder):
     """The tensors of a folder's adapter, without peft's prefix, and its adapter_config.json."""
-    adapter, tensors = os.path.join(folder, ADAPTER), {}
-    if not os.path.exists(adapter):
+    path = os.path.join(folder, "adapter_config.json")
+    if not os.path.exists(path):
         return {}, {}
-    for path in {path for path, *_ in find_tensors(adapter, "adapter_model").values()}:
-        with reading(path, "a complete safetensors file"):
-            tensors |= load_file(path)
-    return ({name.removeprefix("base_model.model.").replace(".base_layer.", "."): tensor
-             for name, tensor in tensors.items()},
-            read_json(os.path.join(adapter, "adapter_config.json")))
+    found = {name: read_tensor(file, name)
+             for name, (file, *_) in find_tensors(folder, "adapter_model").items()}
+    return {name.removeprefix("base_model.model.").replace(".base_layer.", "."): tensor
+            for name, tensor in found.items()}, read_json(path)
 
 
 def merge(weight, name, adapter, config):
     """A weight of the base as the adapter changes it. What changed it is taken from `adapter`."""
     layer, merged = name.removesuffix(".weight"), adapter.pop(name, weight)
+    change = merged
     if f"{layer}.lora_A.weight" in adapter:
         A, B = (adapter.pop(f"{layer}.lora_{x}.weight").float() for x in "AB")
-        alpha = next((alpha for layers, alpha in (config.get("alpha_pattern") or {}).items()
-                      if re.match(rf"(.*\.)?({layers})$", layer)), config["lora_alpha"])
         rank = math.sqrt(len(A)) if config.get("use_rslora") else len(A)
-        change = alpha / rank * (B @ A)
-        merged = merged.float() + change if merged.shape == change.shape else change
-    require(merged.shape == weight.shape, f"the adapter's {name} has shape {tuple(merged.shape)}, "
-            f"its base's {tuple(weight.shape)}; merge the adapter in peft")
-    return merged
+        change = config["lora_alpha"] / rank * (B @ A)
+    for part in (merged, change):   # which may be broadcast, else
+        if part.shape != weight.shape:
+            raise ValueError(f"shape {tuple(part.shape)}, not {tuple(weight.shape)}")
+    return merged if change is merged else merged.float() + change
 
 
 def find_tensors(folder, stem="model"):
-    """{tensor name: (the safetensors file it is in, its first byte there, its end)}.
+    """{tensor name: (its safetensors file, its dtype there, its shape)}.
 
     Headers are read here because the library keeps one of two tensors of a name without a word.
     Where there is one file and an index of shards beside it, the one file counts, as everywhere.
@@ -828,8 +867,8 @@ def find_tensors(folder, stem="model"):
     found = {}
     for shard in shards:
         path = os.path.join(folder, shard)
-        require(os.path.basename(shard) == shard,
-                f'{index}: shard "{shard}" is outside the model folder; refusing')
+        require(os.path.basename(shard) == shard and shard.endswith(".safetensors"),
+                f"{index}: shard {json.dumps(shard):.60} is outside the model folder; refusing")
         require(os.path.exists(path), f"{path}: missing, but the index names it; download it again")
         with open(path, "rb") as f, reading(path, "a complete safetensors file"):
             head = f.read(8)
@@ -838,36 +877,41 @@ def find_tensors(folder, stem="model"):
             require(0 < size < 100_000_000, f"{path}: not a safetensors file; download it again")
             for name, entry in json.loads(f.read(size), object_pairs_hook=list):
                 if name != "__metadata__":
-                    require(name not in found, f"{path}: tensor {name} appears twice")
-                    found[name] = path, *(8 + size + at for at in dict(entry)["data_offsets"])
+                    require(name not in found, f"{path}: tensor {name!r:.80} appears twice")
+                    entry = dict(entry)
+                    found[name] = path, entry["dtype"], tuple(entry["shape"])
+                    require(entry["dtype"] in ("F64", "F32", "F16", "BF16"),
+                            f"{path}: {name!r:.80} is {entry['dtype']!r:.60}; quantized weights "
+                            "are not supported, use the bf16 checkpoint")
     return found
 
 
+def read_tensor(path, name):
+    with reading(path, "a complete safetensors file"), safe_open(path, framework="pt") as f:
+        return f.get_tensor(name)
+
+
 def weights_fingerprint(folder):
-    """A sha256 that changes when the model does, wherever its files lie: of config.json, and of up
-    to 64 pieces of 4 KiB of every tensor, spread evenly over it. For an 8B model that is 60 MB."""
-    digest = hashlib.sha256(json.dumps(read_config(folder), sort_keys=True).encode())
-    tensors, adapter = find_tensors(folder), os.path.join(folder, ADAPTER)
+    """A sha256 of all that makes the model, wherever it lies: config.json and every byte of every
+    tensor, with its name, dtype and shape; an adapter's too. It takes about a second a GB."""
+    about, tensors = [read_config(folder)], find_tensors(folder)
+    adapter = os.path.join(folder, "adapter_config.json")
     if os.path.exists(adapter):
-        tensors |= find_tensors(adapter, "adapter_model")
-        config = read_json(os.path.join(adapter, "adapter_config.json"))
-        scale = [config.get(field) for field in ("lora_alpha", "alpha_pattern", "use_rslora")]
-        digest.update(json.dumps(scale).encode())
-    for name, (path, start, end) in sorted(tensors.items()):
-        digest.update(f"{name} {end - start}".encode())
-        with open(path, "rb") as f:
-            for at in range(start, end, max(4096, (end - start) // 64)):
-                f.seek(at)
-                digest.update(f.read(min(4096, end - at)))
+        tensors |= find_tensors(folder, "adapter_model")
+        about += map(read_json(adapter).get, ("lora_alpha", "use_rslora"))
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for name, (path, *kind) in sorted(tensors.items()):
+        digest.update(f"{name} {kind}".encode("utf-8", "replace"))
+        digest.update(read_tensor(path, name).reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
 def build(folder, dtype):
     """The network of a checkpoint in `dtype`, on the meta device (shapes, but no memory yet), and
     its config.json as a dict."""
-    hf_config = read_config(folder)
-    config = config_from_dict(hf_config, os.path.join(folder, "config.json"))
-    with torch.device("meta"):
+    hf_config, path = read_config(folder), os.path.join(folder, "config.json")
+    config = config_from_dict(hf_config, path)
+    with torch.device("meta"), reading(path, "the config of a model that can be built"):
         return Llama(config).to(dtype), hf_config
 
 
@@ -879,36 +923,34 @@ def load_weights(model, folder, device):
     Strict: every tensor of the model exactly once, of the right shape, finite, and none besides;
     else UserError says what is wrong where. The weights are never in memory twice.
     """
-    model.to_empty(device=device)
-    expected = {n: p for n, p in model.named_parameters() if "lora_" not in n}
-    where = {name: path for name, (path, *_) in find_tensors(folder).items()
+    found = {name: entry for name, entry in find_tensors(folder).items()
              if not name.endswith("rotary_emb.inv_freq")}   # old Llamas saved it; it is computed
-    tied = {"lm_head.weight"} & where.keys() if model.config.tie_word_embeddings else set()
-    for what, names in (("missing", expected.keys() - where.keys()),
-                        ("unexpected", where.keys() - expected.keys() - tied)):
-        require(not names, f"{folder}: {what} tensor {min(names, default='')} ({len(names)} of "
-                f"{len(expected)}); wrong config.json?")
-    adapter, adapter_settings = read_adapter(folder)
-    order = sorted(where, key=lambda name: (name in tied, where[name]))   # by file, the tied last
-    for path, names in itertools.groupby(order, where.get):
-        with reading(path, "a complete safetensors file"), safe_open(path, framework="pt") as f:
-            for name in names:
-                p, tensor = expected.get(name, model.head_weight), f.get_tensor(name)
-                require(tensor.shape == p.shape, f"{path}: {name} has shape {tuple(tensor.shape)}, "
-                        f"config.json asks for {tuple(p.shape)}")
-                require(tensor.is_floating_point() and tensor.element_size() > 1,
-                        f"{path}: {name} is {tensor.dtype}; quantized weights are not supported, "
-                        "use the bf16 checkpoint")
-                if p is not model.head_weight or not model.config.tie_word_embeddings:
-                    tensor = merge(tensor, name, adapter, adapter_settings)
-                require(all_finite(tensor),
-                        f"{path}: {name} holds NaN or infinite values; refusing")
-                require(name not in tied or tensor.to(p.device, p.dtype).equal(whole(p)),
-                        f"{folder}: lm_head.weight differs from embed_tokens.weight, but "
-                        "config.json ties them; set tie_word_embeddings to false")
-                fill(p, tensor)
-    require(not adapter, f"{folder}: the adapter's {min(adapter, default='')} fits no weight of "
-            "its base, or one that is tied; merge the adapter in peft")
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters() if "lora_" not in n}
+    tied = {"lm_head.weight"} & found.keys() if model.config.tie_word_embeddings else set()
+    shapes |= dict.fromkeys(tied, tuple(model.head_weight.shape))
+    for what, names in (("missing", shapes.keys() - found.keys()),
+                        ("unexpected", found.keys() - shapes.keys())):
+        require(not names, f"{folder}: {what} tensor {min(names, default='')!r:.80} ({len(names)} "
+                f"of {len(shapes)}); wrong config.json?")
+    for name, (path, _, shape) in found.items():
+        require(shape == shapes[name], f"{path}: {name} has shape {shape!s:.80}, config.json asks "
+                f"for {shapes[name]}")
+    model.to_empty(device=device)   # not before it is known to be as large as the files say
+    parameters, (adapter, adapter_settings) = dict(model.named_parameters()), read_adapter(folder)
+    for name, (path, *_) in sorted(found.items(), key=lambda entry: entry[0] in tied):
+        p, tensor = parameters.get(name, model.head_weight), read_tensor(path, name)
+        if p is not model.head_weight or not model.config.tie_word_embeddings:
+            with reading(f"{folder}: the adapter's part of {name}", "one for this base"):
+                tensor = merge(tensor, name, adapter, adapter_settings)
+        tensor = tensor.to(p.dtype)
+        require(all_finite(tensor), f"{path}: {name} holds NaN or infinite values in {p.dtype}; "
+                "refusing")
+        require(name not in tied or tensor.to(p.device).equal(whole(p)),
+                f"{folder}: lm_head.weight differs from embed_tokens.weight, but config.json ties "
+                "them; set tie_word_embeddings to false")
+        fill(p, tensor)
+    require(not adapter, f"{folder}: the adapter's {min(adapter, default='')!r:.80} fits no weight "
+            "of its base, or one that is tied; merge the adapter in peft")
     for layer in lora_layers(model).values():
         layer.init_adapter()
 
@@ -940,7 +982,9 @@ def export(model, folder, hf_config, base_folder=None, dtype=torch.bfloat16, ada
     stop_ids: what ends a turn, for generation_config.json.
 
     Every rank calls it, since a sharded tensor is put together by all; the first rank writes. Files
-    are written into a folder of their own, then moved, so that each is whole or not there.
+    are written into a folder of their own, then moved, so that each is whole or not there. Those of
+    an earlier export go, and no others. While they change places there is no config.json, so that
+    the folder never opens with a part of each.
     """
     layers, state = lora_layers(model), model.state_dict()
     if adapter_of:
@@ -980,7 +1024,7 @@ def export(model, folder, hf_config, base_folder=None, dtype=torch.bfloat16, ada
     if shards.is_sharded:
         write_json(os.path.join(temporary, f"{stem}.safetensors.index.json"),
                    {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename})
-    ids = () if adapter_of else ("bos_token_id", "eos_token_id", "pad_token_id")
+    ids = () if adapter_of else TOKEN_IDS
     generation = {k: hf_config[k] for k in ids if hf_config.get(k) is not None}
     for file in (*TOKENIZER_FILES, "generation_config.json") if base_folder else ():
         if os.path.exists(source := os.path.join(base_folder, file)):
@@ -999,15 +1043,27 @@ def export(model, folder, hf_config, base_folder=None, dtype=torch.bfloat16, ada
             write_text(jinja, chat_template)
         if had and not same:
             write_json(path, config | {"chat_template": chat_template})
-    # files of an earlier export would be loaded together with the new ones, or instead of them
-    new, stale = os.listdir(temporary), ["config.json", "adapter_config.json"]
-    stale += TOKENIZER_FILES if base_folder else ()
-    for file in os.listdir(folder):
-        if file not in new and (".safetensors" in file or file in stale):
-            os.remove(os.path.join(folder, file))
-    for file in new:
+    record, old, new = os.path.join(folder, EXPORTED), exported_files(folder), os.listdir(temporary)
+    write_json(record, {"files": sorted(old.union(new))})
+    for file in sorted(old, key=lambda file: file not in CONFIGS):
+        os.remove(os.path.join(folder, file))
+    for file in sorted(new, key=lambda file: file in CONFIGS):
         publish(os.path.join(temporary, file), os.path.join(folder, file))
+    write_json(record, {"files": sorted(new)})
     os.rmdir(temporary)
+
+
+EXPORTED = "exported_files.json"   # in an export's folder, the names of its files
+
+
+def exported_files(folder):
+    """The names of the files in a folder that an export wrote there."""
+    path = os.path.join(folder, EXPORTED)
+    if not os.path.exists(path):
+        return set()
+    with reading(path, "an export's list of files"):
+        return {file for file in {*read_json(path)["files"]} & {*model_files(folder)}
+                if os.path.isfile(os.path.join(folder, file))}
 
 
 def rounded(tensor, dtype, seed):
@@ -1032,12 +1088,21 @@ def adapter_config(layers, base):   # as peft reads it
             "fan_in_fan_out": False, "inference_mode": True}
 
 
-def check_target(out_dir, folder, adapter_alone):
-    """UserError where the export of a run that starts from `folder` would overwrite what it started
-    from, or be an adapter on an adapter."""
-    adapter, base = (os.path.realpath(os.path.join(folder, f)) for f in (ADAPTER, "config.json"))
-    require(os.path.realpath(out_dir) not in (os.path.realpath(folder), adapter,
+def check_target(out_dir, folder, adapter_alone, overwrite=False):
+    """UserError where the export of a run that starts from `folder` would be an adapter on an
+    adapter, or overwrite what it started from, a person's file or, unless told to, a model."""
+    adapter, base = (os.path.realpath(os.path.join(folder, file))
+                     for file in ("adapter_config.json", "config.json"))
+    require(os.path.realpath(out_dir) not in (os.path.realpath(folder), os.path.dirname(adapter),
                                               os.path.dirname(base)),
             f"out_dir: {out_dir} is init_from or its base, and would be overwritten; give another")
     require(not adapter_alone or not os.path.exists(adapter), "export_adapter: init_from is an "
             "adapter, and peft puts none on another; export them merged")
+    known = exported_files(out_dir)
+    for file in model_files(out_dir):
+        require(file in known, f"{os.path.join(out_dir, file)}: no export of this project wrote "
+                "it, and it would be overwritten, or opened with the model; move it, or give "
+                "another out_dir")
+    begun = os.path.exists(os.path.join(out_dir, "train_config.json"))
+    require(overwrite or not known or begun and not is_finished(out_dir),
+            f"out_dir: {out_dir} holds a finished model; --overwrite=True replaces it")

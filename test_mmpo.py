@@ -31,6 +31,7 @@ import unicodedata
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -735,7 +736,6 @@ def test_bf16_export_keeps_what_training_added():
 def test_export_leaves_whole_files_that_others_can_read(checkpoint, tmp_path):
     """File modes are what the umask says, and nothing stays of an export that was killed."""
     model, config = llama.from_pretrained(checkpoint)
-    (tmp_path / "model.safetensors.tmp7").touch()
     (tmp_path / "export.tmp").mkdir()
     (tmp_path / "export.tmp" / "model-7.safetensors").touch()
     umask = os.umask(0o022)
@@ -745,6 +745,95 @@ def test_export_leaves_whole_files_that_others_can_read(checkpoint, tmp_path):
         assert {stat.S_IMODE((tmp_path / f).stat().st_mode) for f in files} == {0o644}
         assert not [f for f in files if "tmp" in f or "-7" in f]
     os.umask(umask)
+
+
+def snapshot(folder):
+    return {file: (Path(folder) / file).read_bytes() for file in os.listdir(folder)}
+
+
+@torch.no_grad()
+def test_export_deletes_what_an_export_wrote(checkpoint, tmp_path):
+    """And nothing else: not what a person put there, nor what a list that was tampered with names
+    elsewhere."""
+    model, config = llama.from_pretrained(checkpoint)
+    out, mine = str(tmp_path / "out"), {"notes.txt": b"mine", "spare.bin": b"mine"}
+    llama.export(model, out, config, checkpoint, max_shard_bytes=20_000)
+    first = read_json(f"{out}/exported_files.json")["files"]
+    assert set(first) == set(os.listdir(out)) - {"exported_files.json"}
+    for file, content in mine.items():
+        (tmp_path / "out" / file).write_bytes(content)
+    (tmp_path / "x.safetensors").write_text("mine")
+    write_json(f"{out}/exported_files.json", {"files": [*first, "../x.safetensors", "notes.txt"]})
+    llama.check_target(out, checkpoint, False, overwrite=True)
+    llama.export(model, out, config, checkpoint)
+    there = snapshot(out)
+    assert there.keys() == {"exported_files.json", "model.safetensors", *mine} | {
+        file for file in first if "model-" not in file} - {"model.safetensors.index.json"}
+    assert mine.items() <= there.items() and (tmp_path / "x.safetensors").exists()
+
+
+@pytest.mark.parametrize("shards", [(20_000, 20_000), (20_000, 10 ** 9), (10 ** 9, 20_000)])
+@torch.no_grad()
+def test_killed_export(shards, checkpoint, tmp_path, monkeypatch):
+    """An export over another model, killed before any of its changes to the folder, leaves one of
+    the two, whole, or nothing that opens; and what it leaves can be exported to again."""
+    (old, config), tokens = llama.from_pretrained(checkpoint), tokens_of(1, 9)
+    new = randomize(llama.from_pretrained(checkpoint)[0])
+    want, opened = [old.logits(tokens), new.logits(tokens)], set()
+    remove, replace, left = os.remove, os.replace, [0]
+
+    def counted(change):
+        def call(*args):
+            if not left[0]:
+                raise InterruptedError
+            left[0] -= 1
+            change(*args)
+        return call
+    for n in range(99):
+        out = str(tmp_path / str(n))
+        llama.export(old, out, config, checkpoint, torch.float32, max_shard_bytes=shards[0])
+        left[0] = n
+        with monkeypatch.context() as m:
+            m.setattr(os, "remove", counted(remove))
+            m.setattr(os, "replace", counted(replace))
+            try:
+                llama.export(new, out, config, checkpoint, torch.float32, max_shard_bytes=shards[1])
+            except InterruptedError:
+                pass
+        if os.path.exists(f"{out}/config.json"):
+            logits = llama.from_pretrained(out)[0].logits(tokens)
+            opened.add(next(i for i in range(2) if logits.equal(want[i])))
+            assert transformers_logits(out, tokens).allclose(logits, atol=1e-4) or n % 7
+        llama.check_target(out, checkpoint, False, overwrite=True)
+        if left[0]:
+            break
+    assert opened == {0, 1} and n < 98
+
+
+def test_check_target(checkpoint, tmp_path):
+    """A finished model is not overwritten, unless that is asked for, nor is ever what a person put
+    there; that of an unfinished run is."""
+    model, config = llama.from_pretrained(checkpoint)
+    out = str(tmp_path / "out")
+    llama.check_target(out, checkpoint, False)
+    llama.export(model, out, config, checkpoint)
+    with pytest.raises(UserError, match=f"{out} holds a finished model; --overwrite=True"):
+        llama.check_target(out, checkpoint, False)
+    llama.check_target(out, checkpoint, False, overwrite=True)
+    for finished in (False, True):
+        write_json(f"{out}/train_config.json", {"finished": finished})
+        if not finished:
+            llama.check_target(out, checkpoint, False)
+    with pytest.raises(UserError, match="holds a finished model"):
+        llama.check_target(out, checkpoint, False)
+    for file in ("merges.txt", "mine.safetensors", "adapter_config.json", "tokenizer.model"):
+        Path(out, file).write_text("mine")
+        with pytest.raises(UserError, match=f"{out}/{file}: no export of this project wrote it"):
+            llama.check_target(out, checkpoint, False, overwrite=True)
+        os.remove(f"{out}/{file}")
+    become_folder(f"{out}/model.safetensors")
+    with pytest.raises(UserError, match=f"{out}/model.safetensors: no export"):
+        llama.check_target(out, checkpoint, False, overwrite=True)
 
 
 @torch.no_grad()
@@ -764,8 +853,21 @@ def damage_tensors(change, file="model.safetensors"):
     return damage
 
 
-def damage_file(file, content):
+def become_folder(path):
+    os.remove(path)
+    os.mkdir(path)
+
+
+def become_pipe(path):
+    os.remove(path)
+    os.mkfifo(path)
+
+
+def damage_file(file, content, but=None):
+    """Another content. Without the file whose name ends in `but`, which would go before it."""
     def damage(folder):
+        for path in glob.glob(f"{folder}/*{but}"):
+            os.remove(path)
         with open(f"{folder}/{file}", "wb") as f:
             f.write(content)
     return damage
@@ -841,6 +943,35 @@ DAMAGE = {
     "bits": (damage_config(quantization_config={"bits": 4}), "config.json", "quantized"),
     "no_size": (damage_config(vocab_size=None), "config.json", "vocab_size"),
     "odd_size": (damage_config(num_attention_heads="4"), "config.json", "num_attention_heads"),
+    "deep": (damage_file("config.json", b'{"a":' * 10 ** 5), "config.json: not valid JSON", "deep"),
+    "digits": (damage_file("config.json", b'{"a": ' + b"9" * 5000 + b"}"), "config.json: not"),
+    "deep_index": (damage_file("model.safetensors.index.json", b"[" * 10 ** 5, but="tensors"),
+                   "index.json: not valid JSON"),
+    "index_is_list": (damage_index([]), "index.json: not a JSON object"),
+    "deep_head": (damage_file("model.safetensors", b"\0\0\1\0\0\0\0\0" + b"[" * 2 ** 16),
+                  ".safetensors: not a complete safetensors file"),
+    "other_shard": (damage_index({"weight_map": {"a": "id_rsa"}}), '"id_rsa"'),
+    "nan_eps": (damage_config(rms_norm_eps=math.nan), "config.json: rms_norm_eps", "nan"),
+    "no_float": (damage_config(rms_norm_eps=1e-300), "config.json: rms_norm_eps", "1e-300"),
+    "inf_theta": (damage_config(rope_parameters=None, rope_theta=math.inf), "rope_theta", "inf"),
+    "nan_factor": (damage_config(rope_scaling=LINEAR_ROPE | {"factor": math.nan}), "factor", "nan"),
+    "frequencies": (damage_config(rope_scaling=LLAMA3_ROPE | {"low_freq_factor": 4.0}), "low_freq"),
+    "text_tied": (damage_config(tie_word_embeddings="false"), 'tie_word_embeddings "false"'),
+    "text_bias": (damage_config(attention_bias="no"), "config.json: attention_bias"),
+    "text_id": (damage_config(eos_token_id=[1, "2"]), "config.json: eos_token_id", "'2'"),
+    "true_size": (damage_config(num_key_value_heads=True), "num_key_value_heads", "True"),
+    "kv_heads": (damage_config(num_key_value_heads=3), "config.json: 4 heads", "3 key heads"),
+    "odd_head": (damage_config(head_dim=7), "config.json: head_dim 7"),
+    "no_head": (damage_config(hidden_size=2, head_dim=None), "config.json: head_dim 0"),
+    "many_layers": (damage_config(num_hidden_layers=10 ** 9), "num_hidden_layers", "1000"),
+    "huge": (damage_config(intermediate_size=2 ** 30), ".safetensors", "1073741824"),
+    "too_huge": (damage_config(num_attention_heads=2 ** 30, head_dim=2 ** 30), "config.json: not"),
+    "infinite_once_cast": (damage_tensors(lambda t: t.update({NORM: t[NORM].double() * 1e300})),
+                           ".safetensors", NORM, "infinite"),
+    "pipe": (lambda f: become_pipe(f"{f}/config.json"), "config.json: not a file"),
+    "pipe_of_weights": (lambda f: become_pipe(f"{f}/model.safetensors"), "tensors: not a file"),
+    "folder": (lambda f: become_folder(f"{f}/tokenizer_config.json"), "config.json: not a file"),
+    "dead_link": (lambda f: os.symlink("nowhere", f"{f}/merges.txt"), "merges.txt: not a file"),
 }
 
 
@@ -853,6 +984,49 @@ def test_bad_checkpoint(name, checkpoint, tmp_path):
     with pytest.raises(UserError) as e:
         llama.from_pretrained(folder)
     assert all(word in str(e.value) for word in [folder, *words]), str(e.value)
+    assert len(str(e.value)) < 300 + len(folder) and "\n" not in str(e.value)
+
+
+LINKS = {   # a path in the model's folder, where it links to; whether it may
+    "key": ("model/vocab.json", "../private", False),
+    "weights": ("model/model.safetensors", "../private", False),
+    "chain": ("model/vocab.json", "../chain", False),   # which is a link, too
+    "within": ("model/vocab.json", "config.json", True),
+    "deeper": ("model/vocab.json", "more/vocab.json", True),
+    "unread": ("model/notes", "../private", True),
+    "folder": ("link", "model", True),
+    "hub": ("hub/snapshots/1/vocab.json", "../../blobs/a", True),
+    "hub_within": ("hub/snapshots/1/vocab.json", "config.json", True),
+    "hub_outside": ("hub/snapshots/1/vocab.json", "../../../private", False),
+    "hub_chain": ("hub/snapshots/1/vocab.json", "../../blobs/chain", False),
+    "blobs": ("key/snapshots/1/vocab.json", "../../blobs/private", False),   # blobs is a link
+    "no_hub": ("hub/snapshot/vocab.json", "../blobs/a", False),
+}
+
+
+@pytest.mark.parametrize("name", LINKS)
+def test_links(name, checkpoint, tmp_path):
+    """A file that is a link out of the model's folder, to a private key, is refused: an export
+    would copy it. The hub's cache may have its links, and the folder itself may be one."""
+    (tmp_path / "private").write_text("private")
+    os.symlink("private", tmp_path / "chain")
+    for folder in ("model", "hub/snapshots/1", "hub/snapshot", "key/snapshots/1"):
+        shutil.copytree(checkpoint, tmp_path / folder)
+    for folder in ("hub/blobs", "model/more"):
+        (tmp_path / folder).mkdir()
+    os.symlink("..", tmp_path / "key" / "blobs")
+    os.symlink("../../private", tmp_path / "hub" / "blobs" / "chain")
+    for file in ("hub/blobs/a", "model/more/vocab.json"):
+        (tmp_path / file).write_text("{}")
+    link, target, allowed = LINKS[name]
+    (tmp_path / link).unlink(missing_ok=True)
+    os.symlink(target, tmp_path / link)
+    folder = str(tmp_path / link if name == "folder" else (tmp_path / link).parent)
+    if allowed:
+        assert llama.checkpoint_folder(folder) == folder
+    else:
+        with pytest.raises(UserError, match=f"{tmp_path / link}: a link to another folder"):
+            llama.checkpoint_folder(folder)
 
 
 def test_one_file_goes_before_an_index(checkpoint, tmp_path):
@@ -911,8 +1085,10 @@ def add_noise(folder, name, share=0.2):
     (lambda folder: None, False),   # a copy elsewhere
     (lambda folder: os.utime(f"{folder}/model.safetensors", (0, 0)), False),
     (damage_config(rms_norm_eps=0.5), True),
+    (damage_tensors(lambda t: t[EMBED].view(torch.int32)[77, 7:8].bitwise_xor_(1)), True),
+    (damage_tensors(lambda t: t.update({NORM: t[NORM].half()})), True),
     (lambda folder: add_noise(folder, "model.layers.1.mlp.up_proj.weight"), True)],
-    ids=["copy", "time", "config", "noise"])
+    ids=["copy", "time", "config", "bit", "dtype", "noise"])
 def test_weights_fingerprint(change, differs, checkpoint, tmp_path):
     """What a run's base and the cached reference are known by: the content of the weights and of
     config.json, wherever they lie and whenever they were written."""
@@ -1022,7 +1198,7 @@ def test_adapter_config(exports, checkpoint):
 
 ADAPTERS = {   # LoraConfig's arguments
     "plain": {}, "rslora": dict(use_rslora=True), "bias": dict(bias="all"),
-    "patterns": dict(rank_pattern={"q_proj": 2}, alpha_pattern={r"layers\.1\..*v_proj": 3}),
+    "ranks": dict(rank_pattern={"q_proj": 2}),
     "head": dict(target_modules=["o_proj", "lm_head"]),
     "saved": dict(modules_to_save=["embed_tokens", "lm_head", "norm"]),
 }
@@ -1092,7 +1268,13 @@ BAD_ADAPTERS = {   # the damage, words of the error
     "shape": (change_tensors(lambda t: t.update({LORA_B: torch.ones(7, 4)})), "shape (7, 32)"),
     "nan": (change_tensors(lambda t: t[LORA_A].fill_(math.nan)), "q_proj.weight holds NaN"),
     "bin": (lambda f: os.remove(f"{f}/adapter_model.safetensors"), "no adapter_model.safetensors"),
-    "merged": (damage_file("model.safetensors", b""), "a model and an adapter"),
+    "alpha": (change_adapter(lora_alpha="6"), "lora_alpha", "'6'"),
+    "alphas": (change_adapter(alpha_pattern={"q_proj": 3}), "alpha_pattern"),
+    "rs_text": (change_adapter(use_rslora="false"), "use_rslora 'false'"),
+    "of_itself": (lambda f: change_adapter(base_model_name_or_path=f)(f), "is an adapter too"),
+    "one_row": (change_tensors(lambda t: t.update({LORA_B: torch.ones(1, 4)})), "shape (1, 32)"),
+    "flat": (change_tensors(lambda t: t.update({LORA_A: torch.ones(4)})), "q_proj", "this base"),
+    "deep": (damage_file("adapter_config.json", b'{"a":' * 10 ** 5), "adapter_config.json", "JSON"),
 }
 
 
@@ -2307,6 +2489,72 @@ def test_cache(tokenizer, tmp_path, monkeypatch):
     assert len(load(path, tokenizer)) == 5 and len(calls) == 5
 
 
+def replace_array(name, change):
+    def damage(path):   # as somebody would who has no sums
+        with np.load(path) as z:
+            arrays = dict(z)
+        np.savez(path, **arrays | {name: change(arrays[name])})
+    return damage
+
+
+def write_another_cache(path):
+    configurator.save_cache(os.path.dirname(path) + "/another.npz", lengths=np.arange(3))
+    os.replace(os.path.dirname(path) + "/another.npz", path)
+
+
+CACHE_DAMAGE = {   # what happens to a cache's file
+    "cut": lambda path: os.truncate(path, 900), "cut_end": lambda path: os.truncate(path, 3000),
+    "empty": lambda path: os.truncate(path, 0), "folder": become_folder, "pipe": become_pipe,
+    "text": lambda path: Path(path).write_text("no cache"), "other": write_another_cache,
+    "rows": replace_array("lengths", lambda a: a[:-1]),
+    "shape": replace_array("tokens", lambda a: a[:, None]),
+    "dtype": replace_array("lengths", lambda a: a.astype(np.float64)),
+    "content": replace_array("tokens", lambda a: a + 1),
+    "text_array": replace_array("report", lambda a: np.array("fine")),
+    "pickle": replace_array("tokens", lambda a: np.array([Bomb()], dtype=object)),
+    "no_sum": replace_array("sha256", lambda a: np.array("")),
+    "missing": lambda path: np.savez(path, tokens=np.arange(3)),
+    "npy": lambda path: np.save(open(path, "wb"), np.arange(3)),
+}
+
+
+class Bomb:
+    """A pickle that ends the process which opens it."""
+    def __reduce__(self):
+        return os._exit, (9,)
+
+
+@pytest.mark.parametrize("name", CACHE_DAMAGE)
+def test_damaged_cache(name, tokenizer, tmp_path, monkeypatch, capsys):
+    """A damaged cache is no cache: one note, the same pairs, and (but for a folder in its place) a
+    new one that is good."""
+    monkeypatch.setenv("NANOMMPO_CACHE", str(tmp_path / "cache"))
+    path = write_rows(tmp_path / "a.jsonl", word_rows(9))
+    first = load(path, tokenizer)
+    [cache] = glob.glob(f"{tmp_path}/cache/*.npz")
+    CACHE_DAMAGE[name](cache)
+    again, told = load(path, tokenizer), capsys.readouterr().out
+    assert all_ids(again) == all_ids(first) and again.report == first.report
+    assert told.count("note: ") == told.count("\n") == (name != "pipe")
+    assert name in ("folder", "pipe") or f"note: {cache} is damaged" in told
+    assert (configurator.load_cache(cache) is None) == (name == "folder")
+
+
+def test_every_flipped_bit_of_a_cache_is_harmless(tmp_path, capsys):
+    """It is noticed, or is in a part of the file that doesn't matter, as its date."""
+    path, wanted = str(tmp_path / "a.npz"), dict(x=np.arange(4.0), y=np.array("text"))
+    configurator.save_cache(path, **wanted)
+    raw, noticed = (tmp_path / "a.npz").read_bytes(), 0
+    for i in range(0, 8 * len(raw), 3):
+        flipped = bytearray(raw)
+        flipped[i // 8] ^= 1 << i % 8
+        (tmp_path / "a.npz").write_bytes(flipped)
+        found = configurator.load_cache(path)
+        noticed += found is None
+        assert found is None or all(found[k].tobytes() == wanted[k].tobytes() for k in wanted)
+    assert noticed > 8 * len(raw) / 3 / 2 and capsys.readouterr().out.count("note") == noticed
+
+
 def test_rewards_stay_with_their_pairs(tokenizer, tmp_path):
     """Scores given in the data come through loading, cache and subsets."""
     rows = [{"prompt": "Hi", "responses": ["a", "b", str(i)], "rewards": [3, 1, -i]}
@@ -2687,7 +2935,7 @@ def test_reading_passes_on(error):
 def test_output_is_not_the_run(output, tmp_path):
     """Nobody who reads it, a full disk, no place at all, or an ASCII terminal: the run goes on.
     What would move a terminal's cursor is printed escaped."""
-    code = f"""
+    code = """
 import os, sys, time
 import configurator
 configurator.one_line_errors()
@@ -3787,7 +4035,7 @@ def test_reference_is_cached(idle):
     shutil.copytree(f"{out}-cache", f"{out}-again-cache")
     tables = glob.glob(f"{out}-again-cache/reference-*.npz")
     for table in tables:   # doctored: the reference likes every chosen response by 1 nat more
-        np.savez(table, logps=np.load(table)["logps"] + np.float32([1, 0]))
+        configurator.save_cache(table, logps=np.load(table)["logps"] + np.float32([1, 0]))
     assert len(tables) == 2
     assert_done(train(checkpoint, f"{out}-again", *args))
     _, step, last = metrics_of(f"{out}-again")
@@ -3824,6 +4072,10 @@ MISTAKES = {   # arguments, words of the error
     "no_out_dir": (["--out_dir="], ["out_dir"]), "no_dataset": (["--dataset="], ["dataset: empty"]),
     "itself": ([*USABLE, "--init_from={checkpoint}", "--out_dir={checkpoint}"],
                ["out_dir", "init_from"]),
+    "finished": ([*USABLE, "--init_from={checkpoint}", "--out_dir={folder}/model"],
+                 ["out_dir", "model holds a finished model", "--overwrite=True"]),
+    "mine": ([*USABLE, "--init_from={checkpoint}", "--out_dir={folder}/windowed", "--overwrite"],
+             ["windowed/config.json: no export of this project wrote it"]),
     "min_lr": (["--min_lr=1"], ["min_lr", "above learning_rate"]),
     "device": (["--device=" + ("mps" if torch.cuda.is_available() else "cuda")], ["device: no"]),
     "single": ([*USABLE, "--eval_dataset={folder}/single.jsonl"], ["single.jsonl", "one response"]),
@@ -3838,6 +4090,7 @@ def mistakes(checkpoint, tmp_path_factory):
     folder, good = tmp_path_factory.mktemp("mistakes"), word_rows(3)
     shutil.copytree(checkpoint, folder / "model")
     os.remove(folder / "model" / "model.safetensors")
+    write_json(folder / "model" / "exported_files.json", {"files": os.listdir(folder / "model")})
     damage_config(model_type="mistral", sliding_window=8)(
         shutil.copytree(checkpoint, folder / "windowed"))
     for name, rows in {"column": [*good, {"prompt": "x", "chosen": "y"}], "good": good, "empty": [],

@@ -30,9 +30,9 @@ import mmpo
 import model as llama
 from configurator import (
     cache_path, check_checkpoint, check_same_run, configure, end_on_signals, first_on_each_node,
-    hold, interrupted, is_finished, join_ranks, last_checkpoint, load_checkpoint, one_line_errors,
-    open_metrics, printable, remove_checkpoints, require, save_cache, save_checkpoint,
-    torchrun_ranks, until_interrupted, write_json, writing)
+    hold, interrupted, is_finished, join_ranks, last_checkpoint, load_cache, load_checkpoint,
+    one_line_errors, open_metrics, printable, remove_checkpoints, require, save_cache,
+    save_checkpoint, torchrun_ranks, until_interrupted, write_json, writing)
 from scripts import cost, report
 
 # -----------------------------------------------------------------------------
@@ -45,6 +45,7 @@ export_dtype = "bfloat16"         # bfloat16 | float16 | float32: of the exporte
 export_adapter = False            # with LoRA: write the adapters alone (peft), not merged weights
 save_interval = 0                 # steps between checkpoints to resume from; 0 writes none
 keep_checkpoints = 1              # so many of them, the last ones, are kept while the run goes on
+overwrite = False                 # replace the finished model that is in out_dir
 resume = False                    # go on from the last checkpoint in out_dir, if there is one
 dry_run = False                   # print what a run would take, memory by part, and stop
 debug = False                     # show the traceback of errors that otherwise are one line
@@ -182,7 +183,7 @@ log(f"nanoMMPO: {objective} on {ddp_world_size} x {device.type}, {dtype}; set: "
 
 # --- data: rows become token ids once, and are read from the cache after that
 folder = first_on_each_node(llama.checkpoint_folder, init_from)
-llama.check_target(out_dir, folder, export_adapter)
+llama.check_target(out_dir, folder, export_adapter, overwrite or dry_run or bool(checkpoint))
 tokenizer = data.Tokenizer(folder, chat_template, chat_template_kwargs)
 tokenizing = (tokenizer, max_length, max_prompt_length, bad_rows, columns, use_scores)
 train_pairs = first_on_each_node(data.load_pairs, dataset, train_split, *tokenizing)
@@ -272,11 +273,12 @@ def reference_logps(pairs, indices):
     key = [settings["init_from_sha256"], dtype, str(frozen_dtype), fsdp, device.type, compile,
            pairs.fingerprint(), indices.tolist()]
     path = cache_path("reference", key, code=["data.py", "model.py"])
-    found = torch.tensor(float(os.path.exists(path)), device=device)
+    cached = load_cache(path)
+    found = torch.tensor(float(cached is not None), device=device)
     if ddp:
         dist.all_reduce(found, dist.ReduceOp.MIN)
     if found:
-        return torch.from_numpy(np.load(path)["logps"])
+        return torch.from_numpy(cached["logps"])
     with llama.adapters_off(raw_model):
         logps = score(pairs, indices, "reference log-probs")
     if ddp_local_rank == 0:

@@ -42,7 +42,8 @@ from scripts import evaluate, plot
 
 TRAIN, EVALUATE = os.path.join(HERE, "train.py"), evaluate.__file__
 COLUMNS = "accuracy", "logps", "choices", "text", "kl", "answers"   # of the table: beginnings
-RECORDED = ("out_dir", "resume", "dtype")   # train_config.json has others than were asked for
+# train_config.json has others of these than were asked for
+RECORDED = ("out_dir", "overwrite", "resume", "dtype")
 
 
 def plan(configs, grids, more):

@@ -39,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))   # for `python scripts/evalu
 import data
 import model as llama
 from configurator import (
-    cache_path, one_line_errors, read_json, reading, require, save_cache, write_json)
+    cache_path, load_cache, one_line_errors, read_json, reading, require, save_cache, write_json)
 
 BRANCHES = 16   # continuations of a tree, at most
 
@@ -348,8 +348,8 @@ def main():
     def answer(name, folder, base):
         path = cache_path("evaluation", [llama.weights_fingerprint(folder), *key],
                           ["data.py", "model.py", "scripts/evaluate.py"])
-        if not base and os.path.exists(path):   # the reference's, of an earlier call
-            return json.loads(str(np.load(path)["result"]))
+        if not base and (cached := load_cache(path)):   # the reference's, of an earlier call
+            return json.loads(str(cached["result"]))
         require(data.Tokenizer(folder, template).bytes_of == tokenizer.bytes_of,
                 f"{name}: another vocabulary than that of {first}; evaluate it by itself")
         model, _ = llama.from_pretrained(folder, device, torch.bfloat16 if device == "cuda" else

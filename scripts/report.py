@@ -17,7 +17,7 @@ FAR_KL = 0.3       # nats a token; the short recipe of assets/results.md ends at
 FAR_CHOSEN = 0.1   # share by which the chosen response's log-prob fell; there it rises
 CLIPPED = 10       # times grad_clip
 
-NOT_TOLD = "out_dir", "resume", "dtype"   # of the settings: where a run went, not what it was
+NOT_TOLD = "out_dir", "overwrite", "resume", "dtype"   # where a run went, not what it was
 TABLE = {   # metric of an evaluation: what it is called
     "eval/accuracy/mean": "chosen likelier than rejected, by mean log-probs",
     "eval/accuracy/sum": "the same by summed log-probs",
