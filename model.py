@@ -11,7 +11,6 @@ References
    grouped-query attention: Ainslie et al. 2023, arXiv 2305.13245
 4) LoRA: Hu et al. 2021, arXiv 2106.09685; 5) transformers/models/llama/modeling_llama.py
 """
-import atexit
 import contextlib
 import hashlib
 import json
@@ -729,7 +728,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 TEMPLATE_FILES = "chat_template.jinja", "tokenizer_config.json"
 CONFIGS = "config.json", "adapter_config.json"   # by which a folder is opened
 MODEL_FILES = (*CONFIGS, "generation_config.json", *TOKENIZER_FILES)
-ON_A_BASE = set()   # the folders that on_its_base made
+ON_A_BASE = {}   # the folders that on_its_base made; each goes when the program ends
 
 
 def model_files(folder):
@@ -812,12 +811,11 @@ def on_its_base(adapter):
     alone = not own & {*TOKENIZER_FILES} - {"chat_template.jinja"}
     files = {file: base for file in model_files(base)
              if alone or file == "tokenizer.json" or file not in TOKENIZER_FILES}
-    folder = tempfile.mkdtemp(prefix=os.path.basename(os.path.abspath(adapter)) + "-on-its-base-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    made = tempfile.TemporaryDirectory(prefix=f"{os.path.basename(os.path.abspath(adapter))}-")
     for file, source in (files | dict.fromkeys(own, adapter)).items():
-        os.symlink(os.path.abspath(os.path.join(source, file)), os.path.join(folder, file))
-    ON_A_BASE.add(folder)
-    return folder
+        os.symlink(os.path.abspath(os.path.join(source, file)), os.path.join(made.name, file))
+    ON_A_BASE[made.name] = made
+    return made.name
 
 
 def read_config(folder):
@@ -826,15 +824,12 @@ def read_config(folder):
     return read_json(os.path.join(folder, "config.json"))
 
 
-def read_adapter(folder):
-    """The tensors of a folder's adapter, without peft's prefix, and its adapter_config.json."""
+def find_adapter(folder):
+    """`find_tensors` of a folder's adapter, and its adapter_config.json. Two {} without one."""
     path = os.path.join(folder, "adapter_config.json")
     if not os.path.exists(path):
         return {}, {}
-    found = {name: read_tensor(file, name)
-             for name, (file, *_) in find_tensors(folder, "adapter_model").items()}
-    return {name.removeprefix("base_model.model.").replace(".base_layer.", "."): tensor
-            for name, tensor in found.items()}, read_json(path)
+    return find_tensors(folder, "adapter_model"), read_json(path)
 
 
 def merge(weight, name, adapter, config):
@@ -894,13 +889,10 @@ def read_tensor(path, name):
 def weights_fingerprint(folder):
     """A sha256 of all that makes the model, wherever it lies: config.json and every byte of every
     tensor, with its name, dtype and shape; an adapter's too. It takes about a second a GB."""
-    about, tensors = [read_config(folder)], find_tensors(folder)
-    adapter = os.path.join(folder, "adapter_config.json")
-    if os.path.exists(adapter):
-        tensors |= find_tensors(folder, "adapter_model")
-        about += map(read_json(adapter).get, ("lora_alpha", "use_rslora"))
+    adapter, settings = find_adapter(folder)
+    about = [read_config(folder), settings.get("lora_alpha"), settings.get("use_rslora")]
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
-    for name, (path, *kind) in sorted(tensors.items()):
+    for name, (path, *kind) in sorted((find_tensors(folder) | adapter).items()):
         digest.update(f"{name} {kind}".encode("utf-8", "replace"))
         digest.update(read_tensor(path, name).reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
@@ -936,12 +928,14 @@ def load_weights(model, folder, device):
         require(shape == shapes[name], f"{path}: {name} has shape {shape!s:.80}, config.json asks "
                 f"for {shapes[name]}")
     model.to_empty(device=device)   # not before it is known to be as large as the files say
-    parameters, (adapter, adapter_settings) = dict(model.named_parameters()), read_adapter(folder)
+    parameters, (adapter, settings) = dict(model.named_parameters()), find_adapter(folder)
+    adapter = {name.removeprefix("base_model.model.").replace(".base_layer.", "."):
+               read_tensor(path, name) for name, (path, *_) in adapter.items()}   # peft's names
     for name, (path, *_) in sorted(found.items(), key=lambda entry: entry[0] in tied):
         p, tensor = parameters.get(name, model.head_weight), read_tensor(path, name)
         if p is not model.head_weight or not model.config.tie_word_embeddings:
             with reading(f"{folder}: the adapter's part of {name}", "one for this base"):
-                tensor = merge(tensor, name, adapter, adapter_settings)
+                tensor = merge(tensor, name, adapter, settings)
         tensor = tensor.to(p.dtype)
         require(all_finite(tensor), f"{path}: {name} holds NaN or infinite values in {p.dtype}; "
                 "refusing")
