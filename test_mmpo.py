@@ -3670,24 +3670,28 @@ def resumed(interrupted):
     moved = shutil.copytree(folder / "run-lora", folder / "run-moved") / "checkpoint-0000003"
     moved.symlink_to(shutil.move(moved, folder / "bigger-disk"))
     (folder / "run-torn" / "README.md").write_text("mine")
+    for name in ("longer", "again", "anew"):
+        shutil.copytree(folder / "run-lora-whole", folder / f"run-{name}")
     base = shutil.copytree(interrupted.base, folder / "elsewhere")
     pairs = shutil.copy(interrupted.pairs, base / "rows.jsonl")
     jobs = {name: [*args[name], "--resume"] for name in RESUMABLE}
     jobs |= {name: [*args["lora"], *more] for name, (more, _, _) in REFUSED.items()}
     jobs |= {"alone": [*args["two-ddp"], "--resume"], "torn": [*args["torn"], "--resume"],
-             "lora-whole": [*args["lora"], "--resume"],
+             "lora-whole": [*args["lora"], "--resume"], "again": args["lora"],
+             "longer": [*args["lora"], "--max_iters=9", "--resume"],
+             "anew": [*args["lora"], "--save_interval=0", "--overwrite"],
              "moved": [*args["lora"], f"--init_from={base}", f"--dataset={pairs}", "--resume"]}
     return train_all(interrupted.base, folder, jobs)
 
 
 @pytest.mark.parametrize("name", RESUMABLE)
 def test_resumed_run_equals_an_uninterrupted_one(name, interrupted, resumed):
-    """Weights and metrics bit for bit; its checkpoint is gone."""
+    """Weights and metrics bit for bit; of the checkpoints the last step's is left."""
     assert_done(resumed[name])
     cut, whole = (f"{interrupted.folder}/run-{name}{end}" for end in ("", "-whole"))
     got, want = weights_of(cut), weights_of(whole)
     assert got.keys() == want.keys() and all(got[n].equal(want[n]) for n in got)
-    assert not glob.glob(f"{cut}/checkpoint*")
+    assert os.path.basename(*glob.glob(f"{cut}/checkpoint*")) == "checkpoint-0000007"
     for a, b in zip(metrics_of(cut), metrics_of(whole), strict=True):
         assert all(a[k] == b[k] for k in ("iter", "loss", "grad_norm", "eval/loss") if k in b)
 
@@ -3697,7 +3701,7 @@ def test_same_files_elsewhere_go_on(interrupted, resumed):
     checkpoint may be a link; it is deleted as if it were none."""
     assert_done(resumed["moved"])
     assert not (interrupted.folder / "bigger-disk").exists()
-    assert not glob.glob(f"{interrupted.folder}/run-moved/checkpoint*")
+    assert len(glob.glob(f"{interrupted.folder}/run-moved/checkpoint*")) == 1
     got, want = (weights_of(interrupted.folder / f"run-{n}") for n in ("moved", "lora-whole"))
     assert all(got[n].equal(want[n]) for n in want)
 
@@ -3723,14 +3727,27 @@ def test_resume_without_a_checkpoint_starts(interrupted, resumed):
     its first checkpoint starts again, and says so. A person's README.md there is not its end."""
     assert_done(resumed["torn"])
     assert "no checkpoint in" in resumed["torn"].stdout and "step     0" in resumed["torn"].stdout
-    assert not glob.glob(f"{interrupted.folder}/run-torn/checkpoint*")
+    assert os.listdir(interrupted.folder / "run-torn").count("checkpoint-0000007") == 1
 
 
 def test_resume_of_a_finished_run(interrupted, resumed):
-    """It stays as it is, and that is no error."""
+    """It stays as it is, and that is no error. With more steps it goes on from its last one, and
+    replaces its export; without --resume it is not touched."""
     assert_done(resumed["lora-whole"])
     assert "is finished" in resumed["lora-whole"].stdout
     assert "step     0" not in resumed["lora-whole"].stdout
+    assert_done(resumed["longer"])
+    assert "going on from" in resumed["longer"].stdout and "step     6" not in \
+        resumed["longer"].stdout and "step     8" in resumed["longer"].stdout
+    assert [record["iter"] for record in metrics_of(f"{interrupted.folder}/run-longer")
+            if "loss" in record] == [*range(9)]
+    weights, start = (weights_of(interrupted.folder / f"run-{n}") for n in ("longer", "lora-whole"))
+    assert not all(weights[n].equal(start[n]) for n in start)
+    assert os.listdir(interrupted.folder / "run-longer").count("checkpoint-0000009") == 1
+    assert_one_line(resumed["again"], "holds a finished model; --overwrite=True replaces it")
+    assert_done(resumed["anew"])
+    assert "step     0" in resumed["anew"].stdout
+    assert not glob.glob(f"{interrupted.folder}/run-anew/checkpoint*")
 
 
 def test_a_checkpoint_needs_every_part(interrupted, resumed, tmp_path):
@@ -3947,7 +3964,7 @@ assert last.startswith("error: step 5: the gradient is not finite, and the weigh
     "; its pairs: " in last and len(last) <= 300, last
 kept = [name for name in sorted(os.listdir(out)) if name.startswith("checkpoint")]
 assert kept == ["checkpoint-0000004", "checkpoint-0000005"], kept
-assert run(out, "--resume") == 0 and not glob.glob(out + "/checkpoint*")
+assert run(out, "--resume") == 0 and os.path.exists(out + "/checkpoint-0000006")
 """
 
 

@@ -157,8 +157,10 @@ if on_gpu:
 if ddp:
     join_ranks("nccl" if on_gpu else "gloo", device if on_gpu else None)
 start_iter, checkpoint = last_checkpoint(out_dir)
-require(resume or dry_run or not checkpoint,
+require(resume or dry_run or not checkpoint or is_finished(out_dir),
         f"{checkpoint}: an unfinished run; go on with --resume=True, or delete it")
+if not resume:
+    start_iter, checkpoint = 0, None
 if dtype == "auto":   # a dry run predicts what a GPU would need, so it assumes bf16
     dtype = "bfloat16" if dry_run or llama.fast_bfloat16(device) else "float32"
 settings["dtype"] = dtype   # recorded, since a run must resume in the same dtype
@@ -177,7 +179,7 @@ if resume and not checkpoint:
         log(f"resume: the run in {out_dir} is finished, and stays as it is")
         sys.exit()
     log(f"resume: no checkpoint in {out_dir}, so the run starts")
-before = check_checkpoint(checkpoint) if checkpoint and resume else {}   # that run's settings
+before = check_checkpoint(checkpoint) if checkpoint else {}   # that run's settings
 log(f"nanoMMPO: {objective} on {ddp_world_size} x {device.type}, {dtype}; set: " +
     (", ".join(f"{k}={v!r}" for k, v in overrides.items()) or "nothing"))
 
@@ -208,6 +210,10 @@ iters_per_epoch = math.ceil(len(train_pairs) / batch_size)
 max_iters = max_iters or math.ceil(epochs * iters_per_epoch)
 log(f"{len(train_pairs):,} pairs, {len(held_out):,} held out; {max_iters} steps of {batch_size} "
     f"pairs, {iters_per_epoch} an epoch")
+if checkpoint and is_finished(out_dir) and start_iter >= max_iters:
+    log(f"resume: the run in {out_dir} is finished, and stays as it is; with more max_iters or "
+        "epochs it would go on")
+    sys.exit()
 
 # --- model: shapes first, then adapters and shards, then memory and weights.
 # Trained weights are always fp32. Those that LoRA freezes need no more than the products' dtype.
@@ -307,6 +313,8 @@ train_constants = constants_of(train_pairs, ref_logps)
 # --- the run's records; nothing of an earlier run has been touched so far
 if master_process:
     os.makedirs(out_dir, exist_ok=True)
+    if not checkpoint:   # those of a finished run that this one replaces
+        remove_checkpoints(out_dir)
     write_json(os.path.join(out_dir, "train_config.json"), settings)
     metrics_file = open_metrics(os.path.join(out_dir, "metrics.jsonl"), start_iter)
     if wandb_log:
@@ -409,10 +417,10 @@ for iter_num in tqdm(range(start_iter, max_iters + 1), "steps", max_iters, initi
     # evaluate before the first step, now and then, and after the last
     if iter_num % eval_interval == 0 or iter_num == max_iters:
         until_interrupted(device, evaluate, iter_num)
-    # save now and then, and when a signal asks the run to end
+    # save now and then, at the end for more epochs, and when a signal asks the run to end
     signal_number = interrupted(device)
     if save_interval and iter_num > start_iter and (
-            signal_number or iter_num % save_interval == 0 and iter_num < max_iters):
+            signal_number or iter_num % save_interval == 0 or iter_num == max_iters):
         log(save_checkpoint(raw_model, optimizer, out_dir, iter_num, settings))
     if signal_number:
         sys.exit(128 + signal_number)
@@ -483,9 +491,10 @@ answer("sample after")
 if master_process:
     report.write_model_card(out_dir)
     write_json(os.path.join(out_dir, "train_config.json"), settings | {"finished": True})
-    remove_checkpoints(out_dir)
     log(report.closing_lines(out_dir, len(held_out)))
-    log(f"aligned model, its card and metrics.jsonl: {out_dir}")
+    log(f"aligned model, its card and metrics.jsonl: {out_dir}" +
+        ("; its checkpoint is there for more epochs, so delete it if there won't be any"
+         if last_checkpoint(out_dir)[1] else ""))
 if ddp:
     dist.barrier()
     del model   # a DDP wrapper that outlives the process group can hang
