@@ -693,7 +693,7 @@ def remove_leftovers(folder):
     """Delete the temporary files of killed runs. Their names are this program's alone."""
     for name in os.listdir(folder):
         path = os.path.join(folder, name)
-        if re.fullmatch(r"(train_config\.json|metrics\.jsonl|README\.md|exported_files\.json)\.tmp\d+", name):
+        if re.fullmatch(r"(train_config|exported_files|metrics|README)\.(jsonl?|md)\.tmp\d+", name):
             os.remove(path)
         elif re.fullmatch(r"checkpoint-\d{7}\.tmp", name):
             remove_checkpoint(path)
