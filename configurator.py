@@ -538,7 +538,9 @@ def torchrun_ranks():
         value = told.get(name, "")
         require(value and (name == "MASTER_ADDR" or value.isdecimal()),
                 f'RANK is set, but {name} is "{value}"; start with torchrun, or unset RANK')
-    return True, *(int(told[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    rank, local_rank, size = (int(told[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    require(rank < size, f"RANK is {rank}, but WORLD_SIZE {size}; ranks count from 0")
+    return True, rank, local_rank, size
 
 
 # What asks a run to end: a scheduler, Ctrl-C, a closed terminal.
@@ -601,17 +603,18 @@ def until_interrupted(device, function, *args):
 def join_ranks(backend, device_id=None):
     """Meet the other ranks. They have minutes to come. Once there, they wait longer for one that
     tokenizes."""
-    minutes, hours = timedelta(minutes=5), timedelta(hours=2)
+    # torch tries twice for so long. torchrun answers at once, unless it was killed meanwhile.
+    patience = timedelta(seconds=20 if "TORCHELASTIC_RUN_ID" in os.environ else 120)
     where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
-        store, rank, ranks = next(dist.rendezvous("env://", timeout=minutes))
-        dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=hours,
-                                device_id=device_id)
-        store.set_timeout(hours)
+        store, rank, ranks = next(dist.rendezvous("env://", timeout=patience))
+        store.set_timeout(timedelta(minutes=5))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=ranks,
+                                timeout=timedelta(hours=2), device_id=device_id)
+        store.set_timeout(timedelta(hours=2))
     except dist.DistError as e:
-        raise UserError(f"MASTER_ADDR: the ranks did not meet at {where} in {minutes} "
-                        f"({first_line(e)[:90]}); is the first machine up, and are all started?"
-                        ) from e
+        raise UserError(f"MASTER_ADDR: the ranks did not meet at {where} ({first_line(e)[:90]}); "
+                        "is the first machine up, and are all started?") from e
 
 
 def rank_and_size():
@@ -777,6 +780,7 @@ def about_part(part):
 def check_checkpoint(path):
     """The settings of the run that wrote it. Raises UserError unless every part is there, and every
     byte as it was written. Each rank reads its share."""
+    require(os.path.isdir(path), f"{path}: no folder; if it is a link, is its disk there?")
     files, (rank, ranks), known = parts_of(path), rank_and_size(), []
     for file in files:
         name = os.path.basename(file)
@@ -857,8 +861,7 @@ def last_checkpoint(folder):
 
 def remove_checkpoints(folder, keep=0):
     """Delete all but the last `keep` ones."""
-    found = checkpoints(folder)
-    for path in found[:len(found) - keep]:
+    for path in checkpoints(folder)[:-keep or None]:
         remove_checkpoint(path)
 
 

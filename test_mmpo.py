@@ -2444,7 +2444,8 @@ def test_conversations(tokenizer, tmp_path):
             {"prompt": say("Hi", "A", "B"), "completion": say(0, "b", "C", "c")[1:]},
             {"conversations": [{"from": "gpt", "value": "A"}, {"from": "human", "value": "B"},
                                {"from": "gpt", "value": "b"}]},
-            {"messages": [t | {"weight": int(t["content"] == "b")} for t in say("Hi", "A", "B", "b")]},
+            {"messages": [t | {"weight": int(t["content"] == "b")}
+                          for t in say("Hi", "A", "B", "b")]},
             {"messages": say("Hi", "", "B", "b")}, {"messages": say("Hi")}]
     pairs = load(write_rows(tmp_path / "a.jsonl", rows), tokenizer)
     want = [(chat[:2], "A"), (chat[:4], "b"), (say("Hi"), "A"), (say("Hi", "A", "B"), "b"),
@@ -3050,7 +3051,8 @@ LAUNCHED = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "here", "MASTER_PORT"
     ({"WORLD_SIZE": "8"}, 'WORLD_SIZE is "8", but RANK is not set'),
     (LAUNCHED, (True, 1, 0, 2)), (LAUNCHED | {"LOCAL_RANK": "1"}, (True, 1, 1, 2)),
     ({"RANK": "0"}, "WORLD_SIZE"), (LAUNCHED | {"MASTER_ADDR": ""}, "MASTER_ADDR"),
-    (LAUNCHED | {"RANK": "one"}, 'RANK is "one"'), (LAUNCHED | {"MASTER_PORT": "x"}, "_PORT")])
+    (LAUNCHED | {"RANK": "one"}, 'RANK is "one"'), (LAUNCHED | {"RANK": "2"}, "RANK is 2, but"),
+    (LAUNCHED | {"MASTER_PORT": "x"}, "_PORT")])
 def test_torchrun_ranks(told, found, monkeypatch):
     """What torchrun sets is taken whole. A part of it is an error that names what is missing."""
     for name in (*LAUNCHED, "LOCAL_RANK"):
@@ -3060,7 +3062,7 @@ def test_torchrun_ranks(told, found, monkeypatch):
     if isinstance(found, tuple):
         assert configurator.torchrun_ranks() == found
     else:
-        with pytest.raises(UserError, match=f"RANK is .*set.*{found}|{found}"):
+        with pytest.raises(UserError, match=f"RANK is set, but .*{found}|^{found}"):
             configurator.torchrun_ranks()
 
 
@@ -3832,7 +3834,9 @@ def test_only_checkpoints_of_a_run_are_deleted(tmp_path):
     (tmp_path / "checkpoint-0000004").symlink_to(tmp_path / "mine")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "model.safetensors").touch()
-    configurator.remove_checkpoints(str(tmp_path))
+    for keep, names in ((9, "1234"), (4, "1234"), (3, "234"), (0, "")):
+        configurator.remove_checkpoints(str(tmp_path), keep)
+        assert [path[-1] for path in configurator.checkpoints(str(tmp_path))] == [*names]
     left = [*mine[:3], "checkpoint-0000001.tmp", "mine"]
     assert sorted(os.listdir(tmp_path)) == sorted(left)
     assert os.listdir(tmp_path / left[-2]) == ["notes.txt"]
@@ -3979,18 +3983,21 @@ def test_steps_that_are_not_finite(checkpoint, tmp_path):
         "--save_interval=1", "--kl_samples=0", "--skip_nonfinite=1"]))
 
 
-def test_all_ranks_end_at_the_same_step(checkpoint, tmp_path):
-    """One of two gets a signal, and both save the step that it was in."""
+@pytest.mark.parametrize("event", ["os.kill(os.getpid(), signal.SIGTERM)",
+                                   "os.kill(os.getppid(), signal.SIGKILL)"],
+                         ids=["signal", "torchrun is gone"])
+def test_all_ranks_end_at_the_same_step(event, checkpoint, tmp_path):
+    """One of two gets a signal, or torchrun is killed: both save the step that they were in."""
     script = script_that("""
 import mmpo, signal
 loss, calls = mmpo.preference_loss, []
 def counted(*args, **kwargs):
     calls.append(0)
     if len(calls) == 3 and os.environ["RANK"] == "1":
-        os.kill(os.getpid(), signal.SIGTERM)
+        EVENT
     return loss(*args, **kwargs)
 mmpo.preference_loss = counted
-""", tmp_path / "signalled.py")
+""".replace("EVENT", event), tmp_path / "signalled.py")
     pairs = write_rows(tmp_path / "pairs.jsonl", word_rows(20))
     process = train(checkpoint, f"{tmp_path}/two", f"--dataset={pairs}", "--eval_pairs=4",
                     "--max_iters=50", "--save_interval=50", script=script)

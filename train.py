@@ -146,7 +146,7 @@ require(min_lr <= learning_rate, f"min_lr: {min_lr} is above learning_rate, {lea
 require(lora_rank or not export_adapter, "export_adapter: no adapters without LoRA; set lora_rank")
 
 # --- setup
-end_on_signals()     # now at once, and between two steps once there are some
+end_on_signals()     # at once here, between two steps in the loop
 if master_process and not dry_run:
     hold(out_dir)    # one run in one folder; the other ranks wait in join_ranks
 device = torch.device(device, ddp_local_rank if device == "cuda" else None)

@@ -39,7 +39,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))   # for `python scripts/evalu
 import data
 import model as llama
 from configurator import (
-    cache_path, load_cache, one_line_errors, read_json, reading, require, save_cache, write_json)
+    cache_path, load_cache, one_line_errors, printable, read_json, reading, require, save_cache,
+    write_json)
 
 BRANCHES = 16   # continuations of a tree, at most
 
@@ -277,7 +278,7 @@ def print_table(results):
     for name, result in results.items():
         for i, shown in enumerate(result.get("answers", [])[:3], 1):
             text = (shown["prompt"] + shown["answer"]).replace("\n", "\n| ")
-            print(f"\n{name}, answer {i}:\n| {text}")
+            print(f"\n{name}, answer {i}:\n| {printable(text)}")
 
 
 def arguments(argv=None):
