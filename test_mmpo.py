@@ -45,7 +45,7 @@ import data
 import mmpo
 import model as llama
 from configurator import UserError, read_json, write_json
-from scripts import cost, evaluate, report, sample
+from scripts import checkpoints, cost, evaluate, report, sample
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
 SHARED = os.path.join(ROOT, os.environ.get("MMPO_SHARED", "../shared"))
@@ -1100,12 +1100,12 @@ def test_weights_fingerprint(change, differs, checkpoint, tmp_path):
 def test_checkpoint_of_several_machines(tmp_path, monkeypatch):
     """A checkpoint that other ranks wrote to disks of their own is an error, not a surprise."""
     model = tiny_model()
-    monkeypatch.setattr(configurator, "rank_and_size", lambda: (0, 2))
-    monkeypatch.setattr(configurator.dist, "barrier", lambda: None)
+    monkeypatch.setattr(checkpoints, "rank_and_size", lambda: (0, 2))
+    monkeypatch.setattr(checkpoints.dist, "barrier", lambda: None)
     with pytest.raises(UserError, match="must share out_dir"):
-        configurator.save_checkpoint(model, torch.optim.AdamW(model.parameters()), str(tmp_path),
+        checkpoints.save_checkpoint(model, torch.optim.AdamW(model.parameters()), str(tmp_path),
                                      3, {})
-    assert configurator.last_checkpoint(str(tmp_path)) == (0, None)
+    assert checkpoints.last_checkpoint(str(tmp_path)) == (0, None)
 
 
 # -----------------------------------------------------------------------------
@@ -3219,6 +3219,7 @@ def test_sentencepiece_model_trains(tmp_path):
 @pytest.mark.parametrize("command", [
     "-m scripts.plot {runs}/run-mmpo {runs}/run-dpo --out={folder}/c.png",
     "scripts/plot.py {runs}/run-mmpo --out={folder}/c.png",
+    "-m scripts.checkpoints {runs}/run-mmpo",
     "-m scripts.sample {runs}/run-mmpo --prompt=fox --max_new_tokens=5",
     "-m scripts.sample {runs}/run-mmpo --instructions={folder}/i.jsonl --max_new_tokens=5 "
     "--out={folder}/o.json",
@@ -3757,7 +3758,7 @@ def test_a_checkpoint_needs_every_part(interrupted, resumed, tmp_path):
     it is none. A sum covers the header too."""
     whole = interrupted.folder / "run-alone-kept" / "checkpoint-0000003"
     other = interrupted.folder / "run-two-ddp-kept" / "checkpoint-0000003"
-    assert configurator.check_checkpoint(str(whole))["parallel"] == "fsdp"
+    assert checkpoints.check_checkpoint(str(whole))["parallel"] == "fsdp"
 
     def edit_header(path):
         content = (path / "0.safetensors").read_bytes()
@@ -3772,9 +3773,9 @@ def test_a_checkpoint_needs_every_part(interrupted, resumed, tmp_path):
             }.items():
         change(shutil.copytree(whole, tmp_path / name / "checkpoint-0000003"))
         with pytest.raises(UserError, match=words):
-            configurator.check_checkpoint(str(tmp_path / name / "checkpoint-0000003"))
+            checkpoints.check_checkpoint(str(tmp_path / name / "checkpoint-0000003"))
     with pytest.raises(UserError, match="another step"):
-        configurator.check_checkpoint(str(shutil.copytree(whole, tmp_path / "checkpoint-0000004")))
+        checkpoints.check_checkpoint(str(shutil.copytree(whole, tmp_path / "checkpoint-0000004")))
 
 
 def test_a_checkpoint_is_not_executed(interrupted, resumed, tmp_path):
@@ -3789,9 +3790,9 @@ def test_a_checkpoint_is_not_executed(interrupted, resumed, tmp_path):
             (path / "0.sha256").write_text(digest)
         if file.startswith("0"):
             with pytest.raises(UserError):
-                configurator.check_checkpoint(str(path))
+                checkpoints.check_checkpoint(str(path))
         else:
-            configurator.check_checkpoint(str(path))
+            checkpoints.check_checkpoint(str(path))
     assert not (tmp_path / "ran").exists()
 
 
@@ -3799,13 +3800,13 @@ def test_one_run_in_one_folder(tmp_path, monkeypatch, capsys):
     """The second run ends with who is there. A killed run's lock holds nobody up, one that ended
     leaves none, and a file system without locks is told of."""
     out = str(tmp_path / "run")
-    code = "import configurator, sys; configurator.hold(sys.argv[1]); print('held', flush=True); "
+    code = "import sys; from scripts import checkpoints; checkpoints.hold(sys.argv[1]); print('held', flush=True); "
     with subprocess.Popen([sys.executable, "-c", code + "sys.stdin.read()", out], cwd=ROOT,
                           stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
         assert holder.stdout.readline() == b"held\n"
         who = rf"run: another run is in this folder \(host .+, pid {holder.pid}, started .+\); wait"
         with pytest.raises(UserError, match=who):
-            configurator.hold(out)
+            checkpoints.hold(out)
         holder.kill()
     assert os.listdir(out) == [".lock"]
     assert_done(run_process(["-c", code, out]))
@@ -3817,7 +3818,7 @@ def test_one_run_in_one_folder(tmp_path, monkeypatch, capsys):
         raise OSError(95, "Operation not supported")
     monkeypatch.setattr("fcntl.flock", no_locks)
     monkeypatch.setattr("atexit.register", lambda *_: None)
-    configurator.hold(out)
+    checkpoints.hold(out)
     assert "run: no locks on this file system" in capsys.readouterr().out
 
 
@@ -3835,8 +3836,8 @@ def test_only_checkpoints_of_a_run_are_deleted(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "model.safetensors").touch()
     for keep, names in ((9, "1234"), (4, "1234"), (3, "234"), (0, "")):
-        configurator.remove_checkpoints(str(tmp_path), keep)
-        assert [path[-1] for path in configurator.checkpoints(str(tmp_path))] == [*names]
+        checkpoints.remove_checkpoints(str(tmp_path), keep)
+        assert [path[-1] for path in checkpoints.checkpoints(str(tmp_path))] == [*names]
     left = [*mine[:3], "checkpoint-0000001.tmp", "mine"]
     assert sorted(os.listdir(tmp_path)) == sorted(left)
     assert os.listdir(tmp_path / left[-2]) == ["notes.txt"]
@@ -4001,9 +4002,9 @@ mmpo.preference_loss = counted
     pairs = write_rows(tmp_path / "pairs.jsonl", word_rows(20))
     process = train(checkpoint, f"{tmp_path}/two", f"--dataset={pairs}", "--eval_pairs=4",
                     "--max_iters=50", "--save_interval=50", script=script)
-    _, path = configurator.last_checkpoint(f"{tmp_path}/two")
+    _, path = checkpoints.last_checkpoint(f"{tmp_path}/two")
     assert process.returncode and f"ended by SIGTERM: {path} is saved" in process.stderr
-    assert configurator.check_checkpoint(path) and len(configurator.parts_of(path)) == 2
+    assert checkpoints.check_checkpoint(path) and len(checkpoints.parts_of(path)) == 2
 
 
 def test_an_interrupt_while_importing(tmp_path):
@@ -4080,7 +4081,7 @@ def test_full_disk(args, where, checkpoint, tmp_path):
     out = str(tmp_path / "run")
     process = train(checkpoint, out, *args, script=full)
     assert_one_line(process, f"error: {out}/{where}: not written", "full")
-    assert not glob.glob(f"{out}/model*") and configurator.last_checkpoint(out) == (0, None)
+    assert not glob.glob(f"{out}/model*") and checkpoints.last_checkpoint(out) == (0, None)
 
 
 USABLE = ["--dataset={folder}/good.jsonl", "--eval_pairs=1"]

@@ -29,11 +29,12 @@ import data
 import mmpo
 import model as llama
 from configurator import (
-    cache_path, check_checkpoint, check_same_run, configure, end_on_signals, first_on_each_node,
-    hold, interrupted, is_finished, join_ranks, last_checkpoint, load_cache, load_checkpoint,
-    one_line_errors, open_metrics, printable, remove_checkpoints, require, save_cache,
-    save_checkpoint, torchrun_ranks, until_interrupted, write_json, writing)
+    cache_path, configure, first_on_each_node, is_finished, join_ranks, load_cache, one_line_errors,
+    printable, require, save_cache, torchrun_ranks, write_json, writing)
 from scripts import cost, report
+from scripts.checkpoints import (
+    check_checkpoint, check_same_run, end_on_signals, hold, interrupted, last_checkpoint,
+    load_checkpoint, open_metrics, remove_checkpoints, save_checkpoint, until_interrupted)
 
 # -----------------------------------------------------------------------------
 # Default settings: MMPO on SmolLM2-135M, all weights, one GPU. Config files and --key=value on the

@@ -36,9 +36,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))   # for `python scripts/compare.py`
 import mmpo
 from configurator import (
-    HERE, configure, is_finished, last_checkpoint, one_line_errors, read_json, read_settings,
-    require)
+    HERE, configure, is_finished, one_line_errors, read_json, read_settings, require)
 from scripts import evaluate, plot
+from scripts.checkpoints import last_checkpoint
 
 TRAIN, EVALUATE = os.path.join(HERE, "train.py"), evaluate.__file__
 COLUMNS = "accuracy", "logps", "choices", "text", "kl", "answers"   # of the table: beginnings

@@ -1,0 +1,393 @@
+"""
+What keeps a run from being lost, or mixed up with another: its lock, signals, and checkpoints.
+
+$ python -m scripts.checkpoints out/mine      # what is in a run's folder, and whether it is whole
+
+train.py imports this; only `main` is a program.
+"""
+import atexit
+import contextlib
+import glob
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))   # for `python scripts/checkpoints.py`
+from configurator import (
+    UserError, first_line, is_finished, one_line_errors, publish, rank_and_size, read_metrics,
+    reading, require, sha256, write_text, writing)
+
+# -----------------------------------------------------------------------------
+# one run in one folder
+
+
+def hold(folder):
+    """Keep other runs out of a folder until this process ends, and delete what killed ones left.
+
+    The lock is the kernel's, so that of a killed run is gone with it. Its file says who holds it.
+    Raises UserError with that if another run does.
+    """
+    made = not os.path.exists(folder)
+    os.makedirs(folder, exist_ok=True)
+    path = os.path.join(folder, ".lock")
+    while True:
+        file = open(path, "a+", encoding="utf-8")
+        try:
+            import fcntl   # not on Windows
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if same_file(file, path):   # else its last holder has just deleted it
+                break
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(f"{folder}: another run is in this folder ({file.read()}); wait for "
+                            "its end, or give another out_dir") from None
+        except (OSError, ImportError) as e:
+            print(f"note: {folder}: no locks on this file system ({first_line(e)}); take care that "
+                  "no second run writes there")
+            break
+    with writing(path):
+        file.truncate(0)
+        file.write(f"host {socket.gethostname()}, pid {os.getpid()}, started {time.ctime()}")
+        file.flush()
+    atexit.register(let_go, file, folder, made)
+    remove_leftovers(folder)
+
+
+def same_file(file, path):
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+
+
+def let_go(file, folder, made):
+    """The reverse of hold; a folder that it made and that nothing was written into goes too. If a
+    signal ended the run, say what there is of it."""
+    if asked:
+        found = last_checkpoint(folder)[1]
+        print(f"ended by {signal.Signals(asked[0]).name}: " + (
+            f"the run in {folder} is finished" if is_finished(folder) else
+            f"{found} is saved; the same command with --resume=True goes on from there" if found
+            else "no checkpoint was saved; the same command starts again"), file=sys.stderr)
+    with contextlib.suppress(OSError):
+        os.remove(file.name)
+        if made:
+            os.rmdir(folder)
+    file.close()
+
+
+def remove_leftovers(folder):
+    """Delete the temporary files of killed runs. Their names are this program's alone."""
+    for name in os.listdir(folder):
+        path = os.path.join(folder, name)
+        if re.fullmatch(r"(train_config|exported_files|metrics|README)\.(jsonl?|md)\.tmp\d+", name):
+            os.remove(path)
+        elif re.fullmatch(r"checkpoint-\d{7}\.tmp", name):
+            remove_checkpoint(path)
+    shutil.rmtree(os.path.join(folder, "export.tmp"), ignore_errors=True)
+
+
+# -----------------------------------------------------------------------------
+# resuming a run: its checkpoints, and what may change when it goes on
+#
+# A checkpoint is a folder, checkpoint-0000400: for each rank a safetensors file with its rows of
+# what is trained and of the optimizer's state, and that file's sha256. The file's header has the
+# step, the number of ranks and the run's settings. Nothing in it is ever executed, and any number
+# of ranks can read it.
+
+
+def trained_parameters(model):
+    """{name: parameter}. FSDP leaves some gathered after a forward, until state_dict is called."""
+    return {n: p for n, p in model.state_dict(keep_vars=True).items() if p.requires_grad}
+
+
+def training_tensors(model, optimizer):
+    """{name: tensor} of all that a checkpoint keeps."""
+    found = {}
+    for name, p in trained_parameters(model).items():
+        found[f"model/{name}"] = p.detach()
+        for key, value in optimizer.state.get(p, {}).items():
+            found[f"optimizer/{name}/{key}"] = torch.as_tensor(value)
+    return found
+
+
+def first_row(tensor):
+    """The first row of this rank's part of a sharded tensor, which torch cuts in equal parts, but
+    for the last ones."""
+    rank, ranks = rank_and_size()
+    return min(rank * -(-len(tensor) // ranks), len(tensor)) if isinstance(tensor, DTensor) else 0
+
+
+def save_checkpoint(model, optimizer, folder, iter_num, settings):
+    """Write folder/checkpoint-<iter_num>. When it is whole, all but the last few are deleted.
+    Returns a line for the log. Raises UserError where it can't be written."""
+    t0, size = time.time(), 0
+    path = os.path.join(folder, f"checkpoint-{iter_num:07d}")
+    temporary, (rank, ranks) = path + ".tmp", rank_and_size()
+    mine = {name: tensor for name, tensor in training_tensors(model, optimizer).items()
+            if rank == 0 or isinstance(tensor, DTensor)}   # others are the same on every rank
+    about = {"step": iter_num, "ranks": ranks, "settings": settings,
+             "first_rows": {name: first_row(tensor) for name, tensor in mine.items()}}
+    for name, tensor in mine.items():
+        tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        mine[name] = tensor.to("cpu", copy=True).contiguous()
+    file = os.path.join(temporary, f"{rank}.safetensors")
+    try:
+        os.makedirs(temporary, exist_ok=True)
+        save_file(mine, file, {"checkpoint": json.dumps(about)})
+        write_text(os.path.join(temporary, f"{rank}.sha256"), sha256(file))
+    except (OSError, SafetensorError) as e:
+        raise UserError(f"{path}: not written ({first_line(e)}); if the disk is full, free space; "
+                        "an earlier checkpoint is intact") from e
+    if ranks > 1:
+        dist.barrier()
+    if rank == 0:
+        require(len(parts_of(temporary)) == ranks, f"{folder}: other machines' parts of a "
+                "checkpoint are not here; all machines must share out_dir")
+        size = sum(os.path.getsize(part) for part in parts_of(temporary))
+        publish(temporary, path)
+        remove_checkpoints(folder, keep=settings["keep_checkpoints"])
+    if ranks > 1:   # a rank that ends now must not end the others before this
+        dist.barrier()
+    return f"{path}: {size / 1e6:,.1f} MB in {time.time() - t0:.1f} s"
+
+
+def parts_of(path):
+    return sorted(glob.glob(os.path.join(glob.escape(path), "*.safetensors")))
+
+
+def about_part(part):
+    """What an open part of a checkpoint says of itself."""
+    return json.loads(part.metadata()["checkpoint"])
+
+
+def check_checkpoint(path):
+    """The settings of the run that wrote it. Raises UserError unless every part is there, and every
+    byte as it was written. Each rank reads its share."""
+    require(os.path.isdir(path), f"{path}: no folder; if it is a link, is its disk there?")
+    files, (rank, ranks), known = parts_of(path), rank_and_size(), []
+    for file in files:
+        name = os.path.basename(file)
+        with reading(file, "a part of a checkpoint"):
+            if file in files[rank::ranks]:
+                digest = file.removesuffix("safetensors") + "sha256"
+                require(os.path.exists(digest), f"{digest}: missing, so nobody knows whether "
+                        f"{name} is as it was written; bring it back, or delete the checkpoint")
+                with open(digest, encoding="utf-8") as f:
+                    require(f.read() == sha256(file), f"{path}: {name} failed its sha256; delete "
+                            "the checkpoint")
+            with safe_open(file, framework="pt") as part:
+                known.append(about_part(part))
+            require(known[0]["settings"] == known[-1]["settings"],
+                    f"{path}: {name} is of another run; delete the checkpoint")
+    expected = {f"{i}.safetensors" for i in range(known[0]["ranks"])} if known else {"0"}
+    require({os.path.basename(file) for file in files} == expected,
+            f"{path}: a rank's part is missing; delete the checkpoint")
+    require({about["step"] for about in known} == {int(path[-7:])},
+            f"{path}: made at another step; was it renamed?")
+    return known[0]["settings"]
+
+
+@torch.no_grad()
+def load_checkpoint(model, optimizer, path):
+    """The reverse of save_checkpoint, on any number of ranks. The optimizer must be new."""
+    found, params = {}, trained_parameters(model)
+    with contextlib.ExitStack() as stack, reading(path, "a checkpoint of this model"):
+        for file in parts_of(path):
+            part = stack.enter_context(safe_open(file, framework="pt"))
+            for name, row in about_part(part)["first_rows"].items():
+                found.setdefault(name, []).append((row, part.get_slice(name)))
+        names = {name.removeprefix("model/") for name in found if name.startswith("model/")}
+        require(names == params.keys(), f"{path}: holds the training of other weights")
+        for name, pieces in found.items():
+            kind, _, rest = name.partition("/")
+            if kind == "model":
+                fill_rows(params[rest], pieces)
+            else:
+                owner, _, key = rest.rpartition("/")
+                optimizer.state[params[owner]][key] = read_state(params[owner], pieces)
+
+
+def read_state(p, pieces):
+    """A tensor of the optimizer's state of parameter p, sharded as p is if it has p's shape."""
+    shape = pieces[0][1].get_shape()
+    if isinstance(p, DTensor) and shape[1:] == [*p.shape[1:]] and shape:
+        return fill_rows(torch.zeros_like(p), pieces)
+    value = read_rows(pieces, 0, None)
+    return value.item() if value.dtype == torch.int64 else value.to(p.device)
+
+
+def fill_rows(tensor, pieces):
+    """Copy this rank's rows into a tensor, from the parts that hold them."""
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    start = first_row(tensor)
+    local.copy_(read_rows(pieces, start, start + len(local)))
+    return tensor
+
+
+def read_rows(pieces, start, stop):
+    """Rows start to stop (None: the end) of a tensor, from its parts, [(first row, slice), ..]."""
+    if not pieces[0][1].get_shape():
+        return pieces[0][1][...]
+    return torch.cat([piece[max(start - row, 0):None if stop is None else max(stop - row, 0)]
+                      for row, piece in sorted(pieces, key=lambda piece: piece[0])])
+
+
+def checkpoints(folder):
+    return sorted(glob.glob(os.path.join(glob.escape(folder), "checkpoint-" + "[0-9]" * 7)))
+
+
+def last_checkpoint(folder):
+    """-> (its step, its path), or (0, None)."""
+    found = checkpoints(folder)
+    return (int(found[-1][-7:]), found[-1]) if found else (0, None)
+
+
+def remove_checkpoints(folder, keep=0):
+    """Delete all but the last `keep` ones."""
+    for path in checkpoints(folder)[:-keep or None]:
+        remove_checkpoint(path)
+
+
+def remove_checkpoint(path):
+    """Delete a checkpoint, its name first, so that a kill leaves no half one by that name. Only the
+    files that save_checkpoint writes go. `path` may be a link to where it was moved."""
+    temporary = path.removesuffix(".tmp") + ".tmp"
+    if path != temporary:
+        os.rename(path, temporary)
+    with contextlib.suppress(FileNotFoundError):   # a link to what is gone already
+        for name in os.listdir(temporary):
+            if re.fullmatch(r"\d+\.(safetensors|sha256)(\.tmp\d+)?", name):
+                os.remove(os.path.join(temporary, name))
+    with contextlib.suppress(OSError):             # a folder with files that aren't ours stays
+        os.rmdir(os.path.realpath(temporary))
+    if os.path.islink(temporary):
+        os.remove(temporary)
+
+
+def open_metrics(path, start_iter):
+    """metrics.jsonl, opened to add lines.
+
+    A new run (start_iter 0) empties it. One that goes on keeps the steps before start_iter, and
+    makes those after it again.
+    """
+    past = read_metrics(path) if start_iter else []
+    write_text(path, "".join(json.dumps(record) + "\n" for record in past
+                             if record["iter"] < start_iter))
+    return open(path, "a", buffering=1, encoding="utf-8")
+
+
+# What may change when a run resumes (beginnings of names): where and how it is computed, how far it
+# goes, what it writes.
+RESUME_MAY_CHANGE = (
+    "out_dir", "resume", "dry_run", "debug", "max_iters", "epochs", "export_", "wandb_", "sample_",
+    "log_", "eval_interval", "save_", "keep_", "skip_", "device", "parallel", "compile",
+    "pack_tokens", "activation_", "overwrite")
+COMPARED_BY_CONTENT = ("init_from", "dataset", "eval_dataset")   # by their .._sha256
+
+
+def check_same_run(settings, before):
+    """UserError unless a run resumes with the settings it had `before`, but for RESUME_MAY_CHANGE.
+    """
+    for key, value in settings.items():
+        if (before.get(key, value) == value or key in COMPARED_BY_CONTENT
+                or key.startswith(RESUME_MAY_CHANGE)):
+            continue
+        wrong = f"the run has {key}={before[key]!r}, not {value!r}; give that"
+        if key.endswith("_sha256"):
+            wrong = f"{key.removesuffix('_sha256')} has changed; bring the old one back"
+        raise UserError(f"resume: {wrong}, or start anew in another out_dir")
+
+
+# -----------------------------------------------------------------------------
+# signals
+
+# What asks a run to end: a scheduler, Ctrl-C, a closed terminal.
+SIGNALS = [getattr(signal, n) for n in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, n)]
+PARENT = os.getppid()
+asked = []         # the first of these signals that came, and when
+may_leave = True   # whether it ends the program at once, or waits for interrupted()
+
+
+def end_on_signals():
+    """From here on each of SIGNALS ends the program in an orderly way, but for what nohup and the
+    like ignore. A second one ends it at once."""
+    def come(number, _):
+        # torchrun passes on a Ctrl-C that the terminal has sent to its ranks already
+        if asked and (not dist.is_initialized() or time.monotonic() > asked[1] + 1):
+            os._exit(128 + number)
+        if not asked:
+            asked[:] = number, time.monotonic()
+            if may_leave:
+                sys.exit(128 + number)
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, come)
+
+
+def interrupted(device):
+    """The signal that asked this run to end, or 0. The same on all ranks, so that they end at the
+    same step; a rank whose torchrun is gone asks them to."""
+    global may_leave
+    may_leave = False
+    number = asked[0] if asked else 0
+    if dist.is_initialized():
+        number = number or (signal.SIGTERM if os.getppid() != PARENT else 0)
+        number = torch.tensor(float(number), device=device)
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+        number = int(number)
+        if number:
+            asked[:] = number, time.monotonic()
+            for other in SIGNALS:   # torchrun sends one to all when the first of them has ended
+                signal.signal(other, signal.SIG_IGN)
+    return number
+
+
+def until_interrupted(device, function, *args):
+    """function(*args), or as much of it as a signal leaves time for. Where there are several ranks
+    it is finished, since one that leaves would keep the others waiting."""
+    global may_leave
+    if interrupted(device):
+        return
+    try:
+        may_leave = not dist.is_initialized()
+        function(*args)
+        may_leave = False
+    except SystemExit:
+        may_leave = False
+        if not asked:
+            raise
+
+
+# -----------------------------------------------------------------------------
+
+
+def main():
+    require(len(sys.argv) == 2, "give one folder that train.py wrote")
+    folder = sys.argv[1]
+    records = read_metrics(os.path.join(folder, "metrics.jsonl"))
+    print(f"{folder}: {'finished' if is_finished(folder) else 'not finished'}, at step "
+          f"{records[-1]['iter'] if records else 0}")
+    for path in checkpoints(folder):
+        size = sum(os.path.getsize(part) for part in parts_of(path))
+        try:
+            check_checkpoint(path)
+            state = "whole"
+        except UserError as e:
+            state = f"damaged: {e}"
+        print(f"{path}: {size / 1e6:,.1f} MB, {state}")
+
+
+if __name__ == "__main__":
+    one_line_errors()
+    main()
