@@ -759,7 +759,11 @@ def checkpoint_folder(name, base_of=""):
                             f"gated model asks you to accept its licence at huggingface.co/{repo}, "
                             "then to run `hf auth login`") from e
     check_files(folder)
-    adapter = os.path.exists(os.path.join(folder, "adapter_config.json"))
+    has = [file for file in (*CONFIGS, "train_config.json")
+           if os.path.exists(os.path.join(folder, file))]
+    require(has != ["train_config.json"], f"{where}{name}: a run that isn't finished, so there is "
+            "no model yet; its command with --resume=True goes on")
+    adapter = "adapter_config.json" in has
     require(not (adapter and base_of), f"{base_of}: its base is an adapter too; merge that one")
     return on_its_base(folder) if adapter else folder
 

@@ -1038,8 +1038,9 @@ def test_one_file_goes_before_an_index(checkpoint, tmp_path):
     assert gap(logits, transformers_logits(folder, tokens)) <= 1e-6
 
 
-def test_hub_id(monkeypatch):
-    """Of a hub id only the files that are read are downloaded; a refusal says what to do."""
+def test_hub_id(monkeypatch, tmp_path):
+    """Of a hub id only the files that are read are downloaded; a refusal says what to do, and so
+    does one of a run that has no model yet."""
     import huggingface_hub
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
     hub = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json",
@@ -1060,6 +1061,9 @@ def test_hub_id(monkeypatch):
     for name in ("a/b@", "a", "a/b/c", "./a/b", "@v1"):
         with pytest.raises(UserError, match=f"{name}: no such folder; give"):
             llama.checkpoint_folder(name)
+    (tmp_path / "train_config.json").write_text("{}")
+    with pytest.raises(UserError, match="a run that isn't finished"):
+        llama.checkpoint_folder(str(tmp_path))
     for kind, words in ((GatedRepoError, "accept its licence at huggingface.co/a/b"),
                         (LocalEntryNotFoundError, "the hub can't be reached")):
         def refuse(name, revision, allow_patterns, error=kind.__new__(kind)):
