@@ -26,6 +26,7 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 import time
 import unicodedata
 from collections import Counter
@@ -1108,7 +1109,8 @@ def test_checkpoint_of_several_machines(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints.dist, "barrier", lambda: None)
     with pytest.raises(UserError, match="must share out_dir"):
         checkpoints.save_checkpoint(model, torch.optim.AdamW(model.parameters()), str(tmp_path),
-                                     3, {})
+                                    3, {"keep_checkpoints": 1}, print)
+        checkpoints.finish_saving()
     assert checkpoints.last_checkpoint(str(tmp_path)) == (0, None)
 
 
@@ -3824,6 +3826,39 @@ def test_one_run_in_one_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("atexit.register", lambda *_: None)
     checkpoints.hold(out)
     assert "run: no locks on this file system" in capsys.readouterr().out
+
+
+def test_a_save_holds_nobody_up(tmp_path, monkeypatch):
+    """Weights may change as soon as save_checkpoint returns: what is written is what they were. A
+    write that fails is told by the next save, and leaves the checkpoint before it."""
+    model, go, said, write = tiny_model(), threading.Event(), [], checkpoints.save_file
+    optimizer = torch.optim.AdamW(model.parameters())
+    model.logits(tokens_of(1, 9)).sum().backward()
+    optimizer.step()
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    def save(step):
+        checkpoints.save_checkpoint(model, optimizer, str(tmp_path), step,
+                                    {"keep_checkpoints": 1}, said.append)
+    monkeypatch.setattr(checkpoints, "save_file", lambda *args: (go.wait(60), write(*args)))
+    save(3)
+    optimizer.step()
+    assert checkpoints.last_checkpoint(str(tmp_path)) == (0, None) and not said
+    go.set()
+    checkpoints.finish_saving()
+    step, path = checkpoints.last_checkpoint(str(tmp_path))
+    assert step == 3 and said[0].startswith(f"{path}: ") and " MB in " in said[0]
+    other = llama.Llama(model.config)
+    checkpoints.load_checkpoint(other, torch.optim.AdamW(other.parameters()), path)
+    assert all(p.equal(weights[name]) for name, p in other.named_parameters())
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    save(4)
+    with pytest.raises(UserError, match="checkpoint-0000004: not written .*No space left"):
+        save(5)
+    assert checkpoints.last_checkpoint(str(tmp_path)) == (3, path) and checkpoints.saving is None
 
 
 def test_only_checkpoints_of_a_run_are_deleted(tmp_path):

@@ -33,8 +33,9 @@ from configurator import (
     printable, require, save_cache, torchrun_ranks, write_json, writing)
 from scripts import cost, report
 from scripts.checkpoints import (
-    check_checkpoint, check_same_run, end_on_signals, hold, interrupted, last_checkpoint,
-    load_checkpoint, open_metrics, remove_checkpoints, save_checkpoint, until_interrupted)
+    check_checkpoint, check_same_run, end_on_signals, finish_saving, hold, interrupted,
+    last_checkpoint, load_checkpoint, open_metrics, remove_checkpoints, save_checkpoint,
+    until_interrupted)
 
 # -----------------------------------------------------------------------------
 # Default settings: MMPO on SmolLM2-135M, all weights, one GPU. Config files and --key=value on the
@@ -45,7 +46,7 @@ init_from = "HuggingFaceTB/SmolLM2-135M-Instruct"   # the model: hub id[@revisio
 export_dtype = "bfloat16"         # bfloat16 | float16 | float32: of the exported weights
 export_adapter = False            # with LoRA: write the adapters alone (peft), not merged weights
 save_interval = 0                 # steps between checkpoints to resume from; 0 writes none
-keep_checkpoints = 1              # so many of them, the last ones, are kept while the run goes on
+keep_checkpoints = 1              # so many of the last ones are kept; after the end, one
 overwrite = False                 # replace the finished model that is in out_dir
 resume = False                    # go on from the last checkpoint in out_dir, if there is one
 dry_run = False                   # print what a run would take, memory by part, and stop
@@ -422,10 +423,9 @@ for iter_num in tqdm(range(start_iter, max_iters + 1), "steps", max_iters, initi
     signal_number = interrupted(device)
     if save_interval and iter_num > start_iter and (
             signal_number or iter_num % save_interval == 0 or iter_num == max_iters):
-        log(save_checkpoint(raw_model, optimizer, out_dir, iter_num, settings))
-    if signal_number:
-        sys.exit(128 + signal_number)
-    if iter_num == max_iters:
+        save_checkpoint(raw_model, optimizer, out_dir, iter_num, settings, log)
+    if signal_number or iter_num == max_iters:
+        finish_saving()
         break
     t0 = time.time()
     torch.manual_seed(seed + ddp_rank + iter_num * ddp_world_size)   # dropout differs on each rank
@@ -485,6 +485,8 @@ for iter_num in tqdm(range(start_iter, max_iters + 1), "steps", max_iters, initi
         record(iter_num, metrics)
 
 # --- the aligned model, in Hugging Face layout, and what to know about it
+if signal_number:
+    sys.exit(128 + signal_number)
 llama.export(raw_model, out_dir, hf_config, folder, llama.DTYPES[export_dtype],
              adapter_of=init_from if export_adapter else None, stop_ids=stop_ids,
              chat_template=tokenizer.template_text)
@@ -492,6 +494,7 @@ answer("sample after")
 if master_process:
     report.write_model_card(out_dir)
     write_json(os.path.join(out_dir, "train_config.json"), settings | {"finished": True})
+    remove_checkpoints(out_dir, keep=1)   # from which it goes on if there are more epochs
     log(report.closing_lines(out_dir, len(held_out)))
     log(f"aligned model, its card and metrics.jsonl: {out_dir}" +
         ("; its checkpoint is there for more epochs, so delete it if there won't be any"

@@ -17,6 +17,8 @@ import socket
 import sys
 import time
 from pathlib import Path
+from threading import Event, Thread
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -73,6 +75,7 @@ def same_file(file, path):
 def let_go(file, folder, made):
     """The reverse of hold; a folder that it made and that nothing was written into goes too. If a
     signal ended the run, say what there is of it."""
+    leave_time_to_save()
     if asked:
         found = last_checkpoint(folder)[1]
         print(f"ended by {signal.Signals(asked[0]).name}: " + (
@@ -128,12 +131,19 @@ def first_row(tensor):
     return min(rank * -(-len(tensor) // ranks), len(tensor)) if isinstance(tensor, DTensor) else 0
 
 
-def save_checkpoint(model, optimizer, folder, iter_num, settings):
-    """Write folder/checkpoint-<iter_num>. When it is whole, all but the last few are deleted.
-    Returns a line for the log. Raises UserError where it can't be written."""
-    t0, size = time.time(), 0
-    path = os.path.join(folder, f"checkpoint-{iter_num:07d}")
-    temporary, (rank, ranks) = path + ".tmp", rank_and_size()
+saving = None   # the save under way
+
+
+def save_checkpoint(model, optimizer, folder, iter_num, settings, log):
+    """Write folder/checkpoint-<iter_num>. The run waits while its tensors are copied to the host's
+    memory. A thread of each rank writes its part; when all are there, the first rank gives the
+    folder its name, deletes all checkpoints but the last few, and logs it.
+
+    Raises UserError where the save before this one could not be written.
+    """
+    global saving
+    finish_saving()
+    path, (rank, ranks) = os.path.join(folder, f"checkpoint-{iter_num:07d}"), rank_and_size()
     mine = {name: tensor for name, tensor in training_tensors(model, optimizer).items()
             if rank == 0 or isinstance(tensor, DTensor)}   # others are the same on every rank
     about = {"step": iter_num, "ranks": ranks, "settings": settings,
@@ -141,25 +151,66 @@ def save_checkpoint(model, optimizer, folder, iter_num, settings):
     for name, tensor in mine.items():
         tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         mine[name] = tensor.to("cpu", copy=True).contiguous()
+    saving = SimpleNamespace(path=path, error=None, written=Event(), all_written=Event())
+    saving.thread = Thread(target=write_part, daemon=True,
+                           args=(saving, mine, about, rank, settings["keep_checkpoints"], log))
+    saving.thread.start()
+
+
+def write_part(save, mine, about, rank, keep, log):
+    """What the thread of a save does. An error is kept for finish_saving."""
+    t0, temporary = time.time(), save.path + ".tmp"
     file = os.path.join(temporary, f"{rank}.safetensors")
     try:
         os.makedirs(temporary, exist_ok=True)
         save_file(mine, file, {"checkpoint": json.dumps(about)})
         write_text(os.path.join(temporary, f"{rank}.sha256"), sha256(file))
+        save.written.set()
+        if rank > 0:
+            return
+        sums = [os.path.join(temporary, f"{i}.sha256") for i in range(about["ranks"])]
+        while not all(map(os.path.exists, sums)) and not save.all_written.wait(0.05):
+            pass
+        require(all(map(os.path.exists, sums)), f"{save.path}: parts of other ranks are not here; "
+                "if those don't say why, all machines must share out_dir")
+        size = sum(map(os.path.getsize, parts_of(temporary)))
+        publish(temporary, save.path)
+        remove_checkpoints(os.path.dirname(save.path), keep)
+        log(f"{save.path}: {size / 1e6:,.1f} MB in {time.time() - t0:.1f} s")
     except (OSError, SafetensorError) as e:
-        raise UserError(f"{path}: not written ({first_line(e)}); if the disk is full, free space; "
-                        "an earlier checkpoint is intact") from e
+        save.error = UserError(f"{save.path}: not written ({first_line(e)}); if the disk is full, "
+                               "free space; an earlier checkpoint is intact")
+    except Exception as e:
+        save.error = e
+    finally:
+        save.written.set()
+
+
+def finish_saving():
+    """Wait for the save under way, on all ranks. Raises UserError where it could not be written."""
+    global saving
+    if saving is None:
+        return
+    (_, ranks), save = rank_and_size(), saving
+    save.written.wait()
     if ranks > 1:
         dist.barrier()
-    if rank == 0:
-        require(len(parts_of(temporary)) == ranks, f"{folder}: other machines' parts of a "
-                "checkpoint are not here; all machines must share out_dir")
-        size = sum(os.path.getsize(part) for part in parts_of(temporary))
-        publish(temporary, path)
-        remove_checkpoints(folder, keep=settings["keep_checkpoints"])
-    if ranks > 1:   # a rank that ends now must not end the others before this
+    save.all_written.set()   # no other part will come
+    save.thread.join()
+    if ranks > 1:            # a rank that ends now must not end the first one before this
         dist.barrier()
-    return f"{path}: {size / 1e6:,.1f} MB in {time.time() - t0:.1f} s"
+    saving = None
+    if save.error:
+        raise save.error
+
+
+def leave_time_to_save():
+    """Where the program ends by an error, the save under way may still become whole."""
+    if saving:
+        saving.thread.join(60)
+
+
+atexit.register(leave_time_to_save)
 
 
 def parts_of(path):

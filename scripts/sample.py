@@ -21,7 +21,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))   # for `python scripts/sample.py`
 import data
 import model as llama
-from configurator import one_line_errors, printable, reading, require, write_json
+from configurator import one_line_errors, printable, read_json, reading, require, write_json
 
 
 def main():
@@ -57,7 +57,9 @@ def main():
     folder = llama.checkpoint_folder(args.model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    tokenizer = data.Tokenizer(folder)
+    config = os.path.join(folder, "train_config.json")   # of a run, whose template it goes on with
+    run = read_json(config) if os.path.exists(config) else {}
+    tokenizer = data.Tokenizer(folder, "", run.get("chat_template_kwargs", ""))
     model, _ = llama.from_pretrained(folder, device, dtype)
     stop_ids = tokenizer.stop_ids()
 
