@@ -118,7 +118,8 @@ def run_all(runs, out, evaluation, jobs):
         devices.put(str(job % torch.cuda.device_count()) if torch.cuda.is_available() else None)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // jobs)))
     failed = []
-    with ThreadPoolExecutor(jobs) as pool:
+    pool = ThreadPoolExecutor(jobs)
+    try:
         futures = {pool.submit(run, os.path.join(out, name), *r, evaluation, devices, references):
                    name for name, r in runs.items()}
         for done, future in enumerate(as_completed(futures), 1):
@@ -127,6 +128,8 @@ def run_all(runs, out, evaluation, jobs):
             print(f"{done} of {len(runs)} runs done, about {minutes:.0f} min left: "
                   f"{futures[future]}{f' FAILED: {error}' if error else ''}", flush=True)
             failed += [str(error)] * bool(error)
+    finally:
+        pool.shutdown(cancel_futures=True)   # after Ctrl-C no other run starts
     require(not failed, "; ".join(failed))
 
 
