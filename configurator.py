@@ -186,11 +186,16 @@ def check_file(path):
             "folder; give a file")
 
 
+def read_text(path, what, encoding="utf-8"):
+    check_file(path)
+    with open(path, encoding=encoding) as f, reading(path, what):
+        return f.read()
+
+
 def read_json(path):
     """The object in a JSON file. Raises UserError unless the file holds one JSON object."""
-    check_file(path)
-    with open(path, encoding="utf-8") as f, reading(path, "valid JSON"):
-        value = parse_json(f.read())
+    with reading(path, "valid JSON"):
+        value = parse_json(read_text(path, "valid JSON"))
     require(isinstance(value, dict), f"{path}: not a JSON object; is it damaged?")
     return value
 
@@ -287,8 +292,13 @@ def save_cache(path, **arrays):
 
 def read_metrics(path):
     """The records of a metrics.jsonl, without a last line that a run has not finished writing."""
-    with open(path, encoding="utf-8") as f, reading(path, "a run's metrics"):
-        return [parse_json(line) for line in f if line.endswith("}\n")]
+    with reading(path, "a run's metrics"):
+        records = [parse_json(line) for line in read_text(path, "a run's metrics").splitlines(True)
+                   if line.endswith("\n")]
+        for n, record in enumerate(records, 1):
+            require(type(record["iter"]) is int and {*map(type, record.values())} <= {int, float},
+                    f"{path}:{n}: a step and its numbers should be here; delete the line")
+    return records
 
 
 def is_finished(folder):
@@ -402,8 +412,7 @@ def run_config_file(path, known):
     require(path.endswith(".py") or os.path.isdir(path), f"{path}: config files end in .py; "
             "settings, data files too, are written --key=value")
     scope = known | {"__name__": "__main__", "__file__": path}
-    with open(path, encoding="utf-8-sig") as f, reading(path, "a config file"):
-        text = f.read()
+    text = read_text(path, "a config file", "utf-8-sig")
     try:
         tree = ast.parse(text, path)
         exec(compile(tree, path, "exec"), scope)

@@ -56,7 +56,7 @@ from tqdm import tqdm
 
 from configurator import (
     UserError, cache_path, check_file, first_line, load_cache, parse_json, rank_and_size, read_json,
-    reading, require, save_cache, sha256, time_limit)
+    read_text, reading, require, save_cache, sha256, time_limit)
 
 MAX_CHARS = 400_000   # of a field; tiktoken panics at a piece of about a million characters
 MAX_LINE, MAX_WHOLE = 10 ** 8, 2 ** 31   # bytes: a small file may unpack without end
@@ -121,6 +121,9 @@ def mergeable(model, others, path):
     its characters end in three parts or more. others: the tokens beside the BPE's.
     """
     merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
+    odd = next((m for m in merges if not {*m, "".join(m)} <= model["vocab"].keys()), None)
+    require(not odd, f"{path}: merges {odd!r:.99}, but the vocabulary lacks one of these or what "
+            "they make; download it again")
     ranks = {pair: rank for rank, pair in reversed([*enumerate(merges)])}
     made, pieces, last = {}, [], len(merges)   # made: {token: the rank of the merge that makes it}
     whole = {token: 0 for token in model["vocab"] if model.get("ignore_merges")
@@ -166,7 +169,7 @@ class Tokenizer:
             read_json(file) if os.path.exists(file) else {} for file in files)
         if "added_tokens_decoder" in config:   # then transformers reads no older file
             special_map = added_tokens = {}
-        with reading(path, "a tokenizer's file"):
+        with reading(f"{path}, or a file beside it", "a tokenizer's file"):
             added = find_added_tokens(path, spec, config, special_map, added_tokens)
             self.added = {content: token["id"] for content, token in added.items()}
             self.load_bpe(spec, added, path)
@@ -187,11 +190,12 @@ class Tokenizer:
                 if name.endswith("_token") and content_of(token)}
             self.eos_id = self.added.get(self.named["eos_token"])
             ends = (model_config | generation_config).get("eos_token_id")
-            self.end_ids = {i for i in (ends if isinstance(ends, list) else [ends])
-                            if type(i) is int}
+            self.end_ids = {*(ends if isinstance(ends, list) else [ends])} - {None}
+            require({*map(type, self.end_ids)} <= {int}, f"{folder}: eos_token_id of config.json "
+                    f"or generation_config.json should be whole numbers (got {ends!r:.50})")
             self.text_prefix = find_text_prefix(spec)
             self.template_text = find_chat_template(folder, config, chat_template)
-            self.template = compile_template(self.template_text, folder)
+            self.template = compile_template(self.template_text, chat_template or folder)
         for marker in re.findall(r"<\|\w+\|>", TEMPLATES.get(chat_template, "")):
             require(marker in self.added, f"chat_template: {chat_template} needs {marker}, which "
                     "this tokenizer lacks; give a .jinja file whose turns end in {{ eos_token }}")
@@ -200,6 +204,9 @@ class Tokenizer:
         self.find_markers()
         content = json.dumps([spec, config, special_map, added_tokens, self.template_text,
                               self.template_kwargs])
+        flag = re.search(r'"(?!content")(\w+)": "(true|false)"', content, re.IGNORECASE)
+        require(not flag, f"{folder}: its tokenizer's files, or chat_template_kwargs, have "
+                f"{flag and flag[0]}, a text; write true or false without quotes")
         self.fingerprint = hashlib.sha256(content.encode()).hexdigest()
 
     def load_bpe(self, spec, added, path):
@@ -208,7 +215,7 @@ class Tokenizer:
         normalizers, steps = steps_of(spec.get("normalizer")), steps_of(spec.get("pre_tokenizer"))
         characters = bool(model.get("byte_fallback"))   # SentencePiece's BPE, else BPE over bytes
         for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
-            require(not model.get(name), f"{path}: {name} {model.get(name)!r} is not supported")
+            require(not model.get(name), f"{path}: {name} {model[name]!r:.50} is not supported")
         require(model.get("type", "BPE") == "BPE",
                 f"{path}: a {model.get('type')} model; only BPE is supported")
         put_first = {"type": "Prepend", "prepend": SPACE}
@@ -269,7 +276,13 @@ class Tokenizer:
                     else to_bytes(token) for token in vocab | self.added}
         if characters:
             of_token = {t: b.replace(SPACE.encode(), b" ") for t, b in of_token.items()}
-        self.bytes_of = {i: of_token[token] for token, i in (vocab | self.added).items()}
+        everything = vocab | self.added
+        token_of = {i: token for token, i in everything.items()}
+        odd = next((t for t, i in everything.items() if type(i) is not int or token_of[i] != t
+                    or not 0 <= i < 2 ** 31), None)
+        require(odd is None, f"{path}: the id of {odd!r:.50} is no whole number, or also "
+                "another token's; download it again")
+        self.bytes_of = {i: of_token[token] for i, token in token_of.items()}
         self.n_vocab = max(self.bytes_of) + 1
         decoder = steps_of(spec.get("decoder"))   # SentencePiece takes the first space off again
         self.strip = any(step["type"] == "Strip" and step["start"] or step["type"] == "Metaspace"
@@ -305,9 +318,11 @@ class Tokenizer:
             if place <= self.metaspace and text and not text.startswith(SPACE):
                 text = SPACE + text
         pieces = [text]
-        for cut in self.cuts:
-            pieces = [m[0] for piece in pieces for m in cut.finditer(piece)]
-        ranks = [rank for piece in pieces for rank in self.bpe.encode_ordinary(piece)]
+        with reading("tokenizer.json: pre_tokenizer", "one that can cut every text"):
+            for cut in self.cuts:
+                pieces = [m[0] for piece in pieces
+                          for m in cut.finditer(piece, timeout=RENDER_SECONDS)]
+            ranks = [rank for piece in pieces for rank in self.bpe.encode_ordinary(piece)]
         if not self.dropped.isdisjoint(ranks):   # what is left of such a piece merges
             ranks = []
             for piece in (m[0] for p in pieces for m in regex.finditer(self.pattern, p)):
@@ -356,8 +371,11 @@ class Tokenizer:
         for messages in (no_nulls, turns, [{"content": ""} | t for t in no_nulls]):
             try:
                 with time_limit(RENDER_SECONDS, "chat template: to render a row"):
-                    return self.template.render(variables | (chat_template_kwargs or {}),
+                    text = self.template.render(variables | (chat_template_kwargs or {}),
                                                 messages=messages)
+                if len(text) > 2 * MAX_CHARS:
+                    raise ValueError(f"it writes over {2 * MAX_CHARS:,} characters")
+                return text
             except UserError:
                 raise
             except Exception as e:   # a template is a program, and may fail in any way
@@ -500,7 +518,7 @@ def find_added_tokens(path, spec, config, special_map, added_tokens):
 
     tokenizer.json has them all, except in some older checkpoints. There transformers also reads
     tokenizer_config.json, or special_tokens_map.json and added_tokens.json, and so does this.
-    What these name and tokenizer.json doesn't gets the next free id there, whatever they say.
+    What isn't in the vocabulary gets the next free id there, whatever these files say.
     """
     vocab, named = spec["model"]["vocab"], config | special_map
     special = {content_of(token) for value in special_map.values()
@@ -510,13 +528,14 @@ def find_added_tokens(path, spec, config, special_map, added_tokens):
     others.sort(key=lambda t: t["id"])
     others += [{"content": content_of(named[name]), "id": vocab.get(content_of(named[name])),
                 "special": True} for name in ("bos_token", "eos_token") if named.get(name)]
-    added = {t["content"]: t for t in spec.get("added_tokens") or []}
-    for token in others:
+    added, own = {}, spec.get("added_tokens") or []
+    for n, token in enumerate([*own, *others]):
         content, i = token["content"], token["id"]
-        if content not in added:
+        if n < len(own) or content not in added:
             free = max([len(vocab), *(t["id"] + 1 for t in added.values())])
-            require(i == vocab.get(content, free), f"{path}: has no token {content!r}, which "
-                    f"another file there names (id {i}); name it in this one")
+            right = vocab.get(content, free)
+            require(content and i == right, f"{path}: added token {content!r} has id {i!r:.20} "
+                    f"here or in another file there, but would get {right}; mend it in this one")
             added[content] = token
     for content, token in added.items():
         require(not (token.get("lstrip") or token.get("rstrip") or token.get("single_word")),
@@ -570,8 +589,7 @@ def find_chat_template(folder, config, override):
     require(not override or os.path.exists(path),
             f"chat_template: no file {path} (or one of {', '.join(TEMPLATES)})")
     if os.path.exists(path):
-        with open(path, encoding="utf-8") as f, reading(path, "a chat template"):
-            return f.read()
+        return read_text(path, "a chat template")
     template = config.get("chat_template")
     if isinstance(template, list):   # several, by name
         template = {t["name"]: t["template"] for t in template}.get("default")
@@ -583,7 +601,6 @@ def find_chat_template(folder, config, override):
 
 def compile_template(text, where):
     """A chat template, compiled as transformers does, in a sandbox: it is a stranger's program."""
-    import jinja2
     from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -602,8 +619,10 @@ def compile_template(text, where):
 
         def call_binop(self, context, operator, left, right):
             times = [b for a, b in ((left, right), (right, left)) if isinstance(a, (str, list))]
-            require(operator == "*" and not (times and times[0] > 1000), f"{where}: chat template: "
-                    f"{left!r:.20} {operator} {right!r:.20} is not supported")
+            whole = [abs(x) for x in (left, right) if isinstance(x, int)]
+            require(operator == "*" and not (times and times[0] > 1000)
+                    and max(whole, default=0) < 2 ** 63,
+                    f"{where}: chat template: {operator} of such values is not supported")
             return super().call_binop(context, operator, left, right)
 
     env = Sandbox(trim_blocks=True, lstrip_blocks=True, optimized=False,
@@ -611,11 +630,9 @@ def compile_template(text, where):
     env.filters["tojson"] = (lambda x, ensure_ascii=False, **how:
                              json.dumps(x, ensure_ascii=ensure_ascii, **how))
     env.globals |= {"raise_exception": raise_exception, "strftime_now": DATE.strftime}
-    try:
-        with time_limit(RENDER_SECONDS, f"{where}: chat template: to compile it"):
-            return env.from_string(text)
-    except jinja2.TemplateError as e:
-        raise UserError(f"{where}: chat template: {first_line(e)}") from e
+    with time_limit(RENDER_SECONDS, f"{where}: chat template: to compile it"), \
+            reading(f"{where}: chat template", "one that jinja2 can compile"):
+        return env.from_string(text)
 
 
 # -----------------------------------------------------------------------------
@@ -718,7 +735,7 @@ def parse_row(row, columns=None, use_scores=False):
               and not (isinstance(value, str) and (value.strip() in said or hh_turns(value)))]
     unused += [path for path in columns.values() if at(given, path) is None]
     if len(dialogues) > 1:
-        n = shared_turns(dialogues)
+        n = shared_turns(dialogues, new)
         return [Row(dialogues[0][:n], [d[n:] for d in dialogues], rewards, template)], unused
     [turns], [new] = dialogues, new
     rows = [Row(turns[:i], [turns[i:i + 1]], rewards, template)
@@ -739,8 +756,8 @@ def parse_line(row):
             raise BadRow("invalid JSON", f"{first_line(e)}; is the line cut off?") from None
     if not isinstance(row, dict):
         raise BadRow("a row must be an object with fields", f"got {kind_of(row)}")
-    if None in row:   # where csv puts what has no column
-        raise BadRow("more cells than columns; quote text that has commas in it")
+    if None in row:   # where csv puts what has no column, and read_csv what has too few cells
+        raise BadRow("not as many cells as columns; quote text that has commas or lines in it")
     return row
 
 
@@ -838,11 +855,13 @@ def join(prompt, turns):
     return (own or system) + prompt[:len(prompt) - n] + turns
 
 
-def shared_turns(dialogues):
-    """How many turns are the prompt: as many as all have in common, with the assistant's next."""
-    if any(not turns or turns[-1]["role"] != "assistant" for turns in dialogues):
+def shared_turns(dialogues, new):
+    """How many turns are the prompt: as many as all have in common, with the assistant's next. What
+    stands before the turns that an answer brings, `new`, is no response."""
+    if any(not turns or turns[-1]["role"] != "assistant" for turns in new):
         raise Drop("no response turn")
-    for n in range(min(map(len, dialogues)) - 1, 0, -1):
+    least = max(1, *(len(turns) - len(own) for turns, own in zip(dialogues, new)))
+    for n in range(min(map(len, dialogues)) - 1, least - 1, -1):
         if all(turns[n]["role"] == "assistant" and same(turns[:n], dialogues[0][:n])
                for turns in dialogues):
             return n
@@ -906,8 +925,8 @@ def check_message(name, message):
             if kind != "text" or not isinstance(part.get("text"), str):
                 raise BadRow(f'"{name}" has content that is no text', f"got a part of type {kind}")
         content = "".join(part["text"] for part in content)
-    if not (isinstance(role, str) and isinstance(content, str)
-            or content is None and "tool_calls" in rest):
+    if not isinstance(role, str) or not (isinstance(content, str)
+                                         or content is None and "tool_calls" in rest):
         raise BadRow(f'"{name}" must hold messages with role and content', f"got {kind_of(message)}"
                      + f", {kind_of(role)} and {kind_of(content)}" * isinstance(message, dict))
     role = role.strip().lower()
@@ -970,9 +989,11 @@ def read_rows(source, split):
         require(re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)+(:[\w.-]+)?(@[\w./-]+)?", source)
                 and not packing and kind not in READERS,
                 f"{source}: no such file; give a local file or a hub dataset (owner/name)")
-        yield from read_hub(source, split)
+        with reading(source, "a hub dataset whose rows can be read"):
+            yield from read_hub(source, split)
     elif os.path.isdir(source):
-        yield from read_folder(source, split)
+        with reading(source, "a folder of parquet files, or one that Dataset.save_to_disk made"):
+            yield from read_folder(source, split)
     else:
         require(kind in READERS, f"{source}: unknown kind of file; use {', '.join(READERS)}, any "
                 "of them also as .gz or .zst")
@@ -1034,16 +1055,18 @@ def read_csv(source, f):
     for other, name in ((";", "semicolons"), ("\t", "tabs"), (",", "commas")):
         require(other not in names[0] or len(names) > 1, f"{source}: its cells are separated by "
                 f"{name}; a .csv file has commas, a .tsv file tabs")
-    require(len({*names}) == len(names), f"{source}: columns with the same name; rename them")
+    check_columns(source, names)
     try:
-        yield from ((f"{source}:{rows.line_num}", row) for row in rows)
+        yield from ((f"{source}:{rows.line_num}", {None: ""} if None in row.values() else row)
+                    for row in rows)
     except csv.Error as e:
         raise UserError(f"{source}:{rows.line_num}: not CSV ({e}); is a quote missing?") from e
 
 
 def read_parquet(source, f):
     import pyarrow.parquet
-    file = pyarrow.parquet.ParquetFile(f if f.seekable() else io.BytesIO(f.read()))
+    file = pyarrow.parquet.ParquetFile(f if f.seekable() else io.BytesIO(read_whole(source, f)))
+    check_columns(source, file.schema_arrow.names)
     rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
     if "arrow.json" in str(file.schema_arrow):   # columns of JSON, which Arrow gives as text
         from datasets import Features
@@ -1053,6 +1076,10 @@ def read_parquet(source, f):
 
 READERS = {".jsonl": read_lines, ".ndjson": read_lines, ".json": read_json_rows, ".csv": read_csv,
            ".tsv": read_csv, ".parquet": read_parquet}
+
+
+def check_columns(source, names):
+    require(len({*names}) == len(names), f"{source}: columns with the same name; rename them")
 
 
 def decoded(source, content):
@@ -1067,9 +1094,8 @@ def decoded(source, content):
 def read_folder(source, split):
     """Rows of a folder that `Dataset.save_to_disk` made, or of a folder's parquet files."""
     from datasets import load_dataset, load_from_disk
-    with reading(source, "a folder of parquet files, or one that Dataset.save_to_disk made"):
-        saved = {"state.json", "dataset_dict.json"} & {*os.listdir(source)}
-        found = load_from_disk(source) if saved else load_dataset("parquet", data_dir=source)
+    saved = {"state.json", "dataset_dict.json"} & {*os.listdir(source)}
+    found = load_from_disk(source) if saved else load_dataset("parquet", data_dir=source)
     splits = found if isinstance(found, dict) else {split: found}
     require(split in splits or len(splits) == 1, f"{source}: no split {split}; it has "
             f"{', '.join(splits)}; give --train_split (or --eval_split)")
@@ -1173,6 +1199,7 @@ def load_pairs(sources, split, tokenizer, max_length, max_prompt_length, bad_row
 def find_sources(sources, split):
     """-> [(a path or a hub dataset's name, its split), ..], with all files that a glob finds."""
     names, splits = [s.strip() for s in sources.split(",") if s.strip()], split.split(",")
+    require(names, f'no dataset in "{sources}"; give files, folders or hub ids')
     require(len(splits) in (1, len(names)), f"{split}: {len(splits)} splits for {len(names)} "
             "datasets; give one for all, or one for each")
     found = []
@@ -1185,10 +1212,13 @@ def find_sources(sources, split):
 
 def parse_columns(text):
     """"prompt:question_text,chosen:good" -> {"prompt": "question_text", "chosen": "good"}."""
-    columns = dict(part.strip().partition(":")[::2] for part in text.split(",") if part.strip())
-    for name, path in columns.items():
-        require(path and name in NAMES, f'columns: "{name}:{path}" should be NAME:FIELD, with a '
-                f"field of the data and one of these names: {', '.join(NAMES)}")
+    columns = {}
+    for part in filter(None, map(str.strip, text.split(","))):
+        name, _, path = part.partition(":")
+        require(path and name in NAMES and name not in columns, f'columns: "{part}" should be '
+                "NAME:FIELD, with a field of the data and one of these names, each once: "
+                f"{', '.join(NAMES)}")
+        columns[name] = path
     return columns
 
 
@@ -1199,7 +1229,8 @@ def tokenize(sources, tokenizer, max_length, max_prompt_length, bad_rows, column
     for where, line in (found for source in sources for found in read_rows(*source)):
         seen += 1
         try:
-            rows, names = parse_row(line, columns, use_scores)
+            with reading(where, "a row of a known layout"):
+                rows, names = parse_row(line, columns, use_scores)
             made, reasons = [], []
             for row in rows:   # one, or the turns of a conversation
                 try:

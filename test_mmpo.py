@@ -1755,7 +1755,17 @@ def test_ids_of_real_tokenizers(folder, vectors, tmp_path):
     ({"model": lambda m: m | {"type": "Unigram"}}, "Unigram"),
     ({"model": lambda m: m | {"dropout": 0.1}}, "dropout"),
     ({"model": lambda m: m | {"byte_fallback": True}}, "pre_tokenizer Digits of SentencePiece"),
-    ({"added_tokens": lambda a: [*a, {"id": 999, "content": "x", "lstrip": True}]}, "strips"),
+    ({"added_tokens": lambda a: [a[0] | {"lstrip": True}, *a[1:]]}, "strips"),
+    ({"added_tokens": lambda a: [*a, {"id": 999, "content": "new"}]}, "'new' has id 999 .* get "),
+    ({"added_tokens": lambda a: [*a, {"id": 999, "content": ""}]}, "added token '' has id 999"),
+    ({"added_tokens": lambda a: [a[0] | {"id": 50}, *a[1:]]}, "has id 50 .* would get 0"),
+    ({"added_tokens": lambda a: [a[0] | {"special": "false"}, *a[1:]]}, '"false", a text'),
+    *(({"model": lambda m, i=i: m | {"vocab": m["vocab"] | {"a": i}}}, "the id of .* is no whole number")
+      for i in (5, "5", None, 5.0, -5)),
+    ({"model": lambda m: m | {"vocab": {t: i for t, i in m["vocab"].items() if t != "e"}}},
+     "merges .* but the vocabulary lacks"),
+    ({"model": lambda m: m | {"continuing_subword_prefix": "##"}}, "continuing_subword_prefix"),
+    ({"model": lambda m: m | {"end_of_word_suffix": "</w>"}}, "end_of_word_suffix"),
     ({"model": []}, "not a tokenizer"),
     (None, "no tokenizer.json")])
 def test_other_tokenizers_are_refused(change, words, checkpoint, tmp_path):
@@ -1814,7 +1824,7 @@ def test_tokens_that_only_other_files_name(name, checkpoint, tmp_path):
     write_json(f"{folder}/tokenizer_config.json", config)
     [id] = AutoTokenizer.from_pretrained(folder).encode("<|new|>", add_special_tokens=False)
     assert id == data.Tokenizer(checkpoint).n_vocab != i
-    with pytest.raises(UserError, match=r"tokenizer.json: has no token '<.new.>'"):
+    with pytest.raises(UserError, match=r"tokenizer.json: added token '<.new.>' has id .* get"):
         data.Tokenizer(folder)
 
 
@@ -1867,13 +1877,19 @@ def test_templates_equal_transformers(name, checkpoint, tmp_path):
                                   "{{ raise_exception('no') }}", "{{ messages.append(1) }}",
                                   "{{ messages + 3 }}", "{{ raise_exception('a\nb') }}",
                                   "{{ 9 ** (9 ** 9) }}", "{{ 'a' * 99999999999 }}",
+                                  *("{% set n = namespace(x=" + x + ") %}{% for i in range(60) %}"
+                                    "{% set n.x = " + more + " %}{% endfor %}{{ n.x }}"
+                                    for x, more in (("'a'", "n.x ~ n.x"), ("'a'", "n.x + n.x"),
+                                                    ("[1]", "n.x + n.x"), ("9", "n.x * n.x"))),
+                                  "{{ 'a'.ljust(9999999999) }}", "{{ 'a' * 999999 }}", "{{",
                                   "{% for i in range(9999) %}{% for j in range(99999) %}"
                                   "{% endfor %}{% endfor %}", "{% macro f(n) %}{{ f(n) }}"
                                   "{% endmacro %}{{ f(0) }}"])
-def test_hostile_template(text, checkpoint, tmp_path):
-    """A template can't reach Python's insides nor run without end; its complaints become our
-    errors. Behind a condition that never holds they do no harm."""
-    if text != "{% for %}":
+def test_hostile_template(text, checkpoint, tmp_path, monkeypatch):
+    """A template can't reach Python's insides, run without end nor fill the memory; its complaints
+    become our errors. Behind a condition that never holds they do no harm."""
+    monkeypatch.setattr(data, "RENDER_SECONDS", 0.2)
+    if text not in ("{% for %}", "{{"):
         (tmp_path / "t.jinja").write_text("{% if false %}" + text + "{% endif %}fine")
         assert data.Tokenizer(checkpoint, str(tmp_path / "t.jinja")).render(CHATS[0]) == "fine"
     (tmp_path / "t.jinja").write_text(text)
@@ -2221,6 +2237,8 @@ MATRIX = {   # a row, or its line of .jsonl -> an error's words, why it is dropp
                    ["prompt", "list"]),
     "two_systems": (GOOD | {"prompt": [BRIEF, *say("Hi")], "system": "No."}, ["two", "system"]),
     "answered": ({"messages": say("Hi", "c"), **AB}, ["prompt ends"]),
+    "calls_of_nobody": (GOOD | {"chosen": {"content": None, "tool_calls": [{"id": "1"}]}},
+                        ["chosen", "role"]),
     "twice": (b'{"prompt": "Hi", "chosen": "a", "chosen": "c", "rejected": "b"}', ["twice"]),
     "half_a_line": (b'{"prompt": "Hi", "chosen": "a', ["invalid JSON", "column"]),
     "deep": (b'{"prompt": ' + b"[" * 100000, ["nested"]),
@@ -2233,6 +2251,10 @@ MATRIX = {   # a row, or its line of .jsonl -> an error's words, why it is dropp
     "user_last": ({"chosen": say("Hi", "a"), "rejected": say("Hi") + say("b")}, "no response turn"),
     "no_turns": ({"prompt": "Hi", "chosen": [], "rejected": say("Hi", "b")}, "no response turn"),
     "hh_user_last": ({"chosen": HH + " a", "rejected": HH + " b\n\nHuman: c"}, "no response turn"),
+    "answer_in_prompt": ({"messages": say("Hi", "a"), "chosen": [], "rejected": say("Ho", "b")},
+                         "no response turn"),
+    "answered_prompt": ({"prompt": say("Hi", "a"), "chosen": say("Hi", "a"),
+                         "rejected": say("Ho", "b")}, "prompts differ"),
     "two_prompts": ({"chosen": say("Hi", "a"), "rejected": say("Ho", "b")}, "prompts differ"),
     "surrogate": (GOOD | {"chosen": "a \ud800 b"}, "used"),
     "nul": (GOOD | {"chosen": "a\0b"}, "used"),
@@ -2269,8 +2291,10 @@ def test_bad_row(name, tokenizer, tmp_path):
     ("f.json", b'[{"prompt": "x"', "not valid JSON"), ("g.parquet", b"PAR1", "not a parquet file"),
     ("h.jsonl.gz", gzip.compress(b"{}" * 99)[:-12], "gzip"), ("i.jsonl.gz", b"{}", "gzip"),
     ("j.jsonl.gz", gzip.compress(b"{}")[:10] + b"\xff" * 99, "gzip"),
-    ("k.csv", b"prompt,chosen,rejected\na,b,c\nd,e\n", r"k.csv:3: .*rejected"),
-    ("l.csv", b"prompt,chosen,rejected\na,well, b,c\n", r"l.csv:2: more cells than columns"),
+    ("k.csv", b"prompt,chosen,rejected\na,b,c\nd,e\n", r"k.csv:3: not as many cells as columns"),
+    ("k2.csv", b"prompt,chosen,rejected,n\na,b,c\nd,1\n", r"k2.csv:2: not as many cells"),
+    ("l.csv", b"prompt,chosen,rejected\na,well, b,c\n", r"l.csv:2: not as many cells as columns"),
+    ("l2.parquet", "columns", "same name"),
     ("m.csv", b"prompt;chosen;rejected\na;b;c\n", "separated by semicolons"),
     ("n.csv", b"prompt\tchosen\trejected\na\tb\tc\n", "separated by tabs"),
     ("o.csv", b"prompt,chosen,chosen\na,b,c\n", "same name"),
@@ -2286,6 +2310,10 @@ def test_bad_file(file, content, words, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "MAX_WHOLE", 4000)
     if content == "pipe":
         os.mkfifo(tmp_path / file)
+    elif content == "columns":
+        import pyarrow.parquet
+        rows = pyarrow.table([["a"]] * 4, ["prompt", "chosen", "rejected", "chosen"])
+        pyarrow.parquet.write_table(rows, tmp_path / file)
     elif content is not None:
         (tmp_path / file).write_bytes(content)
     with pytest.raises(UserError, match=words) as e:
@@ -2392,7 +2420,7 @@ def test_columns(tokenizer, tmp_path):
                             columns="prompt:ask.text,chosen:answers.0,rejected:answers.2")
     assert all_ids(mixed) == want + want
     for columns, words in (("prompt:asked", "no row has a field asked"),
-                           ("prompt", '"prompt:" should be'),
+                           ("prompt", '"prompt" should be'), ("prompt:a,prompt:b", '"prompt:b"'),
                            ("ask:prompt", '"ask:prompt" should be NAME:FIELD')):
         with pytest.raises(UserError, match=f"columns: {words}"):
             data.load_pairs(other, "", tokenizer, 512, 256, columns=columns)
@@ -3490,6 +3518,23 @@ def test_closing_lines(name, evaluated, tmp_path):
                read_json(f"{evaluated[0]}/train_config.json") | settings)
     lines = report.closing_lines(str(tmp_path), 200)
     assert all(word in lines for word in said) and not any(word in lines for word in unsaid), lines
+
+
+@pytest.mark.parametrize("text, words", [
+    ('{"iter": 0, "loss": 1}\n{"iter": 1, "lo', None), ('{"iter": 0, "loss": NaN}\n', None),
+    ('{"iter": 0}\n{"iter": 1, "lo{"iter": 2}\n', "not a run's metrics"), ("[1]\n", "not a run's"),
+    ('{"loss": 1}\n', "not a run's"), ('{"iter": 0}\n{"iter": 1, "loss": "a"}\n', ":2: a step"),
+    ('{"iter": "0"}\n', ":1: a step"), ('{"iter": 0, "kl": [1]}\n', ":1: a step")])
+def test_read_metrics(text, words, tmp_path):
+    """The last line of a run that goes on may be half written. Anything else that is no metrics is
+    an error with the place, never drawn; so is a folder of another program's run."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(text)
+    if words is None:
+        assert [record["iter"] for record in configurator.read_metrics(path)] == [0]
+        return
+    with pytest.raises(UserError, match=words):
+        configurator.read_metrics(path)
 
 
 def test_hub_ids():

@@ -99,7 +99,7 @@ def run(folder, arguments, settings, evaluation, devices, references):
                 require(training.wait() == 0, f"{folder}: failed; {folder}.log says why")
             result, asked = f"{folder}.evaluation.json", [folder, *shlex.split(evaluation)]
             if not (os.path.exists(result)
-                    and read_json(result)["settings"] == vars(evaluate.arguments(asked))):
+                    and read_json(result).get("settings") == vars(evaluate.arguments(asked))):
                 some = glob.glob(os.path.join(os.path.dirname(folder), "*.evaluation.json"))
                 with nullcontext() if some else references:   # the first evaluates the reference
                     evaluating = start([sys.executable, EVALUATE, *asked]).wait()

@@ -39,8 +39,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))   # for `python scripts/evalu
 import data
 import model as llama
 from configurator import (
-    cache_path, load_cache, one_line_errors, printable, read_json, reading, require, save_cache,
-    write_json)
+    cache_path, load_cache, one_line_errors, printable, read_json, read_text, reading, require,
+    save_cache, write_json)
 
 BRANCHES = 16   # continuations of a tree, at most
 
@@ -328,7 +328,8 @@ def main():
     key = [tokenizer.fingerprint, device, vars(args) | {"models": []}]   # of what is asked
     questions = []
     if args.pairs or pairs_of_run:
-        pairs = held_out(args, run, tokenizer)
+        with reading(args.pairs or config, "pairs, or a run that has some"):
+            pairs = held_out(args, run, tokenizer)
         key.append(pairs.fingerprint())
         questions.append(partial(preference, pairs))
     tasks = [read_items(file, tokenizer, args.limit, room) for file in args.choices]
@@ -337,8 +338,9 @@ def main():
     key += tasks
     questions += [partial(multiple_choice, *task) for task in tasks]
     if args.text:
-        with open(args.text, encoding="utf-8") as f, reading(args.text, "a text"):
-            windows = text_windows(tokenizer.encode(f.read()), min(room, 1024))
+        with reading(args.text, "a text"):
+            ids = tokenizer.encode(read_text(args.text, "a text"))
+            windows = text_windows(ids, min(room, 1024))
         require(windows, f"{args.text}: too short, as its first token is not scored")
         key.append(windows)
         questions.append(partial(perplexity, windows))

@@ -39,12 +39,11 @@ def read_run(path):
     file = os.path.join(path, "metrics.jsonl") if os.path.isdir(path) else path
     require(os.path.exists(file), f"{file}: no such file; give a folder that train.py wrote")
     curves = {}
-    with reading(file, "a run's metrics"):
-        for record in read_metrics(file):
-            for metric, value in record.items():
-                steps, values = curves.setdefault(metric, ([], []))
-                steps.append(record["iter"])
-                values.append(value)
+    for record in read_metrics(file):
+        for metric, value in record.items():
+            steps, values = curves.setdefault(metric, ([], []))
+            steps.append(record["iter"])
+            values.append(value)
     require(curves, f"{file}: no metrics in it; has the run logged a step yet?")
     return os.path.basename(os.path.dirname(os.path.abspath(file))), curves
 
@@ -173,7 +172,8 @@ def main():
     require(args.runs or args.name == "attention", "name a run: a folder that train.py wrote")
     folder = args.runs[0] if len(args.runs) == 1 else ""
     folder = folder if os.path.isdir(folder) else os.path.dirname(folder)
-    print(pictures[args.name](args.runs, args.out or os.path.join(folder, f"{args.name}.png")))
+    with reading(", ".join(args.runs), "runs of train.py and their evaluations"):
+        print(pictures[args.name](args.runs, args.out or os.path.join(folder, f"{args.name}.png")))
 
 
 if __name__ == "__main__":

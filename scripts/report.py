@@ -11,7 +11,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))   # for `python scripts/report.py`
 from configurator import (
-    HERE, one_line_errors, read_json, read_metrics, read_settings, require, write_text)
+    HERE, one_line_errors, read_json, read_metrics, read_settings, reading, require,
+    write_text)
 
 FAR_KL = 0.3       # nats a token; the short recipe of assets/results.md ends at half of it or less
 FAR_CHOSEN = 0.1   # share by which the chosen response's log-prob fell; there it rises
@@ -127,9 +128,10 @@ def shown(value):
 
 def main():
     require(len(sys.argv) == 2, "give one folder that train.py wrote")
-    write_model_card(sys.argv[1])
-    print(closing_lines(sys.argv[1], read_json(os.path.join(sys.argv[1], "train_config.json"))[
-        "eval_pairs"]))
+    with reading(sys.argv[1], "a run of train.py"):
+        write_model_card(sys.argv[1])
+        print(closing_lines(sys.argv[1], read_json(os.path.join(sys.argv[1], "train_config.json"))[
+            "eval_pairs"]))
 
 
 if __name__ == "__main__":
