@@ -475,7 +475,7 @@ def check_known(key, known, where):
 
 
 BARE = object()   # the value of a --key without =, which means True
-KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+KINDS = {bool: "true or false", int: "a whole number below 2 ** 63", float: "a number", str: "text"}
 
 
 def words_of(comment):
@@ -512,7 +512,7 @@ def coerce(key, value, default, words, where):
         except (TypeError, ValueError, OverflowError):
             raise problem from None
         if (isinstance(value, bool) or not math.isfinite(number)
-                or want is int and number != int(number)):
+                or want is int and (number != int(number) or abs(number) >= 2 ** 63)):
             raise problem
         value = want(number)
     elif not isinstance(value, str):

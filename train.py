@@ -136,7 +136,6 @@ out_dir = os.path.expanduser(out_dir)
 require(out_dir and (os.path.isdir(out_dir) or not os.path.exists(out_dir)),
         f'out_dir: "{out_dir}" is no folder; give another')
 require(dataset, "dataset: empty; give files, folders or hub ids, separated by commas")
-require(seed < 2 ** 63, f"seed: {seed} is too large; give a smaller one")
 require(usable[device], f"device: no {device} on this machine; try --device=auto")
 require(ddp or parallel == "ddp", "parallel: fsdp shards over processes; start it with torchrun")
 require(optimizer_state == "fp32" or not fsdp and find_spec("bitsandbytes"),
