@@ -135,9 +135,10 @@ def reading(path, what):
 
 
 @contextlib.contextmanager
-def time_limit(seconds, what):
-    """UserError about `what` unless what is inside is done in so many seconds of CPU time. It
-    stops Python, not one long call of a library, and in the main thread only."""
+def limited(seconds, what):
+    """UserError about `what` unless what is inside is done in so many seconds of CPU time, and
+    MemoryError where it takes over a gigabyte more (Linux tells). It stops Python, not one long
+    call of a library, and in the main thread only."""
     def stop(*_):
         raise UserError(f"{what} takes over {seconds} s of CPU time; does it end?")
 
@@ -145,11 +146,21 @@ def time_limit(seconds, what):
         yield
         return
     before = signal.signal(signal.SIGPROF, stop)
-    signal.setitimer(signal.ITIMER_PROF, seconds)
+    limit, most = None, 0
+    with contextlib.suppress(ImportError, OSError):
+        import resource
+        with open("/proc/self/statm", encoding="utf-8") as f:
+            most = int(f.read().split()[0]) * resource.getpagesize() + 2 ** 30
+        limit = resource.getrlimit(resource.RLIMIT_AS)
     try:
+        if limit and (limit[0] < 0 or limit[0] > most):   # below 0: none
+            resource.setrlimit(resource.RLIMIT_AS, (most, limit[1]))
+        signal.setitimer(signal.ITIMER_PROF, seconds)
         yield
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
+        if limit:
+            resource.setrlimit(resource.RLIMIT_AS, limit)
         signal.signal(signal.SIGPROF, before)
 
 

@@ -55,8 +55,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from configurator import (
-    UserError, cache_path, check_file, first_line, load_cache, parse_json, rank_and_size, read_json,
-    read_text, reading, require, save_cache, sha256, time_limit)
+    UserError, cache_path, check_file, first_line, limited, load_cache, parse_json, rank_and_size,
+    read_json, read_text, reading, require, save_cache, sha256)
 
 MAX_CHARS = 400_000   # of a field; tiktoken panics at a piece of about a million characters
 MAX_LINE, MAX_WHOLE = 10 ** 8, 2 ** 31   # bytes: a small file may unpack without end
@@ -65,6 +65,9 @@ MAX_LINE, MAX_WHOLE = 10 ** 8, 2 ** 31   # bytes: a small file may unpack withou
 # tokenizer
 
 BYTE_LEVEL = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# SmolLM2 cuts digits out first, one by one, so a run of spaces may end right before a digit. Both
+# cuts are this one, which tiktoken does by itself, faster.
+DIGITS_BYTE_LEVEL = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 SPACE = "\u2581"   # how SentencePiece writes a space
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>$")   # and a byte of a character that it lacks
 # Where a stretch of text stands. SentencePiece puts a space before some stretches.
@@ -107,6 +110,9 @@ def byte_level_cuts(steps, path):
     require(last["type"] == "ByteLevel" and not last.get("add_prefix_space"),
             f"{path}: pre_tokenizer {str(last)[:99]} is not supported; byte-level BPE as in "
             "Llama 3 or Qwen is, and SentencePiece's BPE with byte_fallback")
+    if [step["type"] for step in steps] == ["Digits", "ByteLevel"] and \
+            steps[0]["individual_digits"] and last.get("use_regex", True):
+        return [DIGITS_BYTE_LEVEL]
     return patterns + [BYTE_LEVEL] * last.get("use_regex", True) or [r"[\s\S]+"]
 
 
@@ -263,7 +269,7 @@ class Tokenizer:
             def to_bytes(token):
                 return bytes(alphabet[c] for c in token) if alphabet.keys() >= set(token) \
                     else token.encode()
-        self.dropped = {key[0] for key, ids in table.items() if not ids}
+        self.dropped = {rank: key[0] for rank, (key, ids) in enumerate(table.items()) if not ids}
         require(not self.dropped or not model.get("unk_token"), f"{path}: unk_token "
                 f"{model.get('unk_token')!r} with bytes missing is not supported")
         table |= {to_bytes(token): (vocab[token],) for token in merged
@@ -323,10 +329,10 @@ class Tokenizer:
                 pieces = [m[0] for piece in pieces
                           for m in cut.finditer(piece, timeout=RENDER_SECONDS)]
             ranks = [rank for piece in pieces for rank in self.bpe.encode_ordinary(piece)]
-        if not self.dropped.isdisjoint(ranks):   # what is left of such a piece merges
-            ranks = []
+        if not self.dropped.keys().isdisjoint(ranks):   # what is left of such a piece merges
+            ranks, dropped = [], {*self.dropped.values()}
             for piece in (m[0] for p in pieces for m in regex.finditer(self.pattern, p)):
-                kept = bytes(b for b in piece.encode() if b not in self.dropped)
+                kept = bytes(b for b in piece.encode() if b not in dropped)
                 ranks += self.bpe._encode_single_piece(kept) if kept else []
         return [*chain.from_iterable(map(self.ids.__getitem__, ranks))]
 
@@ -370,7 +376,7 @@ class Tokenizer:
         # beside tool calls a template wants no content (as from transformers), null, or ""
         for messages in (no_nulls, turns, [{"content": ""} | t for t in no_nulls]):
             try:
-                with time_limit(RENDER_SECONDS, "chat template: to render a row"):
+                with limited(RENDER_SECONDS, "chat template: to render a row"):
                     text = self.template.render(variables | (chat_template_kwargs or {}),
                                                 messages=messages)
                 if len(text) > 2 * MAX_CHARS:
@@ -630,7 +636,7 @@ def compile_template(text, where):
     env.filters["tojson"] = (lambda x, ensure_ascii=False, **how:
                              json.dumps(x, ensure_ascii=ensure_ascii, **how))
     env.globals |= {"raise_exception": raise_exception, "strftime_now": DATE.strftime}
-    with time_limit(RENDER_SECONDS, f"{where}: chat template: to compile it"), \
+    with limited(RENDER_SECONDS, f"{where}: chat template: to compile it"), \
             reading(f"{where}: chat template", "one that jinja2 can compile"):
         return env.from_string(text)
 
