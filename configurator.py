@@ -138,11 +138,12 @@ def reading(path, what):
 def limited(seconds, what):
     """UserError about `what` unless what is inside is done in so many seconds of CPU time, and
     MemoryError where it takes over a gigabyte more (Linux tells). It stops Python, not one long
-    call of a library, and in the main thread only."""
+    call of a library, and in the main thread only. Of one inside another the outer one counts."""
     def stop(*_):
         raise UserError(f"{what} takes over {seconds} s of CPU time; does it end?")
 
-    if threading.current_thread() is not threading.main_thread():
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getitimer(signal.ITIMER_PROF)[0]:
         yield
         return
     before = signal.signal(signal.SIGPROF, stop)
@@ -205,8 +206,9 @@ def read_text(path, what, encoding="utf-8"):
 
 def read_json(path):
     """The object in a JSON file. Raises UserError unless the file holds one JSON object."""
+    text = read_text(path, "valid JSON")
     with reading(path, "valid JSON"):
-        value = parse_json(read_text(path, "valid JSON"))
+        value = parse_json(text)
     require(isinstance(value, dict), f"{path}: not a JSON object; is it damaged?")
     return value
 
@@ -316,6 +318,7 @@ def is_finished(folder):
     """Whether a run that train.py started in this folder also ended there."""
     path = os.path.join(folder, "train_config.json")
     return os.path.exists(path) and read_json(path).get("finished", False)
+
 
 # -----------------------------------------------------------------------------
 # settings
@@ -598,3 +601,16 @@ def first_on_each_node(function, *args):
     if wait and first:
         dist.barrier()
     return result
+
+
+def once_on_each_node(function, *args):
+    """function(*args), called by local rank 0 of each machine -> its result on every rank. Raises
+    UserError where the machines' results differ."""
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    results = [function(*args) if first else None] * rank_and_size()[1]
+    if dist.is_initialized():
+        dist.all_gather_object(results, results[0])
+    found = [result for result in results if result is not None]
+    require(found.count(found[0]) == len(found),
+            f"the machines have other files than each other: {str(args)[1:-1]:.99}")
+    return found[0]

@@ -408,23 +408,10 @@ class Tokenizer:
         Both are encoded apart, so that all responses share the prompt's ids exactly. Encoded
         together, a token could straddle the border.
         """
-        turns, template = self.shield(turns), self.shield(template)
-        prompt = self.render(turns, True, **template)
-        # what the template writes before a plain answer, and behind it: the end of its turn
-        before, found, after = self.render(
-            [*turns, turn("assistant", ANSWER)], **template).rpartition(ANSWER)
-        if not found:
-            raise Drop("the chat template leaves the response out")
-        end = next((m.end() for m in self.marker_pattern.finditer(after)), len(after))
-        headless = before.startswith(prompt) and self.marker_pattern.match(before, len(prompt))
-        require(not headless or prompt != self.render(turns, **template), "chat template: it "
-                "ignores add_generation_prompt, so a prompt has no assistant header; give another "
-                "with --chat_template")
+        with limited(RENDER_SECONDS, "chat template: to render a row"):
+            prompt, texts = self.render_texts(self.shield(turns), responses, self.shield(template))
         encoded = []
-        for response in responses:
-            new = [turn("assistant", response)] if isinstance(response, str) else response
-            full = self.render_response(prompt, turns, self.shield(with_reasoning(new)), template)
-            text = self.continuation(prompt, before, full.removesuffix(after[end:]))
+        for text in texts:
             ends = [m.end() for m in self.marker_pattern.finditer(text)]
             if ends and not text[ends[-1]:].strip():   # tool calls may end otherwise than answers
                 ids = self.encode(text[:ends[-1]], prompt)
@@ -437,12 +424,34 @@ class Tokenizer:
             encoded.append(ids)
         return self.encode(prompt), encoded
 
+    def render_texts(self, turns, responses, template):
+        """What encode_responses encodes, as text: the prompt, [response, ..]."""
+        prompt = self.render(turns, True, **template)
+        # what the template writes before a plain answer, and behind it: the end of its turn
+        before, found, after = self.render(
+            [*turns, turn("assistant", ANSWER)], **template).rpartition(ANSWER)
+        if not found:
+            raise Drop("the chat template leaves the response out")
+        end = next((m.end() for m in self.marker_pattern.finditer(after)), len(after))
+        headless = before.startswith(prompt) and self.marker_pattern.match(before, len(prompt))
+        require(not headless or prompt != self.render(turns, **template), "chat template: it "
+                "ignores add_generation_prompt, so a prompt has no assistant header; give another "
+                "with --chat_template")
+        texts = []
+        for response in responses:
+            new = [turn("assistant", response)] if isinstance(response, str) else response
+            full = self.render_response(prompt, turns, self.shield(with_reasoning(new)), template)
+            texts.append(self.continuation(prompt, before, full.removesuffix(after[end:])))
+        return prompt, texts
+
     def render_response(self, prompt, turns, new, template):
         """The conversation with a response's turns, rendered, with all that these say in it."""
         full = self.render([*turns, *new], **template)
         # Templates leave the thoughts of earlier answers out, and some those of the last one too.
         # The model should write them. Hidden in the content, they stay there.
-        begun = os.path.commonprefix([full, OPEN_THOUGHT.sub("", prompt)])
+        begun = OPEN_THOUGHT.sub("", prompt)
+        if not full.startswith(begun):
+            begun = os.path.commonprefix([full, begun])
         written, kept = squash(full[len(begun):]), []
         for t in new:
             thought, said = t.get("reasoning_content") or "", text_of(t)

@@ -3080,6 +3080,25 @@ def test_two_ranks_give_one_gradient(tmp_path):
         assert_same_grads(first, grads(model), 1e-6)
 
 
+def machines_worker(rank, folder, local_ranks):
+    """One of four ranks on two machines: the first of each computes, and they must agree."""
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=4,
+                                         timeout=timedelta(seconds=PATIENCE))
+    os.environ["LOCAL_RANK"] = local_ranks[rank]
+    computed = []
+    assert configurator.once_on_each_node(lambda x: computed.append(x) or "same", rank) == "same"
+    assert computed == ([rank] if local_ranks[rank] == "0" else [])
+    with pytest.raises(UserError, match="the machines have other files than each other: 'base'"):
+        configurator.once_on_each_node(lambda base: rank, "base")
+    torch.distributed.destroy_process_group()
+
+
+def test_once_on_each_node(tmp_path):
+    """One rank of each machine computes, and all have its result; machines that differ are told."""
+    torch.multiprocessing.spawn(machines_worker, (str(tmp_path), "0101"), nprocs=4)
+    assert configurator.once_on_each_node(len, "one process") == 11
+
+
 LAUNCHED = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "here", "MASTER_PORT": "29500"}
 
 

@@ -29,8 +29,9 @@ import data
 import mmpo
 import model as llama
 from configurator import (
-    cache_path, configure, first_on_each_node, is_finished, join_ranks, load_cache, one_line_errors,
-    printable, require, save_cache, torchrun_ranks, write_json, writing)
+    cache_path, configure, first_on_each_node, is_finished, join_ranks, load_cache,
+    once_on_each_node, one_line_errors, printable, require, save_cache, torchrun_ranks, write_json,
+    writing)
 from scripts import cost, report
 from scripts.checkpoints import (
     check_checkpoint, check_same_run, end_on_signals, finish_saving, hold, interrupted,
@@ -242,7 +243,8 @@ if dry_run:
     sys.exit()
 # A resumed run must be the same run: the same settings, pairs and base weights, by their content.
 settings |= {"dataset_sha256": train_pairs.fingerprint(), "eval_dataset_sha256":
-             held_out.fingerprint(), "init_from_sha256": llama.weights_fingerprint(folder)}
+             held_out.fingerprint(), "init_from_sha256":
+             once_on_each_node(llama.weights_fingerprint, folder)}
 if checkpoint:
     check_same_run(settings, before)
     require(start_iter <= max_iters, f"max_iters: {max_iters}, and {checkpoint} is past that")
