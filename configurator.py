@@ -98,6 +98,10 @@ def one_line_errors():
             message = f"error: {where}{error.strerror}"
         elif issubclass(kind, KeyboardInterrupt):
             message = "interrupted"
+        elif issubclass(kind, MemoryError) or re.search("out of|allocate", str(error)) and \
+                "memory" in str(error):   # torch's, of a GPU and of a CPU
+            message = (f"error: not enough memory ({first_line(error)}); lower pack_tokens, or see "
+                       "--dry_run and Troubleshooting in README. --debug shows where")
         else:
             return sys.__excepthook__(kind, error, trace)
         message = printable(message).replace("\n", "\\n")

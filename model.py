@@ -667,6 +667,8 @@ def add_lora(model, rank, alpha, dropout, targets):
     names = sorted({name for _, name, _ in layers})
     require(targets and set(targets) <= set(names),
             f"lora_targets: a block has {', '.join(names)} (got {', '.join(targets)})")
+    width = model.config.n_embd
+    require(rank <= width, f"lora_rank: {rank} is more than the model's width, {width}; lower it")
     for parent, name, child in layers:
         if name in targets:
             setattr(parent, name, LoRALinear(child, rank, alpha, dropout))

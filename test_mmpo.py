@@ -3520,6 +3520,7 @@ def test_evaluate_refuses(args, words, checkpoint, tmp_path, monkeypatch):
 CLOSING = {   # what a run's last evaluation and settings are: what its last lines must say, and not
     "good": ({}, {}, ["0.500 before, 0.800 after"], ["WARNING", "note"]),
     "far": ({"eval/kl": 1.2}, {}, ["WARNING", "KL is 1.20", "learning_rate"], ["pref_weight"]),
+    "nan": ({"eval/kl": math.nan, "eval/logps/chosen": math.nan}, {}, ["WARNING"], ["no preference"]),
     "unlikely": ({"eval/logps/chosen": -40.0}, {"pref_weight": 40.0},
                  ["WARNING", "20.0 nats less likely", "pref_weight (now 40)"], []),
     "nothing": ({"eval/accuracy/mean": 0.52}, {}, ["note", "no preference"], ["WARNING"]),
@@ -4211,6 +4212,8 @@ MISTAKES = {   # arguments, words of the error
     "device": (["--device=" + ("mps" if torch.cuda.is_available() else "cuda")], ["device: no"]),
     "single": ([*USABLE, "--eval_dataset={folder}/single.jsonl"], ["single.jsonl", "one response"]),
     "window": ([*USABLE, "--init_from={folder}/windowed"], ["tokens", "sliding_window, 8"]),
+    "memory": ([*USABLE, "--sample_tokens=1e18"], ["not enough memory", "--debug shows where"]),
+    "rank": ([*USABLE, "--lora_rank=999"], ["lora_rank: 999 is more than the model's width"]),
     "diverged": ([*USABLE, "--learning_rate=1e38", "--max_iters=9"], ["step", "not finite", "its pairs"]),
 }
 

@@ -473,7 +473,8 @@ for iter_num in tqdm(range(start_iter, max_iters + 1), "steps", max_iters, initi
         skipped += 1
         wrong = (f"step {iter_num}: the gradient is not finite, and the weights are not updated; "
                  + name_pairs(batch, batch_logps))
-        require(skipped <= skip_nonfinite, f"{wrong}; lower learning_rate, or --dtype=float32")
+        require(skipped <= skip_nonfinite, f"{wrong}; lower learning_rate"
+                + ", or --dtype=float32" * (dtype == "bfloat16"))
         log(f"warning: {wrong}")
     optimizer.zero_grad(set_to_none=True)
 

@@ -52,10 +52,10 @@ def closing_lines(out_dir, n_pairs):
         lines.insert(0, f"held-out preference accuracy: {start:.3f} before, {accuracy:.3f} after "
                         f"(mean log-probs); {implicit:.3f} by implicit rewards")
         learned = accuracy - start > error or implicit - 0.5 > error
-    if kl > FAR_KL or fell > FAR_CHOSEN:
-        why = [f"KL is {kl:.2f}"] * (kl > FAR_KL) + [
-            f"the chosen response became {before - after:.1f} nats less likely"] * (
-            fell > FAR_CHOSEN)
+    why = [f"KL is {kl:.2f}"] * (not kl <= FAR_KL) + [   # NaN is far too
+        f"the chosen response became {before - after:.1f} nats less likely"] * (
+        not fell <= FAR_CHOSEN)
+    if why:
         lines.append(f"WARNING: the model has moved far from its start: {' and '.join(why)}. Its "
                      "accuracy then says little about its answers; read the sample above. Gentler: "
                      + gentler(settings, fell))
