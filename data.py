@@ -745,7 +745,7 @@ def parse_row(row, columns=None, use_scores=False):
     new, dialogues = make_dialogues(row, answers)
 
     said = {text_of(t).strip() for turns in dialogues for t in turns}
-    roots = {path.split(".")[0] for path in columns.values()}
+    roots = {part.split(".")[0] for path in columns.values() for part in path.split("+")}
     unused = [name for name, value in row.items() if value and name not in row.used | roots
               and not (isinstance(value, str) and (value.strip() in said or hh_turns(value)))]
     unused += [path for path in columns.values() if at(given, path) is None]
@@ -794,7 +794,14 @@ def translate(row, columns):
 
 
 def at(row, path):
-    """row["a"][0] for the path a.0, or None."""
+    """What a path of --columns is in a row, or None: row["a"][0] for a.0, and lists, of the b of
+    each of a's for a.*.b, of two fields for a+b."""
+    head, star, rest = path.partition(".*.")
+    if (star or "+" in path) and path not in row:
+        many = at(row, head) if star else path.split("+")
+        many = many if isinstance(many, list) else []
+        found = [at(x, rest) if star else at(row, x) for x in many]
+        return found if found and None not in found else None
     with contextlib.suppress(LookupError, TypeError, ValueError):
         for key in [path] if path in row else path.split("."):
             row = row[int(key)] if isinstance(row, list) else row[key]
@@ -910,7 +917,8 @@ def missing(row, name):
     if name_of(row, name):
         return BadRow(f'"{name_of(row, name)}" must not be null or empty')
     return BadRow(f'no field "{name}"', f"got {', '.join(map(str, row)) or 'none'}; fields are "
-                  "renamed by --columns=prompt:question_text,chosen:good,rejected:bad")
+                  "named by --columns=prompt:question_text,chosen:good,rejected:bad, or a list's "
+                  "by responses:answers.*.text")
 
 
 def turn(role, content):

@@ -2405,8 +2405,8 @@ def test_hub_split(tokenizer, monkeypatch):
 
 
 def test_columns(tokenizer, tmp_path):
-    """--columns renames the fields of any row; a path takes one of a list. What no row has, and
-    names that are none, are errors."""
+    """--columns renames the fields of any row; a path takes one of a list, a part of each, or
+    several fields. What no row has, and names that are none, are errors."""
     want = all_ids(load(write_rows(tmp_path / "a.jsonl", [GOOD]), tokenizer))
     other = write_rows(tmp_path / "b.jsonl", [{
         "ask": {"text": "Hi"}, "prompt": "no", "chosen": "a dog", "rejected": "a fox",
@@ -2418,10 +2418,18 @@ def test_columns(tokenizer, tmp_path):
     ranked = data.load_pairs(other, "", tokenizer, 512, 256,
                              columns="prompt:ask.text,responses:answers")
     assert ranked.n_responses == 3
+    scored = write_rows(tmp_path / "c.jsonl", [{
+        "prompt": "Hi", "a": [{"text": "a dog", "score": 1}, {"text": "a fox", "score": 2}],
+        "text_0": "a dog", "text_1": "a fox", "score_0": 1, "score_1": 2}])
+    for columns in ("responses:a.*.text,rewards:a.*.score",
+                    "responses:text_0+text_1,rewards:score_0+score_1"):
+        pairs = data.load_pairs(scored, "", tokenizer, 512, 256, columns=columns)
+        assert all_ids(pairs) == want and pairs.rewards.tolist() == [[2, 1]]
     mixed = data.load_pairs(f"{tmp_path}/a.jsonl,{other}", "", tokenizer, 512, 256,
                             columns="prompt:ask.text,chosen:answers.0,rejected:answers.2")
     assert all_ids(mixed) == want + want
     for columns, words in (("prompt:asked", "no row has a field asked"),
+                           ("system:ask.*.text", "no row has a field ask"),
                            ("prompt", '"prompt" should be'), ("prompt:a,prompt:b", '"prompt:b"'),
                            ("ask:prompt", '"ask:prompt" should be NAME:FIELD')):
         with pytest.raises(UserError, match=f"columns: {words}"):

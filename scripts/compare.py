@@ -135,7 +135,7 @@ def run_all(runs, out, evaluation, jobs):
 
 def table(runs, out, beside):
     """A row for each run, over its seeds: the mean of each metric, ± half of its 95% interval, and
-    the seeds' range; at last how its accuracy differs from that of the run `beside`."""
+    the seeds' range; at last how its implicit reward accuracy differs from that of `beside`."""
     groups = {}   # name without its seed: the evaluations
     for name in runs:
         groups.setdefault(re.sub("_?seed=[^_]*", "", name) or "run", []).append(
@@ -144,7 +144,8 @@ def table(runs, out, beside):
     require(beside in groups, f"--beside: one of {', '.join(groups)}")
     [first, *_] = groups[beside]
     columns = [metric for metric in first["metrics"] if metric.startswith(COLUMNS)]
-    rows = [["run", *columns, f"accuracy/mean less that of {beside}"], ["---"] * (len(columns) + 2),
+    rows = [["run", *columns, f"accuracy/implicit less that of {beside}"],
+            ["---"] * (len(columns) + 2),
             ["before", *(cell([first["before"].get(metric)]) for metric in columns), ""]]
     for name, found in groups.items():
         rows.append([name, *(cell([e["metrics"].get(metric) for e in found]) for metric in columns),
@@ -162,8 +163,8 @@ def cell(values):
 
 
 def difference(group, base):
-    """Of the accuracies by mean of two groups of runs on the same pairs, with its 95% interval."""
-    a, b = (np.mean([np.array(e["margins"]["mean"]) > 0 for e in found], axis=0)
+    """Of the implicit reward accuracies of two groups of runs, with its 95% interval."""
+    a, b = (np.mean([np.array(e["margins"]["implicit"]) > 0 for e in found], axis=0)
             for found in (base, group))
     value, low, high = evaluate.ratio(b - a, groups=group[0]["prompts"])
     return f"{value:+.3f} ({low:+.3f} to {high:+.3f})"

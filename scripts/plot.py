@@ -26,6 +26,7 @@ PANELS = {"loss": "loss", "accuracy/mean": "chosen likelier, mean log-probs",   
           "weights/chosen": "weight of the chosen response, q_w",
           "rewards/margins": "implicit reward margin",
           "kl": "KL(reference || policy), nats a token"}
+IMPLICIT = "accuracy/implicit"   # as scripts/evaluate.py calls it
 KL_TICKS = [0, 0.005, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100]
 METHOD = ["length_norm", "reward_norm", "pref_weight", "entropy_coef", "reward_chosen"]
 COLOURS = "#0072B2 #E69F00 #009E73 #CC79A7 #000000 #56B4E9 #D55E00".split()   # Okabe and Ito's
@@ -49,20 +50,25 @@ def read_run(path):
 
 
 def read_methods(paths, others=""):
-    """Runs' folders -> {label: {beta: [(path, KLs, accuracies)]}}, all betas. A label: objective,
-    METHOD where it isn't the default, and what the runs differ in of `others`, names and groups."""
+    """Runs' folders -> {label: {beta: [(KLs, accuracies, evaluation)]}}, all betas, and whether
+    scripts/evaluate.py was run on all of them, beside a reference. A label: objective, METHOD where
+    it isn't the default, and what the runs differ in of `others`, names and groups."""
     known, methods = read_settings(Path(__file__).parents[1] / "train.py"), {}
     runs = [read_json(os.path.join(path, "train_config.json")) for path in paths]
     differ = [name for name in known if {name, known[name].group} & {*others.split()} and
               name not in ["objective", "beta", *METHOD] and len({r.get(name) for r in runs}) > 1]
     for path, run in zip(paths, runs):
         _, curves = read_run(path)
+        file = os.path.abspath(path) + ".evaluation.json"
+        found = read_json(file) if os.path.exists(file) else {}
         with reading(path, "a run with accuracy and KL"):
             names = [name for name in METHOD if run[name] != known[name].value] + differ
             told = [run["objective"], *(f"{n} {run[n]}".removesuffix(".0") for n in names)]
             methods.setdefault(", ".join(told), {}).setdefault(run["beta"], []).append(
-                (path, curves["eval/kl"][1], curves["eval/accuracy/mean"][1]))
-    return methods, sorted({run["beta"] for run in runs})
+                (curves["eval/kl"][1], curves["eval/accuracy/mean"][1], found))
+    every = [found for some in methods.values() for runs in some.values() for *_, found in runs]
+    evaluated = all({IMPLICIT, "kl"} <= found.get("metrics", {}).keys() for found in every)
+    return methods, sorted({beta for some in methods.values() for beta in some}), evaluated
 
 
 def finish(axes, out):
@@ -95,41 +101,56 @@ def plot(paths, out):
 
 
 def tradeoff(paths, out):
-    """Accuracy against KL, over a run's evaluations, and against multiple choice at its end."""
-    methods, betas = read_methods(paths)
+    """Accuracy against KL, over a run's evaluations. Where scripts/evaluate.py was run on all runs,
+    the accuracy of implicit rewards at their ends instead, and that against multiple choice."""
+    methods, betas, evaluated = read_methods(paths, "learning_rate")
     left, right = Figure(figsize=(11, 4.5), layout="constrained").subplots(1, 2, sharey=True)
     left.set_xscale("symlog", linthresh=0.01)
-    left.set(xticks=KL_TICKS, xticklabels=KL_TICKS, xlabel=PANELS["kl"], ylabel="held-out accuracy")
+    left.set(xticks=KL_TICKS, xticklabels=KL_TICKS, xlabel=PANELS["kl"], ylabel=title_of(evaluated))
+    star = {"color": "black", "marker": "*", "ms": 12, "lw": 1, "label": "the reference"}
     for i, (label, runs) in enumerate(methods.items()):
-        for beta, (path, kls, accuracies) in [(b, run) for b in sorted(runs) for run in runs[b]]:
-            look = STYLES[i % 315] | {"marker": MARKERS[betas.index(beta) % 9], "linewidth": 1}
-            left.plot(kls, accuracies, **look, markevery=[-1], label=f"{label}, beta {beta:g}")
-            file = os.path.abspath(path) + ".evaluation.json"   # of scripts/evaluate.py
-            found = read_json(file) if os.path.exists(file) else {}
-            star = {"color": "black", "marker": "*", "ms": 12, "lw": 1, "label": "the reference"}
-            for metrics, look in (found.get("metrics"), look), (found.get("before"), star):
-                tasks = np.array([value for name, value in (metrics or {}).items()
+        for beta, (kls, accuracies, found) in [(b, run) for b in sorted(runs) for run in runs[b]]:
+            look = STYLES[i % 315] | {"marker": MARKERS[betas.index(beta) % 9], "linewidth": 1,
+                                      "label": f"{label}, beta {beta:g}"}
+            if not evaluated:
+                left.plot(kls, accuracies, **look, markevery=[-1])
+                continue
+            for metrics, look in (found["metrics"], look), (found["before"], star):
+                y = metrics.get(IMPLICIT, [0.5] * 3)   # the reference gains nothing
+                bars(left, metrics.get("kl", [0] * 3), y, look)
+                tasks = np.array([value for name, value in metrics.items()
                                   if name.startswith("choices/") and name.endswith("/acc")])
-                if len(tasks) and "accuracy/mean" in metrics:   # (N, 3), of independent errors
+                if len(tasks):   # (N, 3), of independent errors
                     errors = np.linalg.norm(tasks - tasks[:, :1], axis=0) / len(tasks)
-                    x = np.sort(tasks[:, 0].mean() + errors * [0, -1, 1])   # low, value, high
-                    y = np.sort(metrics["accuracy/mean"])
-                    right.plot(x[[1, 1, 1]], y, **look | {"marker": ""})
-                    right.plot(x, y[[1, 1, 1]], **look, markevery=[1])
-    right.set(xlabel="multiple-choice accuracy, mean of tasks; 95% bars", visible=right.has_data())
+                    bars(right, tasks[:, 0].mean() + errors * [0, -1, 1], y, look)
+    right.set(xlabel="multiple-choice accuracy, mean of tasks; bars: 95%", visible=right.has_data())
     return finish([left, right], out)
+
+
+def bars(axis, x, y, look):
+    """A point with its intervals, x and y (3,): the value, and both ends in any order."""
+    x, y = np.sort(x), np.sort(y)
+    axis.plot(x[[1, 1, 1]], y, **look | {"marker": ""})
+    axis.plot(x, y[[1, 1, 1]], **look, markevery=[1])
+
+
+def title_of(evaluated):
+    return "implicit reward accuracy" if evaluated else "held-out accuracy, mean log-probs"
 
 
 def by_beta(paths, out):
     """Accuracy and KL at the end against beta; a bar spans the runs that differ in seed only."""
-    methods, betas = read_methods(paths, "init_from data model objective optimizer schedule dtype")
+    methods, betas, evaluated = read_methods(
+        paths, "init_from data model objective optimizer schedule dtype")
     axes = Figure(figsize=(11, 4.5), layout="constrained").subplots(1, 2)
     axes[1].set_yscale("symlog", linthresh=0.01)
     axes[1].set_yticks(KL_TICKS, KL_TICKS)
     axes[1].axhline(0, color="grey", linewidth=0.8, linestyle=":")   # the reference
-    for axis, column, title in zip(axes, (2, 1), ("held-out accuracy", PANELS["kl"])):
+    titles = (title_of(evaluated), PANELS["kl"])
+    for axis, column, metric, title in zip(axes, (1, 0), (IMPLICIT, "kl"), titles):
         for i, (label, runs) in enumerate(methods.items()):
-            last = [[run[column][-1] for run in runs[beta]] for beta in sorted(runs)]
+            last = [[run[2]["metrics"][metric][0] if evaluated else run[column][-1]
+                     for run in runs[beta]] for beta in sorted(runs)]
             axis.plot(sorted(runs), [*map(np.mean, last)], **STYLES[i % 315], label=label)
             axis.vlines(sorted(runs), [*map(min, last)], [*map(max, last)], COLOURS[i % 7], lw=1)
         axis.set_xscale("symlog", linthresh=min(filter(None, betas), default=1))
