@@ -1194,6 +1194,13 @@ def hold_out(pairs, n, seed):
     return pairs.subset(np.sort(order[n:])), pairs.subset(order[:n])
 
 
+def n_leaked(pairs, held_out):
+    """How many held-out pairs have a prompt that is trained on too."""
+    prompts, held = ([some.tokens[start:start + n].tobytes() for start, n in
+                      zip(some.starts, some.lengths[:, 0])] for some in (pairs, held_out))
+    return sum(map({*prompts}.__contains__, held))
+
+
 def load_pairs(sources, split, tokenizer, max_length, max_prompt_length, bad_rows="error",
                columns="", use_scores=False):
     """Read, tokenize and truncate every row of comma-separated sources -> Pairs, cached on disk.

@@ -4221,7 +4221,8 @@ MISTAKES = {   # arguments, words of the error
     "single": ([*USABLE, "--eval_dataset={folder}/single.jsonl"], ["single.jsonl", "one response"]),
     "window": ([*USABLE, "--init_from={folder}/windowed"], ["tokens", "sliding_window, 8"]),
     "memory": ([*USABLE, "--sample_tokens=1e18"], ["not enough memory", "--debug shows where"]),
-    "rank": ([*USABLE, "--lora_rank=999"], ["lora_rank: 999 is more than the model's width"]),
+    "rank": (["--dataset={folder}/good.jsonl,{folder}/good.jsonl", "--eval_pairs=1",
+              "--lora_rank=999"], ["lora_rank: 999 is more than the model's width"]),
     "diverged": ([*USABLE, "--learning_rate=1e38", "--max_iters=9"], ["step", "not finite", "its pairs"]),
 }
 
@@ -4256,6 +4257,17 @@ def mistakes(checkpoint, tmp_path_factory):
 def test_mistakes_end_in_one_line(name, mistakes):
     """A user's mistake ends in `error: where: what`, a non-zero exit and no traceback."""
     assert_one_line(mistakes[name], *MISTAKES[name][1])
+
+
+def test_leaks_are_warned_of(mistakes, tokenizer, tmp_path):
+    """Held-out pairs whose prompt is trained on too are counted, and the run warns of them."""
+    rows = [{"prompt": prompt, "chosen": chosen, "rejected": "a fox"}
+            for prompt, chosen in (("Hi", "a"), ("Who?", "b"), ("Hi there", "c"), ("Hi", "d"))]
+    first, second = (load(write_rows(tmp_path / "a.jsonl", some), tokenizer)
+                     for some in (rows[:2], rows[2:]))
+    assert data.n_leaked(first, second) == 1 and data.n_leaked(first, first) == 2
+    warning = "1 of 1 held-out pairs have a prompt that is trained on too"
+    assert warning in mistakes["rank"].stdout and warning not in mistakes["memory"].stdout
 
 
 def test_few_pairs_are_warned_of(mistakes):

@@ -205,9 +205,11 @@ def finish_saving():
 
 
 def leave_time_to_save():
-    """Where the program ends by an error, the save under way may still become whole."""
+    """Where the program ends by an error, the save under way may still become whole. Parts of other
+    ranks get less time, since those may be dead."""
     if saving:
-        saving.thread.join(60)
+        saving.written.wait(60)
+        saving.thread.join(5)
 
 
 atexit.register(leave_time_to_save)
