@@ -3237,6 +3237,9 @@ def test_metrics(name, runs):
     assert first["eval/kl"] == 0 != last["eval/kl"]
     reads_the_reference = mmpo.OBJECTIVES.get(name, True)
     assert not reads_the_reference or first["eval/rewards/margins"] == 0
+    assert first["eval/accuracy/implicit"] == 0 < last["eval/accuracy/implicit"]
+    assert not reads_the_reference or (last["eval/rewards/accuracies"]
+                                       == last["eval/accuracy/implicit"])
 
 
 @pytest.mark.parametrize("name", ["mmpo", "options"])
@@ -3480,7 +3483,7 @@ def test_evaluate_a_run(evaluated):
     first, *_, last = metrics_of(out)
     metrics = {name: value for name, (value, *_) in found["metrics"].items()}
     assert metrics["accuracy/mean"] == last["eval/accuracy/mean"]
-    assert metrics["accuracy/implicit"] == last["eval/rewards/accuracies"]
+    assert metrics["accuracy/implicit"] == last["eval/accuracy/implicit"]
     assert metrics["logps/chosen"] == pytest.approx(last["eval/logps/chosen"], rel=1e-5)
     assert found["before"]["accuracy/mean"][0] == first["eval/accuracy/mean"]
     assert metrics["kl"] != 0 and len(found["margins"]["mean"]) == 16
@@ -3539,7 +3542,7 @@ CLOSING = {   # what a run's last evaluation and settings are: what its last lin
 def test_closing_lines(name, evaluated, tmp_path):
     """A run's last lines tell the truth: what was learned, and how far the model has moved."""
     last, settings, said, unsaid = CLOSING[name]
-    first = {"eval/loss": 1.0, "eval/accuracy/mean": 0.5, "eval/rewards/accuracies": 0.0,
+    first = {"eval/loss": 1.0, "eval/accuracy/mean": 0.5, "eval/accuracy/implicit": 0.0,
              "eval/logps/chosen": -20.0, "eval/kl": 0.0}
     last = first | {"eval/accuracy/mean": 0.8, "eval/kl": 0.05} | last
     steps = [{"grad_norm": norm, "loss": 1.0} for norm in (0.5, 3.0, 4.0, 5.0)]

@@ -338,7 +338,7 @@ def record(iter_num, metrics):
         wandb.log(metrics, step=iter_num)
     kind, speed = "eval", ""
     names = {"loss": "eval/loss", "accuracy": "eval/accuracy/mean", "KL": "eval/kl",
-             "implicit": "eval/rewards/accuracies", "chosen": "eval/logps/chosen"}
+             "implicit": "eval/accuracy/implicit", "chosen": "eval/logps/chosen"}
     if "loss" in metrics:
         kind, names = "step", {"loss": "loss", "accuracy": "accuracy/mean", "q_w":
                                "weights/chosen", "norm": "grad_norm", "mfu": "mfu"}
@@ -375,6 +375,9 @@ def evaluate(iter_num):
     # before the first step the policy is the reference
     logps = score(held_out, everything) if iter_num else eval_ref_logps
     metrics = mmpo.measure(objective, logps, eval_lengths, eval_ref_logps, eval_R, **loss_knobs)
+    if held_out.n_responses > 1:   # also where the objective doesn't read the reference
+        gains = logps - eval_ref_logps
+        metrics["accuracy/implicit"] = (gains[:, 0] > gains[:, -1]).float().mean().item()
     if kl_prompts:
         kl = kl_ref_logps - score(kl_pairs, np.arange(len(kl_pairs)))
         metrics["kl"] = (kl.sum() / kl_pairs.lengths[:, 1:].sum()).item()

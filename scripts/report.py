@@ -22,7 +22,7 @@ NOT_TOLD = "out_dir", "overwrite", "resume", "dtype"   # where a run went, not w
 TABLE = {   # metric of an evaluation: what it is called
     "eval/accuracy/mean": "chosen likelier than rejected, by mean log-probs",
     "eval/accuracy/sum": "the same by summed log-probs",
-    "eval/rewards/accuracies": "chosen gained more than rejected (implicit reward accuracy)",
+    "eval/accuracy/implicit": "chosen gained more than rejected (implicit reward accuracy)",
     "eval/logps/chosen": "log-prob of the chosen response, nats",
     "eval/logps/rejected": "log-prob of the rejected response, nats",
     "eval/kl": "KL(before \\|\\| after), nats a token",
@@ -48,7 +48,7 @@ def closing_lines(out_dir, n_pairs):
     lines = [f"log-prob of the chosen response: {before:.1f} before, {after:.1f} after{moved}"]
     if learned := "eval/accuracy/mean" in last:
         accuracy, start = last["eval/accuracy/mean"], first["eval/accuracy/mean"]
-        implicit, error = last["eval/rewards/accuracies"], math.sqrt(0.5 / n_pairs)
+        implicit, error = last["eval/accuracy/implicit"], math.sqrt(0.5 / n_pairs)
         lines.insert(0, f"held-out preference accuracy: {start:.3f} before, {accuracy:.3f} after "
                         f"(mean log-probs); {implicit:.3f} by implicit rewards")
         learned = accuracy - start > error or implicit - 0.5 > error
