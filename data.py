@@ -1196,9 +1196,12 @@ def hold_out(pairs, n, seed):
 
 def n_leaked(pairs, held_out):
     """How many held-out pairs have a prompt that is trained on too."""
-    prompts, held = ([some.tokens[start:start + n].tobytes() for start, n in
-                      zip(some.starts, some.lengths[:, 0])] for some in (pairs, held_out))
-    return sum(map({*prompts}.__contains__, held))
+    def prompts(some):
+        return [some.tokens[start:start + n].tobytes()
+                for start, n in zip(some.starts, some.lengths[:, 0])]
+
+    trained = set(prompts(pairs))
+    return sum(prompt in trained for prompt in prompts(held_out))
 
 
 def load_pairs(sources, split, tokenizer, max_length, max_prompt_length, bad_rows="error",

@@ -93,7 +93,7 @@ lora_dropout = 0.01               # on the input of the adapters
 lora_targets = "q_proj,k_proj,v_proj,o_proj"   # the linear layers that get adapters
 # optimizer
 batch_size = 128                  # pairs a step, over all GPUs; pack_tokens bounds the memory
-learning_rate = 5e-4              # at its peak
+learning_rate = 2e-5              # at its peak; the higher, the further from the start
 optimizer_state = "fp32"          # fp32 | 8bit: AdamW's; 8bit takes pip install bitsandbytes
 weight_decay = 0.0                # on matrices
 beta1 = 0.9                       # AdamW's
