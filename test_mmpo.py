@@ -3614,6 +3614,30 @@ def test_grid():
         compare.plan(["config/demo.py"], [["betta=1"]], [])
 
 
+def test_names_of_runs(tmp_path):
+    """Each run of a grid is one folder: a slash in a value makes none within it, and two config
+    files of one name are refused."""
+    pytest.importorskip("matplotlib")
+    from scripts import compare
+    assert [*compare.plan(["config/demo.py"], [["dataset=a/b.jsonl"]], [])] == ["dataset=a-b.jsonl"]
+    (tmp_path / "dpo.py").write_text("beta = 0.3")
+    with pytest.raises(UserError, match="two runs would be called dpo"):
+        compare.plan(["config/demo.py"], [[f"config=config/dpo.py,{tmp_path}/dpo.py"]], [])
+
+
+def test_table_of_runs_without_pairs(tmp_path):
+    """Runs are rows without their seeds. What was not measured stays empty."""
+    pytest.importorskip("matplotlib")
+    from scripts import compare
+    runs = ["seed=1_beta=0.1", "seed=2_beta=0.1", "seed=1_beta=0.5"]
+    for run in runs:
+        write_json(tmp_path / f"{run}.evaluation.json", {
+            "metrics": {"choices/a/acc": [0.3, 0.2, 0.4]}, "before": {}, "margins": None})
+    *_, first, second = compare.table(runs, str(tmp_path), None).splitlines()
+    assert first == "| beta=0.1 | 0.3 ± 0.1 (seeds 0.3 to 0.3) |  |"
+    assert second == "| beta=0.5 | 0.3 ± 0.1 |  |"
+
+
 def test_compare(tmp_path):
     """A grid trains, evaluates, ends in its table and pictures; goes on where it was stopped; and
     refuses a folder that another grid wrote."""
