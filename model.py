@@ -89,7 +89,7 @@ HONOURED = {
                   ((True, False, None), "true or false"))
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
          "num_attention_heads")   # which every config.json has
-ROPE_NUMBERS = {field for fields in ROPE.values() for field in fields}
+ROPE_NUMBERS = dict.fromkeys(field for fields in ROPE.values() for field in fields)
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 WHOLE, NUMBER = (int,), (int, float)
 # Of each number its type, the least and the largest value with which a network can be built and

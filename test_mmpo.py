@@ -928,7 +928,7 @@ DAMAGE = {
     "list_config": (damage_file("config.json", b"[]"), "config.json"),
     "mrope": (damage_config(rope_parameters=MROPE), "config.json", "mrope", "llama3"),
     "longrope": (damage_config(rope_parameters=None, rope_scaling=LONGROPE), "json", "longrope"),
-    "no_factor": (damage_config(rope_scaling={"rope_type": "yarn"}), "config.json", "factor"),
+    "no_factor": (damage_config(rope_scaling={"rope_type": "yarn"}), "config.json: factor must"),
     "mscale": (damage_config(rope_scaling=YARN_ROPE | {"mscale": 0.7}), "config.json", "mscale"),
     "nested": (damage_config(rope_parameters=NESTED), "config.json", "rope parameters"),
     "partial": (damage_config(partial_rotary_factor=0.5), "config.json", "partial_rotary_factor"),
