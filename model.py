@@ -89,7 +89,7 @@ HONOURED = {
                   ((True, False, None), "true or false"))
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
          "num_attention_heads")   # which every config.json has
-ROPE_NUMBERS = {field for fields in ROPE.values() for field in fields}
+ROPE_NUMBERS = dict.fromkeys(field for fields in ROPE.values() for field in fields)
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 WHOLE, NUMBER = (int,), (int, float)
 # Of each number its type, the least and the largest value with which a network can be built and
@@ -281,15 +281,16 @@ def attend(q, k, v, layout):
     if isinstance(layout, BlockMask):
         flex = flex_attention if torch.compiler.is_compiling() else compiled(flex_attention)
         return flex(q, k, v, block_mask=layout, enable_gqa=True)
-    if layout is not None and not isinstance(layout, torch.Tensor):
+    if layout is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    if not isinstance(layout, torch.Tensor):
         return tree_attention(q, k, v, layout)
-    if layout is not None and q.is_cuda:
+    if q.is_cuda:
         # cuDNN would make a new plan for every length, and lengths grow with every token
         k, v = (x.repeat_interleave(q.size(1) // k.size(1), 1) for x in (k, v))
         with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
             return F.scaled_dot_product_attention(q, k, v, layout)
-    return F.scaled_dot_product_attention(q, k, v, layout, is_causal=layout is None,
-                                          enable_gqa=True)
+    return F.scaled_dot_product_attention(q, k, v, layout, enable_gqa=True)
 
 
 @torch.compiler.disable   # every pack has other tree lengths, so each would trigger a recompilation
@@ -500,8 +501,9 @@ class Llama(nn.Module):
                 break
             tokens, first, last = token[:, None], last, last + 1
         self.train(was_training)
-        return [ids[:next((n for n, i in enumerate(ids, 1) if i in stop_ids), None)]
-                for ids in torch.stack(new, dim=1).tolist()]
+        answers = torch.stack(new, dim=1).tolist()
+        ends = [next((n for n, i in enumerate(ids, 1) if i in stop_ids), None) for ids in answers]
+        return [ids[:end] for ids, end in zip(answers, ends)]
 
 
 def sample(logits, temperature, top_k, top_p, generator=None):
@@ -654,8 +656,8 @@ class LoRALinear(nn.Module):
         return y
 
     def merged_weight(self):
-        weight, A, B = (whole(p).cpu() for p in (self.weight, self.lora_A.weight,
-                                                 self.lora_B.weight))   # a CPU has no TF32
+        weight, A, B = (whole(layer.weight).cpu()   # a CPU has no TF32
+                        for layer in (self, self.lora_A, self.lora_B))
         return weight.float() + self.alpha / self.rank * (B @ A)
 
 
@@ -727,7 +729,6 @@ def whole(tensor):
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
                    "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model",
                    "chat_template.jinja")
-TEMPLATE_FILES = "chat_template.jinja", "tokenizer_config.json"
 CONFIGS = "config.json", "adapter_config.json"   # by which a folder is opened
 MODEL_FILES = (*CONFIGS, "generation_config.json", *TOKENIZER_FILES)
 ON_A_BASE = {}   # the folders that on_its_base made; each goes when the program ends
@@ -775,14 +776,14 @@ def check_files(folder):
     could bring a private file into an export. The hub's cache may have its links, from
     snapshots/REVISION/x to blobs/y."""
     here = os.path.realpath(folder)
-    snapshots, blobs = os.path.dirname(here), os.path.join(here, "..", "..", "blobs")
+    cache, parent = os.path.split(os.path.dirname(here))
+    blobs = os.path.join(cache, "blobs") if parent == "snapshots" else here
     for file in model_files(folder):
         path = os.path.join(folder, file)
         require(os.path.isfile(path), f"{path}: not a file; put the model's there")
         there = os.path.dirname(os.path.realpath(path))
-        require(os.path.commonpath([here, there]) == here or os.path.basename(snapshots) ==
-                "snapshots" and there == os.path.normpath(blobs), f"{path}: a link to another "
-                "folder, which may be private; copy the file, or link the whole folder")
+        require(there == blobs or os.path.commonpath([here, there]) == here, f"{path}: a link to "
+                "another folder, which may be private; copy the file, or link the whole folder")
 
 
 # Fields of adapter_config.json with which an adapter is (alpha / rank) B A, or tensors that replace
@@ -801,8 +802,9 @@ def on_its_base(adapter):
     path = os.path.join(adapter, "adapter_config.json")
     config = read_json(path)
     for field, value in config.items():
-        known = not value or field in LORA_FIELDS
-        require(value in LORA_VALUES[field] if field in LORA_VALUES else known,
+        supported = value in LORA_VALUES[field] if field in LORA_VALUES else \
+            not value or field in LORA_FIELDS
+        require(supported,
                 f"{path}: {field} {value!r:.60} is not supported; merge the adapter in peft")
     alpha, revision = config.get("lora_alpha"), config.get("revision")
     require(type(alpha) in NUMBER and 0 < alpha < 1e12,
@@ -810,15 +812,16 @@ def on_its_base(adapter):
     name = str(config.get("base_model_name_or_path"))
     at = f"@{revision}" if revision and not os.path.isdir(name) else ""
     base = checkpoint_folder(name + at, base_of=path)
-    # A tokenizer's files belong together; but some adapters have them without tokenizer.json, or
-    # a template alone.
-    own = {file for file in model_files(adapter)
-           if file in TOKENIZER_FILES or file.startswith("adapter_")}
-    alone = not own & {*TOKENIZER_FILES} - {"chat_template.jinja"}
-    files = {file: base for file in model_files(base)
-             if alone or file == "tokenizer.json" or file not in TOKENIZER_FILES}
+    # A tokenizer's files belong together, so an adapter's replace those of the base. But some
+    # adapters have them without tokenizer.json, or a template alone.
+    own = model_files(adapter)
+    brings_tokenizer = {*own} & {*TOKENIZER_FILES} - {"chat_template.jinja"}
+    sources = {file: base for file in model_files(base) if not brings_tokenizer
+               or file == "tokenizer.json" or file not in TOKENIZER_FILES}
+    sources |= {file: adapter for file in own
+                if file in TOKENIZER_FILES or file.startswith("adapter_")}
     made = tempfile.TemporaryDirectory(prefix=f"{os.path.basename(os.path.abspath(adapter))}-")
-    for file, source in (files | dict.fromkeys(own, adapter)).items():
+    for file, source in sources.items():
         os.symlink(os.path.abspath(os.path.join(source, file)), os.path.join(made.name, file))
     ON_A_BASE[made.name] = made
     return made.name
@@ -840,16 +843,15 @@ def find_adapter(folder):
 
 def merge(weight, name, adapter, config):
     """A weight of the base as the adapter changes it. What changed it is taken from `adapter`."""
-    layer, merged = name.removesuffix(".weight"), adapter.pop(name, weight)
-    change = merged
+    parts, layer = [adapter.pop(name, weight)], name.removesuffix(".weight")
     if f"{layer}.lora_A.weight" in adapter:
         A, B = (adapter.pop(f"{layer}.lora_{x}.weight").float() for x in "AB")
         rank = math.sqrt(len(A)) if config.get("use_rslora") else len(A)
-        change = config["lora_alpha"] / rank * (B @ A)
-    for part in (merged, change):   # which may be broadcast, else
+        parts = [parts[0].float(), config["lora_alpha"] / rank * (B @ A)]
+    for part in parts:   # else addition would broadcast some that don't fit
         if part.shape != weight.shape:
             raise ValueError(f"shape {tuple(part.shape)}, not {tuple(weight.shape)}")
-    return merged if change is merged else merged.float() + change
+    return sum(parts[1:], start=parts[0])
 
 
 def find_tensors(folder, stem="model"):
@@ -858,7 +860,8 @@ def find_tensors(folder, stem="model"):
     Headers are read here because the library keeps one of two tensors of a name without a word.
     Where there is one file and an index of shards beside it, the one file counts, as everywhere.
     """
-    index, shards = os.path.join(folder, f"{stem}.safetensors.index.json"), [f"{stem}.safetensors"]
+    shards = [f"{stem}.safetensors"]
+    index = os.path.join(folder, f"{stem}.safetensors.index.json")
     if not os.path.exists(os.path.join(folder, shards[0])):
         require(os.path.exists(index),
                 f"{folder}: no {stem}.safetensors and no index of shards; is this a Hugging Face "
@@ -876,14 +879,15 @@ def find_tensors(folder, stem="model"):
             size = int.from_bytes(head, "little")
             require(head != b"version ", f"{path}: Git LFS pointer, not weights; run git lfs pull")
             require(0 < size < 100_000_000, f"{path}: not a safetensors file; download it again")
-            for name, entry in json.loads(f.read(size), object_pairs_hook=list):
-                if name != "__metadata__":
-                    require(name not in found, f"{path}: tensor {name!r:.80} appears twice")
-                    entry = dict(entry)
-                    found[name] = path, entry["dtype"], tuple(entry["shape"])
-                    require(entry["dtype"] in ("F64", "F32", "F16", "BF16"),
-                            f"{path}: {name!r:.80} is {entry['dtype']!r:.60}; quantized weights "
-                            "are not supported, use the bf16 checkpoint")
+            for name, fields in json.loads(f.read(size), object_pairs_hook=list):
+                if name == "__metadata__":
+                    continue
+                require(name not in found, f"{path}: tensor {name!r:.80} appears twice")
+                entry = dict(fields)
+                found[name] = path, entry["dtype"], tuple(entry["shape"])
+                require(entry["dtype"] in ("F64", "F32", "F16", "BF16"),
+                        f"{path}: {name!r:.80} is {entry['dtype']!r:.60}; quantized weights are "
+                        "not supported, use the bf16 checkpoint")
     return found
 
 
@@ -923,9 +927,9 @@ def load_weights(model, folder, device):
     """
     found = {name: entry for name, entry in find_tensors(folder).items()
              if not name.endswith("rotary_emb.inv_freq")}   # old Llamas saved it; it is computed
+    tied = model.config.tie_word_embeddings
+    second_head = found.pop("lm_head.weight", None) if tied else None   # a copy of embed_tokens
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters() if "lora_" not in n}
-    tied = {"lm_head.weight"} & found.keys() if model.config.tie_word_embeddings else set()
-    shapes |= dict.fromkeys(tied, tuple(model.head_weight.shape))
     for what, names in (("missing", shapes.keys() - found.keys()),
                         ("unexpected", found.keys() - shapes.keys())):
         require(not names, f"{folder}: {what} tensor {min(names, default='')!r:.80} ({len(names)} "
@@ -937,18 +941,20 @@ def load_weights(model, folder, device):
     parameters, (adapter, settings) = dict(model.named_parameters()), find_adapter(folder)
     adapter = {name.removeprefix("base_model.model.").replace(".base_layer.", "."):
                read_tensor(path, name) for name, (path, *_) in adapter.items()}   # peft's names
-    for name, (path, *_) in sorted(found.items(), key=lambda entry: entry[0] in tied):
-        p, tensor = parameters.get(name, model.head_weight), read_tensor(path, name)
-        if p is not model.head_weight or not model.config.tie_word_embeddings:
+    for name, (path, *_) in found.items():
+        p, tensor = parameters[name], read_tensor(path, name)
+        if not (tied and p is model.head_weight):
             with reading(f"{folder}: the adapter's part of {name}", "one for this base"):
                 tensor = merge(tensor, name, adapter, settings)
         tensor = tensor.to(p.dtype)
         require(all_finite(tensor), f"{path}: {name} holds NaN or infinite values in {p.dtype}; "
                 "refusing")
-        require(name not in tied or tensor.to(p.device).equal(whole(p)),
-                f"{folder}: lm_head.weight differs from embed_tokens.weight, but config.json ties "
-                "them; set tie_word_embeddings to false")
         fill(p, tensor)
+    if second_head:
+        p, tensor = model.head_weight, read_tensor(second_head[0], "lm_head.weight")
+        require(tensor.to(p.device, p.dtype).equal(whole(p)), f"{folder}: lm_head.weight differs "
+                "from embed_tokens.weight, but config.json ties them; set tie_word_embeddings to "
+                "false")
     require(not adapter, f"{folder}: the adapter's {min(adapter, default='')!r:.80} fits no weight "
             "of its base, or one that is tied; merge the adapter in peft")
     for layer in lora_layers(model).values():
@@ -972,7 +978,7 @@ def from_pretrained(name, device="cpu", dtype=torch.float32):
 
 
 @torch.no_grad()
-def export(model, folder, hf_config, base_folder=None, dtype=torch.bfloat16, adapter_of=None,
+def export(model, folder, hf_config, base_folder="", dtype=torch.bfloat16, adapter_of=None,
            chat_template=None, stop_ids=(), max_shard_bytes=5 * 1000 ** 3):
     """Write a folder that transformers, vLLM and llama.cpp's converter open, with LoRA merged.
 
@@ -982,22 +988,22 @@ def export(model, folder, hf_config, base_folder=None, dtype=torch.bfloat16, ada
     stop_ids: what ends a turn, for generation_config.json.
 
     Every rank calls it, since a sharded tensor is put together by all; the first rank writes. Files
-    are written into a folder of their own, then moved, so that each is whole or not there. Those of
-    an earlier export go, and no others. While they change places there is no config.json, so that
-    the folder never opens with a part of each.
+    are written into a folder of their own, then moved, so that each is whole or not there.
     """
-    layers, state = lora_layers(model), model.state_dict()
+    layers, state, generation = lora_layers(model), model.state_dict(), {}
+    kind = "adapter_" if adapter_of else ""
     if adapter_of:
-        stem, dtype, config = "adapter_model", torch.float32, adapter_config(layers, adapter_of)
+        dtype, config = torch.float32, adapter_config(layers, adapter_of)
         tensors = {f"base_model.model.{n}": p for n, p in state.items() if "lora_" in n}
     else:
-        stem, name = "model", str(dtype).removeprefix("torch.")
+        name = str(dtype).removeprefix("torch.")
         config = hf_config | {"dtype": name, "torch_dtype": name, "architectures":
                               [ARCHITECTURES[hf_config["model_type"]]]}
+        generation = {k: hf_config[k] for k in TOKEN_IDS if hf_config.get(k) is not None}
         tensors = {n: p for n, p in state.items() if "lora_" not in n}
     shards = split_state_dict_into_shards_factory(
         tensors, get_storage_size=lambda p: p.numel() * dtype.itemsize,
-        filename_pattern=stem + "{suffix}.safetensors", max_shard_size=max_shard_bytes)
+        filename_pattern=kind + "model{suffix}.safetensors", max_shard_size=max_shard_bytes)
     write, temporary = rank_and_size()[0] == 0, os.path.join(folder, "export.tmp")
     if write:
         shutil.rmtree(temporary, ignore_errors=True)   # of an export that was killed
@@ -1020,29 +1026,42 @@ def export(model, folder, hf_config, base_folder=None, dtype=torch.bfloat16, ada
                                 "if the disk is full, free space") from e
     if not write:
         return
-    write_json(os.path.join(temporary, f"{'adapter_' if adapter_of else ''}config.json"), config)
+    write_json(os.path.join(temporary, f"{kind}config.json"), config)
     if shards.is_sharded:
-        write_json(os.path.join(temporary, f"{stem}.safetensors.index.json"),
+        write_json(os.path.join(temporary, f"{kind}model.safetensors.index.json"),
                    {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename})
-    ids = () if adapter_of else TOKEN_IDS
-    generation = {k: hf_config[k] for k in ids if hf_config.get(k) is not None}
-    for file in (*TOKENIZER_FILES, "generation_config.json") if base_folder else ():
-        if os.path.exists(source := os.path.join(base_folder, file)):
-            shutil.copyfile(source, os.path.join(temporary, file))
-            generation = read_json(source) if file == "generation_config.json" else generation
+    for file in model_files(base_folder):
+        if file in TOKENIZER_FILES:
+            shutil.copyfile(os.path.join(base_folder, file), os.path.join(temporary, file))
+        elif file == "generation_config.json":
+            generation = read_json(os.path.join(base_folder, file))
     if stop_ids:
         generation["eos_token_id"] = sorted(stop_ids) if len(stop_ids) > 1 else max(stop_ids)
     write_json(os.path.join(temporary, "generation_config.json"), generation)
-    if chat_template is not None:   # transformers reads the .jinja file, llama.cpp the other
-        jinja, path = (os.path.join(temporary, file) for file in TEMPLATE_FILES)
-        config = read_json(path) if os.path.exists(path) else {}
-        had = config.get("chat_template")
-        same = {"name": "default", "template": chat_template} in had if isinstance(had, list) \
-            else had == chat_template
-        if not same or os.path.exists(jinja):
-            write_text(jinja, chat_template)
-        if had and not same:
-            write_json(path, config | {"chat_template": chat_template})
+    if chat_template is not None:
+        write_template(temporary, chat_template)
+    replace_export(folder, temporary)
+
+
+def write_template(folder, chat_template):
+    """Leave no other template in a folder. transformers reads chat_template.jinja, llama.cpp the
+    one in tokenizer_config.json, which may also list several by name."""
+    jinja = os.path.join(folder, "chat_template.jinja")
+    path = os.path.join(folder, "tokenizer_config.json")
+    config = read_json(path) if os.path.exists(path) else {}
+    had = config.get("chat_template")
+    same = {"name": "default", "template": chat_template} in had if isinstance(had, list) \
+        else had == chat_template
+    if not same or os.path.exists(jinja):
+        write_text(jinja, chat_template)
+    if had and not same:
+        write_json(path, config | {"chat_template": chat_template})
+
+
+def replace_export(folder, temporary):
+    """Move the files of an export to where they belong. Those of an earlier export go, and no
+    others. While they change places there is no config.json, so that the folder never opens with a
+    part of each."""
     record, old, new = os.path.join(folder, EXPORTED), exported_files(folder), os.listdir(temporary)
     write_json(record, {"files": sorted(old.union(new))})
     for file in sorted(old, key=lambda file: file not in CONFIGS):

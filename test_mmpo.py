@@ -928,7 +928,7 @@ DAMAGE = {
     "list_config": (damage_file("config.json", b"[]"), "config.json"),
     "mrope": (damage_config(rope_parameters=MROPE), "config.json", "mrope", "llama3"),
     "longrope": (damage_config(rope_parameters=None, rope_scaling=LONGROPE), "json", "longrope"),
-    "no_factor": (damage_config(rope_scaling={"rope_type": "yarn"}), "config.json", "factor"),
+    "no_factor": (damage_config(rope_scaling={"rope_type": "yarn"}), "config.json: factor must"),
     "mscale": (damage_config(rope_scaling=YARN_ROPE | {"mscale": 0.7}), "config.json", "mscale"),
     "nested": (damage_config(rope_parameters=NESTED), "config.json", "rope parameters"),
     "partial": (damage_config(partial_rotary_factor=0.5), "config.json", "partial_rotary_factor"),
@@ -3612,6 +3612,30 @@ def test_grid():
     assert (settings["objective"], settings["epochs"], settings["seed"]) == ("dpo", 2, 1)
     with pytest.raises(UserError, match="betta"):
         compare.plan(["config/demo.py"], [["betta=1"]], [])
+
+
+def test_names_of_runs(tmp_path):
+    """Each run of a grid is one folder: a slash in a value makes none within it, and two config
+    files of one name are refused."""
+    pytest.importorskip("matplotlib")
+    from scripts import compare
+    assert [*compare.plan(["config/demo.py"], [["dataset=a/b.jsonl"]], [])] == ["dataset=a-b.jsonl"]
+    (tmp_path / "dpo.py").write_text("beta = 0.3")
+    with pytest.raises(UserError, match="two runs would be called dpo"):
+        compare.plan(["config/demo.py"], [[f"config=config/dpo.py,{tmp_path}/dpo.py"]], [])
+
+
+def test_table_of_runs_without_pairs(tmp_path):
+    """Runs are rows without their seeds. What was not measured stays empty."""
+    pytest.importorskip("matplotlib")
+    from scripts import compare
+    runs = ["seed=1_beta=0.1", "seed=2_beta=0.1", "seed=1_beta=0.5"]
+    for run in runs:
+        write_json(tmp_path / f"{run}.evaluation.json", {
+            "metrics": {"choices/a/acc": [0.3, 0.2, 0.4]}, "before": {}, "margins": None})
+    *_, first, second = compare.table(runs, str(tmp_path), None).splitlines()
+    assert first == "| beta=0.1 | 0.3 ± 0.1 (seeds 0.3 to 0.3) |  |"
+    assert second == "| beta=0.5 | 0.3 ± 0.1 |  |"
 
 
 def test_compare(tmp_path):

@@ -57,12 +57,14 @@ def plan(configs, grids, more):
             files = [*configs, *(value for key, value in point if key == "config")]
             name = "_".join(Path(value).stem if key == "config" else f"{key}={value}"
                             for key, value in point) or Path(configs[-1]).stem
+            name = name.replace("/", "-")   # it will be a folder's
             arguments = [*files, *more, *(f"--{key}={value}" for key, value in point
                                           if key != "config")]
             settings, _ = configure(dict(defaults), arguments, TRAIN,
                                     {"objective": mmpo.OBJECTIVES})
             settings["out_dir"] = ""
             if settings not in (known for _, known in runs.values()):
+                require(name not in runs, f"--grid: two runs would be called {name}; rename a file")
                 runs[name] = arguments, settings
     return runs
 
@@ -127,7 +129,8 @@ def run_all(runs, out, evaluation, jobs):
             minutes = (time.time() - started) / 60 / done * left
             print(f"{done} of {len(runs)} runs done, about {minutes:.0f} min left: "
                   f"{futures[future]}{f' FAILED: {error}' if error else ''}", flush=True)
-            failed += [str(error)] * bool(error)
+            if error:
+                failed.append(str(error))
     finally:
         pool.shutdown(cancel_futures=True)   # after Ctrl-C no other run starts
     require(not failed, "; ".join(failed))
@@ -138,8 +141,9 @@ def table(runs, out, beside):
     the seeds' range; at last how its implicit reward accuracy differs from that of `beside`."""
     groups = {}   # name without its seed: the evaluations
     for name in runs:
-        groups.setdefault(re.sub("_?seed=[^_]*", "", name) or "run", []).append(
-            read_json(os.path.join(out, f"{name}.evaluation.json")))
+        label = re.sub("_?seed=[^_]*", "", name).strip("_") or "run"
+        found = read_json(os.path.join(out, f"{name}.evaluation.json"))
+        groups.setdefault(label, []).append(found)
     beside = beside or next(iter(groups))
     require(beside in groups, f"--beside: one of {', '.join(groups)}")
     [first, *_] = groups[beside]
@@ -163,7 +167,10 @@ def cell(values):
 
 
 def difference(group, base):
-    """Of the implicit reward accuracies of two groups of runs, with its 95% interval."""
+    """Of the implicit reward accuracies of two groups of runs, with its 95% interval. "" where the
+    evaluations had no pairs."""
+    if not all(e["margins"] for e in [*group, *base]):
+        return ""
     a, b = (np.mean([np.array(e["margins"]["implicit"]) > 0 for e in found], axis=0)
             for found in (base, group))
     value, low, high = evaluate.ratio(b - a, groups=group[0]["prompts"])
@@ -180,11 +187,12 @@ def main():
     parser.add_argument("--evaluate", default="", help="arguments of scripts/evaluate.py, quoted")
     parser.add_argument("--beside", help="the run (without its seed) that others are tested\n"
                                          "against; default: the first")
-    own, _, more = " ".join(map(shlex.quote, sys.argv[1:])).partition(" -- ")
-    args = parser.parse_args(shlex.split(own))
+    given = sys.argv[1:]
+    end = given.index("--") if "--" in given else len(given)
+    args, more = parser.parse_args(given[:end]), given[end + 1:]
     require(args.jobs > 0, "--jobs: at least 1")
 
-    runs = plan(args.configs, args.grid, shlex.split(more))
+    runs = plan(args.configs, args.grid, more)
     print(f"{len(runs)} runs in {args.out}, {args.jobs} at a time")
     run_all(runs, args.out, args.evaluate, args.jobs)
     print("\n" + table(runs, args.out, args.beside))

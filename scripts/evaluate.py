@@ -117,7 +117,8 @@ def preference(pairs, model, base):
     prompts, lengths = [number[x[0]] for x in ids], pairs.lengths[:, [1, -1]]
     longer, shorter = lengths[:, 0] > lengths[:, 1], lengths[:, 0] < lengths[:, 1]
     scores = {"mean": logps / lengths, "sum": logps}
-    scores |= {"implicit": logps - base["logps"]} if base else {}
+    if base:
+        scores["implicit"] = logps - base["logps"]
     margins = {how: x[:, 0] - x[:, 1] for how, x in scores.items()}
     metrics = {"accuracy/longer": share(longer + 0.5 * ~(longer | shorter), groups=prompts)}
     for how, margin in margins.items():
@@ -143,7 +144,7 @@ def encode(tokenizer, context, continuation):
     alone, both = ids(context.rstrip()), ids(context + continuation)
     if not alone:
         first = tokenizer.added.get(tokenizer.named["bos_token"], tokenizer.eos_id)
-        return (first,) * (first is not None), tuple(both)
+        return () if first is None else (first,), tuple(both)
     return tuple(alone), tuple(both[len(alone):])
 
 
@@ -179,8 +180,9 @@ def multiple_choice(task, items, gold, characters, model, _):
         found = {"acc": share(greedy), "perplexity": ratio(-logps, of=np.exp)}
     else:
         logps = np.split(logps, np.cumsum([len(item) for item in items])[:-1])
-        found = {"acc": share([x.argmax() == g for x, g in zip(logps, gold)]), "acc_norm": share(
-            [(x / c).argmax() == g for x, c, g in zip(logps, characters, gold)])}
+        per_character = [x / n for x, n in zip(logps, characters)]
+        found = {name: share([x.argmax() == g for x, g in zip(scores, gold)])
+                 for name, scores in (("acc", logps), ("acc_norm", per_character))}
     return {"metrics": {f"choices/{task}/{name}": value for name, value in found.items()}}
 
 
@@ -236,14 +238,17 @@ def describe(answers, stop_ids):
 
 def held_out(args, run, tokenizer):
     """The pairs to evaluate: those of --pairs, or those that the run held out."""
-    source, split = (args.pairs, args.split) if args.pairs else \
-        (run["eval_dataset"], run["eval_split"]) if run["eval_dataset"] else \
-        (run["dataset"], run["train_split"])
+    if args.pairs:
+        source, split = args.pairs, args.split
+    elif run["eval_dataset"]:
+        source, split = run["eval_dataset"], run["eval_split"]
+    else:
+        source, split = run["dataset"], run["train_split"]
     pairs = data.load_pairs(source, split, tokenizer,
                             args.max_length or run.get("max_length", 2312),
                             args.max_prompt_length or run.get("max_prompt_length", 1800),
-                            *(run.get(name, default) for name, default in (
-                                ("bad_rows", "error"), ("columns", ""), ("use_scores", False))))
+                            run.get("bad_rows", "error"), run.get("columns", ""),
+                            run.get("use_scores", False))
     if not args.pairs:   # as train.py draws them
         order = np.random.default_rng(run["seed"]).permutation(len(pairs))
         pairs = pairs.subset(order[:run["eval_pairs"]])
@@ -313,12 +318,12 @@ def main():
     config = os.path.join(os.path.expanduser(first), "train_config.json")
     run = read_json(config) if os.path.exists(config) else {}
     run = run if "eval_dataset_sha256" in run else {}   # or another program's
-    pairs_of_run = run and args.pairs is None
-    require(args.pairs or args.choices or args.text or pairs_of_run, f"{first}: no run's "
-            "train_config.json there, so say what to evaluate: --pairs, --choices or --text")
+    with_pairs = args.pairs or run and args.pairs is None
+    require(with_pairs or args.choices or args.text, f"{first}: no run's train_config.json there, "
+            "so say what to evaluate: --pairs, --choices or --text")
     reference = args.reference or run.get("init_from")
-    names = dict.fromkeys([reference or first, *args.models])   # the others are compared with it
-    folders = {name: llama.checkpoint_folder(name) for name in names}
+    folders = {name: llama.checkpoint_folder(name)   # the others are compared with the first
+               for name in dict.fromkeys([reference or first, *args.models])}
     template = os.path.join(folders[first], "chat_template.jinja")   # the base may have none
     template = template if os.path.exists(template) else ""
     tokenizer = data.Tokenizer(folders[first], template, run.get("chat_template_kwargs", ""))
@@ -327,7 +332,7 @@ def main():
 
     key = [tokenizer.fingerprint, device, vars(args) | {"models": []}]   # of what is asked
     questions = []
-    if args.pairs or pairs_of_run:
+    if with_pairs:
         with reading(args.pairs or config, "pairs, or a run that has some"):
             pairs = held_out(args, run, tokenizer)
         key.append(pairs.fingerprint())
@@ -344,7 +349,7 @@ def main():
         require(windows, f"{args.text}: too short, as its first token is not scored")
         key.append(windows)
         questions.append(partial(perplexity, windows))
-    if (args.pairs or pairs_of_run) and args.prompts:
+    if with_pairs and args.prompts:
         prompts = [*dict.fromkeys(tuple(pairs.ids(i)[0].tolist()) for i in range(len(pairs)))]
         questions.append(partial(talk, prompts[:args.prompts], tokenizer, args, bool(reference)))
 
@@ -357,11 +362,12 @@ def main():
                 f"{name}: another vocabulary than that of {first}; evaluate it by itself")
         model, _ = llama.from_pretrained(folder, device, torch.bfloat16 if device == "cuda" else
                                          torch.float32)
-        result = {"metrics": {}}
+        result, metrics = {}, {}
         for question in questions:
             found = question(model, base)
-            result |= found | {"metrics": result["metrics"] | {
-                name: value for name, value in found["metrics"].items() if value}}
+            metrics |= found["metrics"]
+            result |= found
+        result["metrics"] = {name: value for name, value in metrics.items() if value}
         if name == reference:
             save_cache(path, result=json.dumps(result))
         return result
