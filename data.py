@@ -45,7 +45,6 @@ import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
 from datetime import datetime
-from itertools import chain
 
 import numpy as np
 import regex   # comes with tiktoken
@@ -69,7 +68,6 @@ BYTE_LEVEL = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\
 # cuts are this one, which tiktoken does by itself, faster.
 DIGITS_BYTE_LEVEL = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 SPACE = "\u2581"   # how SentencePiece writes a space
-BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>$")   # and a byte of a character that it lacks
 # Where a stretch of text stands. SentencePiece puts a space before some stretches.
 NOWHERE, AT_START, AFTER_TOKEN, INSIDE = -1, 0, 1, 2
 
@@ -104,16 +102,18 @@ def byte_level_cuts(steps, path):
         require(not strange and not regex.match(pattern, "")
                 and (isolated or step.get("behavior") == "Removed" and step.get("invert")),
                 f"{path}: pre_tokenizer {str(step)[:150]} is not supported")
-        # what lies between two matches is a piece too
-        patterns.append(pattern + rf"|(?:(?!{pattern})[\s\S])+" * isolated)
+        if isolated:   # what lies between two matches is a piece too
+            pattern += rf"|(?:(?!{pattern})[\s\S])+"
+        patterns.append(pattern)
     last = steps[-1] if steps else {"type": None}
     require(last["type"] == "ByteLevel" and not last.get("add_prefix_space"),
             f"{path}: pre_tokenizer {str(last)[:99]} is not supported; byte-level BPE as in "
             "Llama 3 or Qwen is, and SentencePiece's BPE with byte_fallback")
-    if [step["type"] for step in steps] == ["Digits", "ByteLevel"] and \
-            steps[0]["individual_digits"] and last.get("use_regex", True):
+    if last.get("use_regex", True):
+        patterns.append(BYTE_LEVEL)
+    if patterns == [r"\p{N}|(?:(?!\p{N})[\s\S])+", BYTE_LEVEL]:
         return [DIGITS_BYTE_LEVEL]
-    return patterns + [BYTE_LEVEL] * last.get("use_regex", True) or [r"[\s\S]+"]
+    return patterns or [r"[\s\S]+"]
 
 
 def mergeable(model, others, path):
@@ -233,8 +233,9 @@ class Tokenizer:
         self.spaces = spaces in normalizers or characters and bool(steps)   # are written as SPACE
         require(self.spaces or not self.prepend, f"{path}: Prepend alone is not supported")
         self.metaspace = NOWHERE   # up to which place Metaspace puts a space before a stretch
+        merged = mergeable(model, added, path)
         if characters:
-            cuts, split = [f"{SPACE}*[^{SPACE}]+|{SPACE}+"], False
+            split = False
             for step in steps:
                 require(len(steps) == 1 and step["type"] == "Metaspace"
                         and step["replacement"] == SPACE,
@@ -242,13 +243,7 @@ class Tokenizer:
                 schemes = {"never": NOWHERE, "first": AT_START, "always": AFTER_TOKEN}
                 self.metaspace = schemes[step.get("prepend_scheme", "always")]
                 split = step.get("split", True)
-            if split:
-                cuts = [f"{SPACE}[^{SPACE}]*|[^{SPACE}]+"]
-        else:
-            cuts = byte_level_cuts(steps, path)
-
-        merged = mergeable(model, added, path)
-        if characters:
+            cuts = [f"{SPACE}[^{SPACE}]*|[^{SPACE}]+" if split else f"{SPACE}*[^{SPACE}]+|{SPACE}+"]
             require(split or not any(re.search(f"[^{SPACE}]{SPACE}", token) for token in merged),
                     f"{path}: some tokens go on after a space, which is not supported")
             spelled = [vocab.get(f"<0x{b:02X}>") for b in range(256)]
@@ -262,7 +257,7 @@ class Tokenizer:
             table |= {c.encode(): (vocab[c],) for c in alone}
             to_bytes = str.encode
         else:
-            alphabet = byte_alphabet()
+            cuts, alphabet = byte_level_cuts(steps, path), byte_alphabet()
             # a byte that the vocabulary lacks has no id, and is dropped
             table = {bytes([b]): (vocab[c],) if c in vocab else () for c, b in alphabet.items()}
 
@@ -278,17 +273,16 @@ class Tokenizer:
         self.ids = [*table.values()]   # tiktoken's ranks are the order of the table
         self.bpe = tiktoken.Encoding("checkpoint", pat_str=self.pattern, special_tokens={},
                                      mergeable_ranks={key: n for n, key in enumerate(table)})
-        of_token = {token: bytes([int(token[3:5], 16)]) if characters and BYTE_TOKEN.match(token)
-                    else to_bytes(token) for token in vocab | self.added}
-        if characters:
-            of_token = {t: b.replace(SPACE.encode(), b" ") for t, b in of_token.items()}
         everything = vocab | self.added
         token_of = {i: token for token, i in everything.items()}
         odd = next((t for t, i in everything.items() if type(i) is not int or token_of[i] != t
                     or not 0 <= i < 2 ** 31), None)
         require(odd is None, f"{path}: the id of {odd!r:.50} is no whole number, or also "
                 "another token's; download it again")
-        self.bytes_of = {i: of_token[token] for i, token in token_of.items()}
+        self.bytes_of = {i: to_bytes(token) for i, token in token_of.items()}
+        if characters:   # spaces as in a text, and byte tokens as what they stand for
+            self.bytes_of = {i: b.replace(SPACE.encode(), b" ") for i, b in self.bytes_of.items()}
+            self.bytes_of |= {i: bytes([b]) for b, i in enumerate(spelled)}
         self.n_vocab = max(self.bytes_of) + 1
         decoder = steps_of(spec.get("decoder"))   # SentencePiece takes the first space off again
         self.strip = any(step["type"] == "Strip" and step["start"] or step["type"] == "Metaspace"
@@ -317,8 +311,7 @@ class Tokenizer:
 
     def encode_plain(self, text, place):
         """Text without added tokens -> ids."""
-        if SHIELD in text:
-            text = SHIELDED.sub(lambda m: self.shielded[int(m[1])], text)
+        text = SHIELDED.sub(lambda m: self.shielded[int(m[1])], text)
         if self.spaces:
             text = text.replace(" ", SPACE)
             if place <= self.metaspace and text and not text.startswith(SPACE):
@@ -334,7 +327,7 @@ class Tokenizer:
             for piece in (m[0] for p in pieces for m in regex.finditer(self.pattern, p)):
                 kept = bytes(b for b in piece.encode() if b not in dropped)
                 ranks += self.bpe._encode_single_piece(kept) if kept else []
-        return [*chain.from_iterable(map(self.ids.__getitem__, ranks))]
+        return [i for rank in ranks for i in self.ids[rank]]
 
     def decode(self, ids):
         text = b"".join(self.bytes_of.get(i, b"") for i in ids).decode("utf-8", errors="replace")
@@ -551,10 +544,10 @@ def find_added_tokens(path, spec, config, special_map, added_tokens):
             right = vocab.get(content, free)
             require(content and i == right, f"{path}: added token {content!r} has id {i!r:.20} "
                     f"here or in another file there, but would get {right}; mend it in this one")
+            require(not (token.get("lstrip") or token.get("rstrip") or token.get("single_word")),
+                    f"{path}: added token {content!r} strips its surroundings, which is not "
+                    "supported")
             added[content] = token
-    for content, token in added.items():
-        require(not (token.get("lstrip") or token.get("rstrip") or token.get("single_word")),
-                f"{path}: added token {content!r} strips its surroundings, which is not supported")
     return added
 
 
