@@ -442,16 +442,13 @@ class Tokenizer:
         full = self.render([*turns, *new], **template)
         # Templates leave the thoughts of earlier answers out, and some those of the last one too.
         # The model should write them. Hidden in the content, they stay there.
-        begun = OPEN_THOUGHT.sub("", prompt)
-        if not full.startswith(begun):
-            begun = os.path.commonprefix([full, begun])
+        begun = os.path.commonprefix([full, OPEN_THOUGHT.sub("", prompt)])
         written, kept = squash(full[len(begun):]), []
         for t in new:
             thought, said = t.get("reasoning_content") or "", text_of(t)
-            lost = squash(thought) not in written
-            if lost:
+            if squash(thought) not in written:
                 said = f"<think>\n{thought.strip()}\n</think>\n\n{said}"
-            if lost or squash(said) not in written:
+            if squash(said) not in written:
                 t = t | {"content": THINK.sub(HIDDEN + r"\1", said)}
             kept.append(t)
         if kept != new:
@@ -1313,10 +1310,7 @@ def tokenize_row(row, tokenizer, max_length, max_prompt_length, cut):
     values = [v for turns in [row.turns, *row.responses] for t in turns for v in t.values()]
     if max(len(str(value)) for value in [*values, *row.template.values()]) > MAX_CHARS:
         raise Drop(f"over {MAX_CHARS:,} characters")
-    # a plain turn is its text
-    responses = [turns[0]["content"] if turns == [turn("assistant", text_of(turns[0]))] else turns
-                 for turns in row.responses]
-    prompt, encoded = tokenizer.encode_responses(row.turns, responses, **row.template)
+    prompt, encoded = tokenizer.encode_responses(row.turns, row.responses, **row.template)
     room = max_length - min(len(prompt), max_prompt_length)
     if room < 1:
         raise Drop("no room for a response")
