@@ -340,7 +340,7 @@ class Tokenizer:
         text where data spells them. Thoughts have tokens too, and data may spell those."""
         chat = ""
         for roles in (("user", "assistant", "user"), ("user", "assistant")):
-            with contextlib.suppress(Refused):   # rows will tell
+            with contextlib.suppress(Drop):   # rows will tell
                 chat = chat or self.render([turn(role, "a") for role in roles])
         markers = {*self.special, *(self.named.values() & self.added.keys()),
                    *re.findall(pattern_of(self.added), chat)}
@@ -360,7 +360,8 @@ class Tokenizer:
                chat_template_kwargs=None):
         """Chat turns -> text, by the chat template. It gets what transformers gives it.
 
-        turns: [{"role", "content", and what else a message has}]. Raises Refused.
+        turns: [{"role", "content", and what else a message has}]. Raises Drop where the template
+        refuses them, or fails at them.
         """
         variables = self.named | self.template_kwargs | dict(
             tools=tools, documents=documents, add_generation_prompt=add_generation_prompt)
@@ -379,13 +380,13 @@ class Tokenizer:
                 raise
             except Exception as e:   # a template is a program, and may fail in any way
                 error = e
-        raise Refused(f"chat template: {type(error).__name__}: {first_line(error)}") from error
+        raise Drop(f"chat template: {type(error).__name__}: {first_line(error)}") from error
 
     def renders_to(self, text, *args, **template):
         """Whether such a conversation, of which something was taken away, is the same text."""
         try:
             return self.render(*args, **template) == text
-        except Refused:
+        except Drop:
             return False
 
     def encode_prompt(self, turns, **template):
@@ -617,7 +618,7 @@ def compile_template(text, where):
             return parser.parse_statements(["name:endgeneration"], drop_needle=True)
 
     def raise_exception(message):
-        raise Refused(f"the chat template refuses: {first_line(message or 'no reason')}")
+        raise Drop(f"the chat template refuses: {first_line(message or 'no reason')}")
 
     class Sandbox(ImmutableSandboxedEnvironment):
         intercepted_binops = {"**", "*"}   # one of these may take longer than any time limit
@@ -669,10 +670,6 @@ AS_TEXT = re.compile(   # messages kept as text, as in a CSV
 
 class Drop(UserError):
     """A row that is well formed but can't be used, and the reason that it is counted under."""
-
-
-class Refused(Drop):
-    """The chat template refuses a row, or fails at it."""
 
 
 class BadRow(UserError):

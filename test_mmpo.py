@@ -2003,7 +2003,7 @@ def test_rows_that_a_template_makes_nothing_of(checkpoint, tmp_path):
     """They are counted under a reason; only if no row is left does the run end."""
     (tmp_path / "t.jinja").write_text("{% if messages | length > 2 %}{{ messages | length }}"
                                       "{% endif %}" + CHATML + "{{ messages[0].content.x.y }}")
-    with pytest.raises(data.Refused, match="chat template: UndefinedError"):
+    with pytest.raises(data.Drop, match="chat template: UndefinedError"):
         data.Tokenizer(checkpoint, str(tmp_path / "t.jinja")).encode_responses(say("a"), ["b"])
     for odd, words in (("{{ messages[-1].content | length }}", "the chat template writes"),
                        ("{{ raise_exception('no\nreason') }}", "the chat template refuses: no"),
