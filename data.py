@@ -43,7 +43,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 
 import numpy as np
@@ -689,18 +689,18 @@ class Row:
     """The normal form of a row: a prompt and n ways to go on."""
     turns: list             # of the prompt: {"role", "content", and what else the row has there}
     responses: list         # n of them, each a list of turns, the best first
-    rewards: list = None    # r of each, where the row has them
-    template: dict = field(default_factory=dict)   # what the chat template gets beside the turns
+    rewards: list           # r of each, or None where the row has none
+    template: dict          # what the chat template gets beside the turns
 
 
-def parse_row(row, columns=None, use_scores=False):
+def parse_row(row, columns={}, use_scores=False):
     """A row of any layout -> [Row, ..] and the names of the fields that were not used.
 
     row: an object, or the bytes of its line of JSON. A preference becomes one Row: each response
     becomes a whole dialogue, and the prompt is what these share. A conversation or a completion
     becomes a Row for each turn of the assistant in it. Raises Drop, BadRow.
     """
-    columns, given = columns or {}, parse_line(row)
+    given = parse_line(row)
     row = Fields(translate(given, columns))
     row.used = set()
     pair = has(row, "chosen") or has(row, "rejected") or (
