@@ -968,10 +968,11 @@ def same(a, b):
 
 def listed(name, value):
     """A list or an object, also where it is kept as text."""
-    for parse in (parse_json, ast.literal_eval) if isinstance(value, str) else ():
-        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
-            value = parse(value)
-            break
+    if isinstance(value, str):
+        for parse in (parse_json, ast.literal_eval):
+            with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+                value = parse(value)
+                break
     if not isinstance(value, (list, dict)):
         raise BadRow(f'"{name}" must be a list', f"got {kind_of(value)}")
     return value
@@ -1183,9 +1184,10 @@ def hold_out(pairs, n, seed):
 
 def n_leaked(pairs, held_out):
     """How many held-out pairs have a prompt that is trained on too."""
-    prompts, held = ([some.tokens[start:start + n].tobytes() for start, n in
+    trained, held = ([some.tokens[start:start + n].tobytes() for start, n in
                       zip(some.starts, some.lengths[:, 0])] for some in (pairs, held_out))
-    return sum(map({*prompts}.__contains__, held))
+    trained = set(trained)
+    return sum(prompt in trained for prompt in held)
 
 
 def load_pairs(sources, split, tokenizer, max_length, max_prompt_length, bad_rows="error",
@@ -1200,10 +1202,12 @@ def load_pairs(sources, split, tokenizer, max_length, max_prompt_length, bad_row
     """
     sources, columns = find_sources(sources, split), parse_columns(columns)
     args = max_length, max_prompt_length, bad_rows, columns, use_scores
-    # a hub dataset counts by its name, since its own library caches it
-    contents = [[split, *([sha256(s)] if os.path.isfile(s) else [sha256(f) for f in sorted(
-        glob.glob(f"{glob.escape(s)}/**", recursive=True)) if os.path.isfile(f)] or [s])]
-                for s, split in sources]
+    contents = []
+    for source, split in sources:
+        files = [source, *sorted(glob.glob(f"{glob.escape(source)}/**", recursive=True))]
+        sums = [sha256(file) for file in files if os.path.isfile(file)]
+        # a hub dataset counts by its name, since its own library caches it
+        contents.append([split, *(sums or [source])])
     path = cache_path("pairs", [tokenizer.fingerprint, *args, contents], code=["data.py"])
     if z := load_cache(path):
         return Pairs(z["tokens"], z["lengths"], z["rewards"], str(z["report"]))
@@ -1220,7 +1224,7 @@ def find_sources(sources, split):
     require(len(splits) in (1, len(names)), f"{split}: {len(splits)} splits for {len(names)} "
             "datasets; give one for all, or one for each")
     found = []
-    for name, split in zip(names, splits if len(splits) > 1 else splits * len(names)):
+    for name, split in zip(names, splits * len(names)):
         name = os.path.expanduser(name)
         files = [] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
         found += [(file, split.strip()) for file in files or [name]]
@@ -1425,7 +1429,7 @@ def collate(pairs, batch, members, pad_to=1):
                         before[scored], tokens[scored],
                         pairs.n_responses * t + branch[scored] - 1))
         start += len(tokens)
-    trees = [pairs.lengths[i].tolist() for i in indices]
+    trees = pairs.lengths[indices].tolist()
     if padding := max(1, -(-start // pad_to)) * pad_to - start:   # an empty pack is all padding
         index, none = np.arange(padding), np.zeros(0)
         # a branch each, so that a token of padding sees itself only
