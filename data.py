@@ -709,10 +709,9 @@ def parse_row(row, columns={}, use_scores=False):
         answers = [take(row, "chosen", "completion"), take(row, "rejected")]
     elif has(row, "responses"):
         name, values = take(row, "responses")
-        values = listed(name, values)
-        if not values or isinstance(values, dict):
-            raise BadRow(f'"{name}" must be a list of responses', f"got {values}")
-        answers = [(name, value) for value in values]
+        answers = [(name, value) for value in listed(name, values, list)]
+        if not answers:
+            raise BadRow(f'"{name}" must be a list of responses', "got []")
     elif has(row, "completion"):
         answers = [take(row, "completion")]
     elif has(row, "messages"):
@@ -783,16 +782,21 @@ def translate(row, columns):
 def at(row, path):
     """What a path of --columns is in a row, or None: row["a"][0] for a.0, and lists, of the b of
     each of a's for a.*.b, of two fields for a+b."""
+    if isinstance(row, dict) and path in row:
+        return row[path]
     head, star, rest = path.partition(".*.")
-    if (star or "+" in path) and path not in row:
-        many = at(row, head) if star else path.split("+")
-        many = many if isinstance(many, list) else []
-        found = [at(x, rest) if star else at(row, x) for x in many]
-        return found if found and None not in found else None
-    with contextlib.suppress(LookupError, TypeError, ValueError):
-        for key in [path] if path in row else path.split("."):
-            row = row[int(key)] if isinstance(row, list) else row[key]
-        return row
+    if star:
+        items = at(row, head)
+        found = [at(item, rest) for item in items] if isinstance(items, list) else []
+    elif "+" in path:
+        found = [at(row, part) for part in path.split("+")]
+    else:
+        with contextlib.suppress(LookupError, TypeError, ValueError):
+            for key in path.split("."):
+                row = row[int(key)] if isinstance(row, list) else row[key]
+            return row
+        return None
+    return found if found and None not in found else None
 
 
 def take_rewards(row, pair, n, use_scores):
@@ -802,7 +806,7 @@ def take_rewards(row, pair, n, use_scores):
         rewards = [a, b]
     elif has(row, "rewards") and not (pair and has(row, "responses")):   # or they are of those
         name, rewards = take(row, "rewards")
-        rewards = listed(name, rewards)
+        rewards = listed(name, rewards, list)
     else:
         return None
     with contextlib.suppress(ValueError):   # CSV files have text
@@ -966,14 +970,14 @@ def same(a, b):
         t | {"content": text_of(t).split()} for t in b]
 
 
-def listed(name, value):
+def listed(name, value, kinds=(list, dict)):
     """A list or an object, also where it is kept as text."""
     if isinstance(value, str):
         for parse in (parse_json, ast.literal_eval):
             with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
                 value = parse(value)
                 break
-    if not isinstance(value, (list, dict)):
+    if not isinstance(value, kinds):
         raise BadRow(f'"{name}" must be a list', f"got {kind_of(value)}")
     return value
 
