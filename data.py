@@ -488,7 +488,7 @@ class Tokenizer:
     def stop_ids(self):
         """The ids that end a response: eos, the config files' own, the template's end of turn."""
         _, [response] = self.encode_responses([turn("user", "a")], ["b"])
-        return self.end_ids | {response[-1]} | ({self.eos_id} - {None})
+        return (self.end_ids | {response[-1], self.eos_id}) - {None}
 
 
 def pattern_of(tokens):
@@ -1250,7 +1250,8 @@ def parse_columns(text):
 def tokenize(sources, tokenizer, max_length, max_prompt_length, bad_rows, columns, use_scores):
     """load_pairs without the cache. Every row is used, or counted as dropped, by its reason."""
     pairs, rewards = [], []
-    seen, used, dropped, cut, unused, left_out = 0, 0, *(Counter() for _ in range(4))
+    seen, used = 0, 0
+    dropped, cut, unused, left_out = (Counter() for _ in range(4))
     for where, line in (found for source in sources for found in read_rows(*source)):
         seen += 1
         try:
@@ -1309,10 +1310,11 @@ def tokenize(sources, tokenizer, max_length, max_prompt_length, bad_rows, column
 
 def tokenize_row(row, tokenizer, max_length, max_prompt_length, cut):
     """-> [prompt ids, response ids, ..]. Counts what it truncates in `cut`. Raises Drop, BadRow."""
-    last = [turns[-1] for turns in [row.turns, *row.responses]]
-    if not all(text_of(t).strip() or len(t) > 2 for t in last):   # tool calls may be all it says
+    parts = [row.turns, *row.responses]
+    # tool calls may be all that a turn says
+    if not all(text_of(turns[-1]).strip() or len(turns[-1]) > 2 for turns in parts):
         raise Drop("empty")
-    values = [v for turns in [row.turns, *row.responses] for t in turns for v in t.values()]
+    values = [value for turns in parts for t in turns for value in t.values()]
     if max(len(str(value)) for value in [*values, *row.template.values()]) > MAX_CHARS:
         raise Drop(f"over {MAX_CHARS:,} characters")
     prompt, encoded = tokenizer.encode_responses(row.turns, row.responses, **row.template)
@@ -1327,12 +1329,12 @@ def tokenize_row(row, tokenizer, max_length, max_prompt_length, cut):
             for ids in (prompt[-max_prompt_length:], *(r[:room] for r in encoded))]
 
 
-def describe_example(pairs, tokenizer, i=0):
-    """Pair i as text and as token ids, for a person to check before the run."""
+def describe_example(pairs, tokenizer):
+    """The first pair as text and as token ids, for a person to check before the run."""
     def shown(ids):
         return "| " + tokenizer.decode(ids.tolist()).replace("\n", "\n| ")
 
-    prompt, *responses = pairs.ids(i)
+    prompt, *responses = pairs.ids(0)
     lines = [f"example: prompt of {len(prompt)} tokens, responses of {[len(r) for r in responses]}",
              shown(prompt[-200:])]
     names = ["chosen", *[f"response {j}" for j in range(2, len(responses))], "rejected"]
