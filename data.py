@@ -323,9 +323,9 @@ class Tokenizer:
                           for m in cut.finditer(piece, timeout=RENDER_SECONDS)]
             ranks = [rank for piece in pieces for rank in self.bpe.encode_ordinary(piece)]
         if not self.dropped.keys().isdisjoint(ranks):   # what is left of such a piece merges
-            ranks, dropped = [], {*self.dropped.values()}
+            ranks, dropped = [], bytes(self.dropped.values())
             for piece in (m[0] for p in pieces for m in regex.finditer(self.pattern, p)):
-                kept = bytes(b for b in piece.encode() if b not in dropped)
+                kept = piece.encode().translate(None, dropped)
                 ranks += self.bpe._encode_single_piece(kept) if kept else []
         return [i for rank in ranks for i in self.ids[rank]]
 
@@ -725,9 +725,8 @@ def parse_row(row, columns={}, use_scores=False):
         if pair and order != [0, 1]:
             raise BadRow("the rejected response has the higher reward", f"got {rewards}")
         answers, rewards = [answers[i] for i in order], [rewards[i] for i in order]
-    template = {name: listed(*take(row, name)) for name in
-                ("tools", "documents", "chat_template_kwargs") if row.get(name) not in (None, "")}
-    template = {name: value for name, value in template.items() if value}
+    template = {name: value for name in ("tools", "documents", "chat_template_kwargs")
+                if row.get(name) not in (None, "") and (value := listed(*take(row, name)))}
     new, dialogues = make_dialogues(row, answers)
 
     said = {text_of(t).strip() for turns in dialogues for t in turns}
@@ -931,8 +930,8 @@ def check_message(name, message):
     """A message with its role and content by these names, and what else it has. (Null is what Arrow
     writes for what isn't there.)"""
     rest = {k: v for k, v in message.items() if v is not None} if isinstance(message, dict) else {}
-    role, content = (rest.pop(key, rest.pop(other, None))
-                     for key, other in (("role", "from"), ("content", "value")))
+    role = rest.pop("role", rest.pop("from", None))
+    content = rest.pop("content", rest.pop("value", None))
     if isinstance(content, list):   # of parts
         for part in content:
             kind = part.get("type", "text") if isinstance(part, dict) else kind_of(part)
@@ -1055,9 +1054,8 @@ def read_json_rows(source, f):
     if not content.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):   # then a row a line
         yield from read_lines(source, io.BytesIO(content))
         return
-    text = decoded(source, content)
     with reading(source, "valid JSON"):
-        rows = parse_json(text)
+        rows = parse_json(decoded(source, content))
     yield from ((f"{source}: row {i}", row) for i, row in enumerate(rows, 1))
 
 
