@@ -709,9 +709,10 @@ def parse_row(row, columns={}, use_scores=False):
         answers = [take(row, "chosen", "completion"), take(row, "rejected")]
     elif has(row, "responses"):
         name, values = take(row, "responses")
-        answers = [(name, value) for value in listed(name, values, list)]
-        if not answers:
-            raise BadRow(f'"{name}" must be a list of responses', "got []")
+        values = listed(name, values)
+        if not values or isinstance(values, dict):
+            raise BadRow(f'"{name}" must be a list of responses', f"got {values}")
+        answers = [(name, value) for value in values]
     elif has(row, "completion"):
         answers = [take(row, "completion")]
     elif has(row, "messages"):
@@ -805,7 +806,9 @@ def take_rewards(row, pair, n, use_scores):
         rewards = [a, b]
     elif has(row, "rewards") and not (pair and has(row, "responses")):   # or they are of those
         name, rewards = take(row, "rewards")
-        rewards = listed(name, rewards, list)
+        rewards = listed(name, rewards)
+        if isinstance(rewards, dict):
+            raise BadRow(f'"{name}" must be one number a response', "got object")
     else:
         return None
     with contextlib.suppress(ValueError):   # CSV files have text
@@ -899,8 +902,10 @@ def take(row, *fields):
     if name is None:
         raise missing(row, fields[0])
     row.used.add(name)
-    text = isinstance(row[name], str) and AS_TEXT.fullmatch(row[name].strip())
-    return name, listed(name, row[name]) if text else row[name]
+    value = row[name]
+    if isinstance(value, str) and AS_TEXT.fullmatch(value.strip()):
+        value = listed(name, value)
+    return name, value
 
 
 def missing(row, name):
@@ -949,7 +954,7 @@ def check_message(name, message):
 def hh_turns(dialogue, role="assistant"):
     """hh-rlhf's "\n\nHuman: ...\n\nAssistant: ..." -> turns, split at the markers, or [] for other
     text. The user's part, a prompt, ends where the assistant's begins."""
-    first, *pieces = re.split(r"(?:^|\n\n)(Human|Assistant):", "\n\n" + dialogue.lstrip())
+    first, *pieces = re.split(r"\n\n(Human|Assistant):", "\n\n" + dialogue.lstrip())
     turns = [turn(ROLES.get(who.lower(), "assistant"), what.strip())
              for who, what in zip(pieces[::2], pieces[1::2])]
     if first.strip() or not turns or turns[0]["role"] == "assistant":
@@ -969,14 +974,14 @@ def same(a, b):
         t | {"content": text_of(t).split()} for t in b]
 
 
-def listed(name, value, kinds=(list, dict)):
+def listed(name, value):
     """A list or an object, also where it is kept as text."""
     if isinstance(value, str):
         for parse in (parse_json, ast.literal_eval):
             with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
                 value = parse(value)
                 break
-    if not isinstance(value, kinds):
+    if not isinstance(value, (list, dict)):
         raise BadRow(f'"{name}" must be a list', f"got {kind_of(value)}")
     return value
 

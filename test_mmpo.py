@@ -2225,7 +2225,7 @@ MATRIX = {   # a row, or its line of .jsonl -> an error's words, why it is dropp
     "null_role": (GOOD | {"prompt": [{"role": None, "content": "Hi"}]}, ["role"]),
     "nan": ({"prompt": "Hi", "responses": ["a", "b"], "rewards": [1, math.nan]}, ["one number"]),
     "rewards_object": ({"prompt": "Hi", "responses": ["a", "b"], "rewards": {"1": 5, "0": 9}},
-                       ["rewards", "list"]),
+                       ["rewards", "one number"]),
     "order": (GOOD | {"rewards": [1, 2]}, ["rejected", "higher reward"]),
     "more_responses": ({"prompt": "Hi", "responses": ["a", "b", "c"]},
                        ["3 responses", "--columns=chosen:responses.0,rejected:responses.-1"]),
