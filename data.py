@@ -43,9 +43,8 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
-from itertools import chain
 
 import numpy as np
 import regex   # comes with tiktoken
@@ -69,7 +68,6 @@ BYTE_LEVEL = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\
 # cuts are this one, which tiktoken does by itself, faster.
 DIGITS_BYTE_LEVEL = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 SPACE = "\u2581"   # how SentencePiece writes a space
-BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>$")   # and a byte of a character that it lacks
 # Where a stretch of text stands. SentencePiece puts a space before some stretches.
 NOWHERE, AT_START, AFTER_TOKEN, INSIDE = -1, 0, 1, 2
 
@@ -104,16 +102,18 @@ def byte_level_cuts(steps, path):
         require(not strange and not regex.match(pattern, "")
                 and (isolated or step.get("behavior") == "Removed" and step.get("invert")),
                 f"{path}: pre_tokenizer {str(step)[:150]} is not supported")
-        # what lies between two matches is a piece too
-        patterns.append(pattern + rf"|(?:(?!{pattern})[\s\S])+" * isolated)
+        if isolated:   # what lies between two matches is a piece too
+            pattern += rf"|(?:(?!{pattern})[\s\S])+"
+        patterns.append(pattern)
     last = steps[-1] if steps else {"type": None}
     require(last["type"] == "ByteLevel" and not last.get("add_prefix_space"),
             f"{path}: pre_tokenizer {str(last)[:99]} is not supported; byte-level BPE as in "
             "Llama 3 or Qwen is, and SentencePiece's BPE with byte_fallback")
-    if [step["type"] for step in steps] == ["Digits", "ByteLevel"] and \
-            steps[0]["individual_digits"] and last.get("use_regex", True):
+    if last.get("use_regex", True):
+        patterns.append(BYTE_LEVEL)
+    if patterns == [r"\p{N}|(?:(?!\p{N})[\s\S])+", BYTE_LEVEL]:
         return [DIGITS_BYTE_LEVEL]
-    return patterns + [BYTE_LEVEL] * last.get("use_regex", True) or [r"[\s\S]+"]
+    return patterns or [r"[\s\S]+"]
 
 
 def mergeable(model, others, path):
@@ -233,8 +233,9 @@ class Tokenizer:
         self.spaces = spaces in normalizers or characters and bool(steps)   # are written as SPACE
         require(self.spaces or not self.prepend, f"{path}: Prepend alone is not supported")
         self.metaspace = NOWHERE   # up to which place Metaspace puts a space before a stretch
+        merged = mergeable(model, added, path)
         if characters:
-            cuts, split = [f"{SPACE}*[^{SPACE}]+|{SPACE}+"], False
+            split = False
             for step in steps:
                 require(len(steps) == 1 and step["type"] == "Metaspace"
                         and step["replacement"] == SPACE,
@@ -242,13 +243,7 @@ class Tokenizer:
                 schemes = {"never": NOWHERE, "first": AT_START, "always": AFTER_TOKEN}
                 self.metaspace = schemes[step.get("prepend_scheme", "always")]
                 split = step.get("split", True)
-            if split:
-                cuts = [f"{SPACE}[^{SPACE}]*|[^{SPACE}]+"]
-        else:
-            cuts = byte_level_cuts(steps, path)
-
-        merged = mergeable(model, added, path)
-        if characters:
+            cuts = [f"{SPACE}[^{SPACE}]*|[^{SPACE}]+" if split else f"{SPACE}*[^{SPACE}]+|{SPACE}+"]
             require(split or not any(re.search(f"[^{SPACE}]{SPACE}", token) for token in merged),
                     f"{path}: some tokens go on after a space, which is not supported")
             spelled = [vocab.get(f"<0x{b:02X}>") for b in range(256)]
@@ -262,7 +257,7 @@ class Tokenizer:
             table |= {c.encode(): (vocab[c],) for c in alone}
             to_bytes = str.encode
         else:
-            alphabet = byte_alphabet()
+            cuts, alphabet = byte_level_cuts(steps, path), byte_alphabet()
             # a byte that the vocabulary lacks has no id, and is dropped
             table = {bytes([b]): (vocab[c],) if c in vocab else () for c, b in alphabet.items()}
 
@@ -278,17 +273,16 @@ class Tokenizer:
         self.ids = [*table.values()]   # tiktoken's ranks are the order of the table
         self.bpe = tiktoken.Encoding("checkpoint", pat_str=self.pattern, special_tokens={},
                                      mergeable_ranks={key: n for n, key in enumerate(table)})
-        of_token = {token: bytes([int(token[3:5], 16)]) if characters and BYTE_TOKEN.match(token)
-                    else to_bytes(token) for token in vocab | self.added}
-        if characters:
-            of_token = {t: b.replace(SPACE.encode(), b" ") for t, b in of_token.items()}
         everything = vocab | self.added
         token_of = {i: token for token, i in everything.items()}
         odd = next((t for t, i in everything.items() if type(i) is not int or token_of[i] != t
                     or not 0 <= i < 2 ** 31), None)
         require(odd is None, f"{path}: the id of {odd!r:.50} is no whole number, or also "
                 "another token's; download it again")
-        self.bytes_of = {i: of_token[token] for i, token in token_of.items()}
+        self.bytes_of = {i: to_bytes(token) for i, token in token_of.items()}
+        if characters:   # spaces as in a text, and byte tokens as what they stand for
+            self.bytes_of = {i: b.replace(SPACE.encode(), b" ") for i, b in self.bytes_of.items()}
+            self.bytes_of |= {i: bytes([b]) for b, i in enumerate(spelled)}
         self.n_vocab = max(self.bytes_of) + 1
         decoder = steps_of(spec.get("decoder"))   # SentencePiece takes the first space off again
         self.strip = any(step["type"] == "Strip" and step["start"] or step["type"] == "Metaspace"
@@ -317,8 +311,7 @@ class Tokenizer:
 
     def encode_plain(self, text, place):
         """Text without added tokens -> ids."""
-        if SHIELD in text:
-            text = SHIELDED.sub(lambda m: self.shielded[int(m[1])], text)
+        text = SHIELDED.sub(lambda m: self.shielded[int(m[1])], text)
         if self.spaces:
             text = text.replace(" ", SPACE)
             if place <= self.metaspace and text and not text.startswith(SPACE):
@@ -330,11 +323,11 @@ class Tokenizer:
                           for m in cut.finditer(piece, timeout=RENDER_SECONDS)]
             ranks = [rank for piece in pieces for rank in self.bpe.encode_ordinary(piece)]
         if not self.dropped.keys().isdisjoint(ranks):   # what is left of such a piece merges
-            ranks, dropped = [], {*self.dropped.values()}
+            ranks, dropped = [], bytes(self.dropped.values())
             for piece in (m[0] for p in pieces for m in regex.finditer(self.pattern, p)):
-                kept = bytes(b for b in piece.encode() if b not in dropped)
+                kept = piece.encode().translate(None, dropped)
                 ranks += self.bpe._encode_single_piece(kept) if kept else []
-        return [*chain.from_iterable(map(self.ids.__getitem__, ranks))]
+        return [i for rank in ranks for i in self.ids[rank]]
 
     def decode(self, ids):
         text = b"".join(self.bytes_of.get(i, b"") for i in ids).decode("utf-8", errors="replace")
@@ -347,7 +340,7 @@ class Tokenizer:
         text where data spells them. Thoughts have tokens too, and data may spell those."""
         chat = ""
         for roles in (("user", "assistant", "user"), ("user", "assistant")):
-            with contextlib.suppress(Refused):   # rows will tell
+            with contextlib.suppress(Drop):   # rows will tell
                 chat = chat or self.render([turn(role, "a") for role in roles])
         markers = {*self.special, *(self.named.values() & self.added.keys()),
                    *re.findall(pattern_of(self.added), chat)}
@@ -367,7 +360,8 @@ class Tokenizer:
                chat_template_kwargs=None):
         """Chat turns -> text, by the chat template. It gets what transformers gives it.
 
-        turns: [{"role", "content", and what else a message has}]. Raises Refused.
+        turns: [{"role", "content", and what else a message has}]. Raises Drop where the template
+        refuses them, or fails at them.
         """
         variables = self.named | self.template_kwargs | dict(
             tools=tools, documents=documents, add_generation_prompt=add_generation_prompt)
@@ -386,13 +380,13 @@ class Tokenizer:
                 raise
             except Exception as e:   # a template is a program, and may fail in any way
                 error = e
-        raise Refused(f"chat template: {type(error).__name__}: {first_line(error)}") from error
+        raise Drop(f"chat template: {type(error).__name__}: {first_line(error)}") from error
 
     def renders_to(self, text, *args, **template):
         """Whether such a conversation, of which something was taken away, is the same text."""
         try:
             return self.render(*args, **template) == text
-        except Refused:
+        except Drop:
             return False
 
     def encode_prompt(self, turns, **template):
@@ -451,14 +445,13 @@ class Tokenizer:
         # The model should write them. Hidden in the content, they stay there.
         begun = OPEN_THOUGHT.sub("", prompt)
         if not full.startswith(begun):
-            begun = os.path.commonprefix([full, begun])
+            begun = os.path.commonprefix([full, begun])   # slow
         written, kept = squash(full[len(begun):]), []
         for t in new:
             thought, said = t.get("reasoning_content") or "", text_of(t)
-            lost = squash(thought) not in written
-            if lost:
+            if squash(thought) not in written:
                 said = f"<think>\n{thought.strip()}\n</think>\n\n{said}"
-            if lost or squash(said) not in written:
+            if squash(said) not in written:
                 t = t | {"content": THINK.sub(HIDDEN + r"\1", said)}
             kept.append(t)
         if kept != new:
@@ -497,7 +490,7 @@ class Tokenizer:
     def stop_ids(self):
         """The ids that end a response: eos, the config files' own, the template's end of turn."""
         _, [response] = self.encode_responses([turn("user", "a")], ["b"])
-        return self.end_ids | {response[-1]} | ({self.eos_id} - {None})
+        return (self.end_ids | {response[-1], self.eos_id}) - {None}
 
 
 def pattern_of(tokens):
@@ -551,10 +544,10 @@ def find_added_tokens(path, spec, config, special_map, added_tokens):
             right = vocab.get(content, free)
             require(content and i == right, f"{path}: added token {content!r} has id {i!r:.20} "
                     f"here or in another file there, but would get {right}; mend it in this one")
+            require(not (token.get("lstrip") or token.get("rstrip") or token.get("single_word")),
+                    f"{path}: added token {content!r} strips its surroundings, which is not "
+                    "supported")
             added[content] = token
-    for content, token in added.items():
-        require(not (token.get("lstrip") or token.get("rstrip") or token.get("single_word")),
-                f"{path}: added token {content!r} strips its surroundings, which is not supported")
     return added
 
 
@@ -627,7 +620,7 @@ def compile_template(text, where):
             return parser.parse_statements(["name:endgeneration"], drop_needle=True)
 
     def raise_exception(message):
-        raise Refused(f"the chat template refuses: {first_line(message or 'no reason')}")
+        raise Drop(f"the chat template refuses: {first_line(message or 'no reason')}")
 
     class Sandbox(ImmutableSandboxedEnvironment):
         intercepted_binops = {"**", "*"}   # one of these may take longer than any time limit
@@ -681,10 +674,6 @@ class Drop(UserError):
     """A row that is well formed but can't be used, and the reason that it is counted under."""
 
 
-class Refused(Drop):
-    """The chat template refuses a row, or fails at it."""
-
-
 class BadRow(UserError):
     """A malformed row: the reason, by which --bad_rows=drop counts it, and what this row held."""
 
@@ -702,18 +691,18 @@ class Row:
     """The normal form of a row: a prompt and n ways to go on."""
     turns: list             # of the prompt: {"role", "content", and what else the row has there}
     responses: list         # n of them, each a list of turns, the best first
-    rewards: list = None    # r of each, where the row has them
-    template: dict = field(default_factory=dict)   # what the chat template gets beside the turns
+    rewards: list           # r of each, or None where the row has none
+    template: dict          # what the chat template gets beside the turns
 
 
-def parse_row(row, columns=None, use_scores=False):
+def parse_row(row, columns={}, use_scores=False):
     """A row of any layout -> [Row, ..] and the names of the fields that were not used.
 
     row: an object, or the bytes of its line of JSON. A preference becomes one Row: each response
     becomes a whole dialogue, and the prompt is what these share. A conversation or a completion
     becomes a Row for each turn of the assistant in it. Raises Drop, BadRow.
     """
-    columns, given = columns or {}, parse_line(row)
+    given = parse_line(row)
     row = Fields(translate(given, columns))
     row.used = set()
     pair = has(row, "chosen") or has(row, "rejected") or (
@@ -739,9 +728,8 @@ def parse_row(row, columns=None, use_scores=False):
         if pair and order != [0, 1]:
             raise BadRow("the rejected response has the higher reward", f"got {rewards}")
         answers, rewards = [answers[i] for i in order], [rewards[i] for i in order]
-    template = {name: listed(*take(row, name)) for name in
-                ("tools", "documents", "chat_template_kwargs") if row.get(name) not in (None, "")}
-    template = {name: value for name, value in template.items() if value}
+    template = {name: value for name in ("tools", "documents", "chat_template_kwargs")
+                if row.get(name) not in (None, "") and (value := listed(*take(row, name)))}
     new, dialogues = make_dialogues(row, answers)
 
     said = {text_of(t).strip() for turns in dialogues for t in turns}
@@ -796,16 +784,21 @@ def translate(row, columns):
 def at(row, path):
     """What a path of --columns is in a row, or None: row["a"][0] for a.0, and lists, of the b of
     each of a's for a.*.b, of two fields for a+b."""
+    if isinstance(row, dict) and path in row:
+        return row[path]
     head, star, rest = path.partition(".*.")
-    if (star or "+" in path) and path not in row:
-        many = at(row, head) if star else path.split("+")
-        many = many if isinstance(many, list) else []
-        found = [at(x, rest) if star else at(row, x) for x in many]
-        return found if found and None not in found else None
-    with contextlib.suppress(LookupError, TypeError, ValueError):
-        for key in [path] if path in row else path.split("."):
-            row = row[int(key)] if isinstance(row, list) else row[key]
-        return row
+    if star:
+        items = at(row, head)
+        found = [at(item, rest) for item in items] if isinstance(items, list) else []
+    elif "+" in path:
+        found = [at(row, part) for part in path.split("+")]
+    else:
+        with contextlib.suppress(LookupError, TypeError, ValueError):
+            for key in path.split("."):
+                row = row[int(key)] if isinstance(row, list) else row[key]
+            return row
+        return None
+    return found if found and None not in found else None
 
 
 def take_rewards(row, pair, n, use_scores):
@@ -816,6 +809,8 @@ def take_rewards(row, pair, n, use_scores):
     elif has(row, "rewards") and not (pair and has(row, "responses")):   # or they are of those
         name, rewards = take(row, "rewards")
         rewards = listed(name, rewards)
+        if isinstance(rewards, dict):
+            raise BadRow(f'"{name}" must be one number a response', "got object")
     else:
         return None
     with contextlib.suppress(ValueError):   # CSV files have text
@@ -909,8 +904,10 @@ def take(row, *fields):
     if name is None:
         raise missing(row, fields[0])
     row.used.add(name)
-    text = isinstance(row[name], str) and AS_TEXT.fullmatch(row[name].strip())
-    return name, listed(name, row[name]) if text else row[name]
+    value = row[name]
+    if isinstance(value, str) and AS_TEXT.fullmatch(value.strip()):
+        value = listed(name, value)
+    return name, value
 
 
 def missing(row, name):
@@ -940,8 +937,8 @@ def check_message(name, message):
     """A message with its role and content by these names, and what else it has. (Null is what Arrow
     writes for what isn't there.)"""
     rest = {k: v for k, v in message.items() if v is not None} if isinstance(message, dict) else {}
-    role, content = (rest.pop(key, rest.pop(other, None))
-                     for key, other in (("role", "from"), ("content", "value")))
+    role = rest.pop("role", rest.pop("from", None))
+    content = rest.pop("content", rest.pop("value", None))
     if isinstance(content, list):   # of parts
         for part in content:
             kind = part.get("type", "text") if isinstance(part, dict) else kind_of(part)
@@ -959,7 +956,7 @@ def check_message(name, message):
 def hh_turns(dialogue, role="assistant"):
     """hh-rlhf's "\n\nHuman: ...\n\nAssistant: ..." -> turns, split at the markers, or [] for other
     text. The user's part, a prompt, ends where the assistant's begins."""
-    first, *pieces = re.split(r"(?:^|\n\n)(Human|Assistant):", "\n\n" + dialogue.lstrip())
+    first, *pieces = re.split(r"\n\n(Human|Assistant):", "\n\n" + dialogue.lstrip())
     turns = [turn(ROLES.get(who.lower(), "assistant"), what.strip())
              for who, what in zip(pieces[::2], pieces[1::2])]
     if first.strip() or not turns or turns[0]["role"] == "assistant":
@@ -981,10 +978,11 @@ def same(a, b):
 
 def listed(name, value):
     """A list or an object, also where it is kept as text."""
-    for parse in (parse_json, ast.literal_eval) if isinstance(value, str) else ():
-        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
-            value = parse(value)
-            break
+    if isinstance(value, str):
+        for parse in (parse_json, ast.literal_eval):
+            with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+                value = parse(value)
+                break
     if not isinstance(value, (list, dict)):
         raise BadRow(f'"{name}" must be a list', f"got {kind_of(value)}")
     return value
@@ -1063,9 +1061,8 @@ def read_json_rows(source, f):
     if not content.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):   # then a row a line
         yield from read_lines(source, io.BytesIO(content))
         return
-    text = decoded(source, content)
     with reading(source, "valid JSON"):
-        rows = parse_json(text)
+        rows = parse_json(decoded(source, content))
     yield from ((f"{source}: row {i}", row) for i, row in enumerate(rows, 1))
 
 
@@ -1216,10 +1213,12 @@ def load_pairs(sources, split, tokenizer, max_length, max_prompt_length, bad_row
     """
     sources, columns = find_sources(sources, split), parse_columns(columns)
     args = max_length, max_prompt_length, bad_rows, columns, use_scores
-    # a hub dataset counts by its name, since its own library caches it
-    contents = [[split, *([sha256(s)] if os.path.isfile(s) else [sha256(f) for f in sorted(
-        glob.glob(f"{glob.escape(s)}/**", recursive=True)) if os.path.isfile(f)] or [s])]
-                for s, split in sources]
+    contents = []
+    for source, split in sources:
+        files = [source, *sorted(glob.glob(f"{glob.escape(source)}/**", recursive=True))]
+        sums = [sha256(file) for file in files if os.path.isfile(file)]
+        # a hub dataset counts by its name, since its own library caches it
+        contents.append([split, *(sums or [source])])
     path = cache_path("pairs", [tokenizer.fingerprint, *args, contents], code=["data.py"])
     if z := load_cache(path):
         return Pairs(z["tokens"], z["lengths"], z["rewards"], str(z["report"]))
@@ -1236,7 +1235,7 @@ def find_sources(sources, split):
     require(len(splits) in (1, len(names)), f"{split}: {len(splits)} splits for {len(names)} "
             "datasets; give one for all, or one for each")
     found = []
-    for name, split in zip(names, splits if len(splits) > 1 else splits * len(names)):
+    for name, split in zip(names, splits * len(names)):
         name = os.path.expanduser(name)
         files = [] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
         found += [(file, split.strip()) for file in files or [name]]
@@ -1258,7 +1257,8 @@ def parse_columns(text):
 def tokenize(sources, tokenizer, max_length, max_prompt_length, bad_rows, columns, use_scores):
     """load_pairs without the cache. Every row is used, or counted as dropped, by its reason."""
     pairs, rewards = [], []
-    seen, used, dropped, cut, unused, left_out = 0, 0, *(Counter() for _ in range(4))
+    seen, used = 0, 0
+    dropped, cut, unused, left_out = (Counter() for _ in range(4))
     for where, line in (found for source in sources for found in read_rows(*source)):
         seen += 1
         try:
@@ -1317,16 +1317,14 @@ def tokenize(sources, tokenizer, max_length, max_prompt_length, bad_rows, column
 
 def tokenize_row(row, tokenizer, max_length, max_prompt_length, cut):
     """-> [prompt ids, response ids, ..]. Counts what it truncates in `cut`. Raises Drop, BadRow."""
-    last = [turns[-1] for turns in [row.turns, *row.responses]]
-    if not all(text_of(t).strip() or len(t) > 2 for t in last):   # tool calls may be all it says
+    parts = [row.turns, *row.responses]
+    # tool calls may be all that a turn says
+    if not all(text_of(turns[-1]).strip() or len(turns[-1]) > 2 for turns in parts):
         raise Drop("empty")
-    values = [v for turns in [row.turns, *row.responses] for t in turns for v in t.values()]
+    values = [value for turns in parts for t in turns for value in t.values()]
     if max(len(str(value)) for value in [*values, *row.template.values()]) > MAX_CHARS:
         raise Drop(f"over {MAX_CHARS:,} characters")
-    # a plain turn is its text
-    responses = [turns[0]["content"] if turns == [turn("assistant", text_of(turns[0]))] else turns
-                 for turns in row.responses]
-    prompt, encoded = tokenizer.encode_responses(row.turns, responses, **row.template)
+    prompt, encoded = tokenizer.encode_responses(row.turns, row.responses, **row.template)
     room = max_length - min(len(prompt), max_prompt_length)
     if room < 1:
         raise Drop("no room for a response")
@@ -1338,12 +1336,12 @@ def tokenize_row(row, tokenizer, max_length, max_prompt_length, cut):
             for ids in (prompt[-max_prompt_length:], *(r[:room] for r in encoded))]
 
 
-def describe_example(pairs, tokenizer, i=0):
-    """Pair i as text and as token ids, for a person to check before the run."""
+def describe_example(pairs, tokenizer):
+    """The first pair as text and as token ids, for a person to check before the run."""
     def shown(ids):
         return "| " + tokenizer.decode(ids.tolist()).replace("\n", "\n| ")
 
-    prompt, *responses = pairs.ids(i)
+    prompt, *responses = pairs.ids(0)
     lines = [f"example: prompt of {len(prompt)} tokens, responses of {[len(r) for r in responses]}",
              shown(prompt[-200:])]
     names = ["chosen", *[f"response {j}" for j in range(2, len(responses))], "rejected"]
@@ -1444,7 +1442,7 @@ def collate(pairs, batch, members, pad_to=1):
                         before[scored], tokens[scored],
                         pairs.n_responses * t + branch[scored] - 1))
         start += len(tokens)
-    trees = [pairs.lengths[i].tolist() for i in indices]
+    trees = pairs.lengths[indices].tolist()
     if padding := max(1, -(-start // pad_to)) * pad_to - start:   # an empty pack is all padding
         index, none = np.arange(padding), np.zeros(0)
         # a branch each, so that a token of padding sees itself only

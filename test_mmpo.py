@@ -2003,7 +2003,7 @@ def test_rows_that_a_template_makes_nothing_of(checkpoint, tmp_path):
     """They are counted under a reason; only if no row is left does the run end."""
     (tmp_path / "t.jinja").write_text("{% if messages | length > 2 %}{{ messages | length }}"
                                       "{% endif %}" + CHATML + "{{ messages[0].content.x.y }}")
-    with pytest.raises(data.Refused, match="chat template: UndefinedError"):
+    with pytest.raises(data.Drop, match="chat template: UndefinedError"):
         data.Tokenizer(checkpoint, str(tmp_path / "t.jinja")).encode_responses(say("a"), ["b"])
     for odd, words in (("{{ messages[-1].content | length }}", "the chat template writes"),
                        ("{{ raise_exception('no\nreason') }}", "the chat template refuses: no"),
@@ -2224,6 +2224,8 @@ MATRIX = {   # a row, or its line of .jsonl -> an error's words, why it is dropp
     "null_content": (GOOD | {"prompt": [{"role": "user", "content": None}]}, ["content", "null"]),
     "null_role": (GOOD | {"prompt": [{"role": None, "content": "Hi"}]}, ["role"]),
     "nan": ({"prompt": "Hi", "responses": ["a", "b"], "rewards": [1, math.nan]}, ["one number"]),
+    "rewards_object": ({"prompt": "Hi", "responses": ["a", "b"], "rewards": {"1": 5, "0": 9}},
+                       ["rewards", "one number"]),
     "order": (GOOD | {"rewards": [1, 2]}, ["rejected", "higher reward"]),
     "more_responses": ({"prompt": "Hi", "responses": ["a", "b", "c"]},
                        ["3 responses", "--columns=chosen:responses.0,rejected:responses.-1"]),
@@ -2410,7 +2412,7 @@ def test_columns(tokenizer, tmp_path):
     want = all_ids(load(write_rows(tmp_path / "a.jsonl", [GOOD]), tokenizer))
     other = write_rows(tmp_path / "b.jsonl", [{
         "ask": {"text": "Hi"}, "prompt": "no", "chosen": "a dog", "rejected": "a fox",
-        "answers": ["a fox", "so so", "a dog"], "responses": ["x"]}])
+        "answers": ["a fox", "so so", "a dog"], "responses": ["x"], "ids": [1, 2]}])
     for columns in ("prompt:ask.text,chosen:answers.0,rejected:answers.-1",
                     "prompt:ask.text, chosen:rejected, rejected:chosen"):
         pairs = data.load_pairs(other, "", tokenizer, 512, 256, columns=columns)
@@ -2430,6 +2432,7 @@ def test_columns(tokenizer, tmp_path):
     assert all_ids(mixed) == want + want
     for columns, words in (("prompt:asked", "no row has a field asked"),
                            ("system:ask.*.text", "no row has a field ask"),
+                           ("responses:ids.*.a+b", "no row has a field ids"),
                            ("prompt", '"prompt" should be'), ("prompt:a,prompt:b", '"prompt:b"'),
                            ("ask:prompt", '"ask:prompt" should be NAME:FIELD')):
         with pytest.raises(UserError, match=f"columns: {words}"):
