@@ -1068,7 +1068,7 @@ def read_json_rows(source, f):
 
 def read_csv(source, f):
     csv.field_size_limit(2 ** 31 - 1)
-    separator = "\t" if ".tsv" in source[-8:] else ","
+    separator = "\t" if re.search(r"\.tsv(\.gz|\.zst)?$", source) else ","
     text = decoded(source, read_whole(source, f))
     rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     names = rows.fieldnames or [""]
