@@ -60,6 +60,7 @@ python -m scripts.compare config/study_135m.py --out="$out" --jobs="$jobs" \
     --grid objective=simpo learning_rate=6e-6 beta=0.01,0.5 \
     --grid pref_weight=0,10 learning_rate=2e-5 seed=1 \
     --grid objective=dpo,simpo learning_rate=6e-6 seed=1 \
+    --grid pref_weight=40 learning_rate=2e-5 \
     --grid length_norm=False learning_rate=2e-5 --grid reward_norm=False learning_rate=2e-5 \
     --grid entropy_coef=0.05 learning_rate=2e-5 \
     --grid pref_weight=0.5,1,2 learning_rate=2e-5 \
