@@ -54,6 +54,9 @@ SMOLLM2 = os.path.expanduser("~/.cache/nanommpo/SmolLM2-135M-Instruct")
 V = 97           # vocabulary of the tiny models
 PATIENCE = 600   # seconds that a process may take
 torch.set_num_threads(1)
+# where these tests run in a shell's background, the runs that they start would ignore these
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # -----------------------------------------------------------------------------
 # helpers

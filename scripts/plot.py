@@ -78,7 +78,8 @@ def finish(axes, out):
         axis.spines[["top", "right"]].set_visible(False)
     legend = {name: line for axis in axes for line, name in zip(*axis.get_legend_handles_labels())}
     axis.figure.legend(legend.values(), legend.keys(), loc="upper left", bbox_to_anchor=(0, 0),
-                       ncols=4, fontsize=8, frameon=False, handlelength=4)
+                       ncols=3 if len(max(legend, key=len)) > 32 else 4, fontsize=8,
+                       frameon=False, handlelength=4)
     axis.figure.savefig(out, dpi=130, bbox_inches="tight")
     return out
 
@@ -111,7 +112,7 @@ def tradeoff(paths, out):
     for i, (label, runs) in enumerate(methods.items()):
         for beta, (kls, accuracies, found) in [(b, run) for b in sorted(runs) for run in runs[b]]:
             look = STYLES[i % 315] | {"marker": MARKERS[betas.index(beta) % 9], "linewidth": 1,
-                                      "label": f"{label}, beta {beta:g}"}
+                                      "label": label + f", beta {beta:g}" * (len(betas) > 1)}
             if not evaluated:
                 left.plot(kls, accuracies, **look, markevery=[-1])
                 continue
