@@ -309,9 +309,9 @@ def save_cache(path, **arrays):
 
 def read_metrics(path):
     """The records of a metrics.jsonl, without a last line that a run has not finished writing."""
+    text = read_text(path, "a run's metrics")
     with reading(path, "a run's metrics"):
-        records = [parse_json(line) for line in read_text(path, "a run's metrics").splitlines(True)
-                   if line.endswith("\n")]
+        records = [parse_json(line) for line in text.splitlines(True) if line.endswith("\n")]
         for n, record in enumerate(records, 1):
             require(type(record["iter"]) is int and {*map(type, record.values())} <= {int, float},
                     f"{path}:{n}: a step and its numbers should be here; delete the line")
