@@ -219,7 +219,8 @@ class Tokenizer:
         """tiktoken's Encoding of the vocabulary, and what is done to a text before it."""
         model, vocab = spec["model"], spec["model"]["vocab"]
         normalizers, steps = steps_of(spec.get("normalizer")), steps_of(spec.get("pre_tokenizer"))
-        characters = bool(model.get("byte_fallback"))   # SentencePiece's BPE, else BPE over bytes
+        byte_level = any(step["type"] == "ByteLevel" for step in steps)
+        characters = bool(model.get("byte_fallback")) and not byte_level   # SentencePiece's BPE
         for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
             require(not model.get(name), f"{path}: {name} {model[name]!r:.50} is not supported")
         require(model.get("type", "BPE") == "BPE",
@@ -265,8 +266,9 @@ class Tokenizer:
                 return bytes(alphabet[c] for c in token) if alphabet.keys() >= set(token) \
                     else token.encode()
         self.dropped = {rank: key[0] for rank, (key, ids) in enumerate(table.items()) if not ids}
-        require(not self.dropped or not model.get("unk_token"), f"{path}: unk_token "
-                f"{model.get('unk_token')!r} with bytes missing is not supported")
+        instead = model.get("unk_token") or (model.get("byte_fallback") and "<0x00>" in vocab)
+        require(not self.dropped or not instead,
+                f"{path}: bytes that are missing, but have other tokens, are not supported")
         table |= {to_bytes(token): (vocab[token],) for token in merged
                   if not added.get(token, {}).get("special")}
         self.cuts, self.pattern = [regex.compile(cut) for cut in cuts[:-1]], cuts[-1]
@@ -1426,9 +1428,13 @@ class Pack:
         return sums.index_add(0, self.response, per_token).view(-1, self.n_responses)
 
 
+# of tokens in a pack: a GPU runs flex attention, which takes 128 at a time
+PAD_TO = {"cuda": 128}
+
+
 def collate(pairs, batch, members, pad_to=1):
     """The pairs at positions `members` of `batch` (indices into pairs) -> one Pack, padded to a
-    multiple of pad_to tokens: a GPU compiles for each length that it meets."""
+    multiple of pad_to tokens."""
     columns, start, indices = [], 0, batch[members]   # start: tokens so far
     for t, i in enumerate(indices):
         lengths, tokens = pairs.lengths[i], pairs.tokens[pairs.starts[i]:pairs.starts[i + 1]]
@@ -1467,8 +1473,7 @@ def score(model, pairs, indices, pack_tokens, title=None):
     was_training = model.training
     model.eval()
     for members in tqdm(packs, title, disable=None if title and rank == 0 else True):
-        pack = collate(pairs, indices, members, pad_to=pack_tokens if device.type == "cuda" else 1)
-        pack = pack.to(device)
+        pack = collate(pairs, indices, members, PAD_TO.get(device.type, 1)).to(device)
         per_token_logps, _ = model(pack)
         logps[pack.members] = pack.sum_by_response(per_token_logps)
     model.train(was_training)

@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from configurator import (
@@ -258,13 +258,40 @@ def tree_layout(pack):
     device = pack.tokens.device
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
         return pack
-    T = len(pack.tree)
-    return compiled(create_block_mask)(tree_rule(pack.tree, pack.branch), None, None, T, T,
-                                       device=str(device))
+    return block_mask(pack.tree, pack.branch)
+
+
+def block_mask(tree, branch, size=128):
+    """tree_rule as a BlockMask: which `size` queries see all, and which some, of `size` keys.
+
+    The trees of a pack follow each other, and so do the branches of a tree, so the first and the
+    last token of a block tell what lies between. create_block_mask would try all T x T pairs, and
+    compiled, as its documentation advises, it takes minutes to compile (pytorch issue 182060).
+    """
+    T = len(tree)
+    first = torch.arange(0, T, size, device=tree.device)                # (blocks,)
+    last = (first + size - 1).clamp(max=T - 1)
+    earlier, same = first < first[:, None], first == first[:, None]     # (of queries, of keys)
+    (q_first, q_last), (k_first, k_last) = (
+        [(tree[i].view(shape), branch[i].view(shape)) for i in (first, last)]
+        for shape in ((-1, 1), (1, -1)))
+    # Queries see some keys of the last tree there: those of its prompt, and of a branch in both.
+    has_prompt = (k_first[0] != k_last[0]) | (k_first[1] == 0)
+    some = earlier & (q_first[0] == k_last[0]) & (has_prompt | (q_first[1] == k_last[1])) | same
+    # They see all keys of one tree, if those are its prompt, or no token is beyond the branch.
+    one_branch = (q_last[1] <= 1) | (q_last[1] == k_first[1])
+    all_ = earlier & (q_last[0] == k_first[0]) & ((k_last[1] == 0) | one_branch)
+
+    def ordered(blocks):   # -> how many blocks of keys a block of queries has, and these first
+        order = blocks.int().argsort(dim=1, descending=True, stable=True)
+        return blocks.sum(1, dtype=torch.int32)[None, None], order.int()[None, None]
+
+    return BlockMask.from_kv_blocks(*ordered(some & ~all_), *ordered(all_), BLOCK_SIZE=size,
+                                    mask_mod=tree_rule(tree, branch), seq_lengths=(T, T))
 
 
 @lru_cache
-def compiled(function, dynamic=False):
+def compiled(function, dynamic=None):
     """The compiled version of a function that only pays when compiled, made on first use."""
     return torch.compile(function, dynamic=dynamic)
 
@@ -279,7 +306,8 @@ def attend(q, k, v, layout):
         None           a plain causal sequence
     """
     if isinstance(layout, BlockMask):
-        flex = flex_attention if torch.compiler.is_compiling() else compiled(flex_attention)
+        flex = (flex_attention if torch.compiler.is_compiling() else
+                compiled(flex_attention, dynamic=True))
         return flex(q, k, v, block_mask=layout, enable_gqa=True)
     if layout is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
@@ -416,16 +444,12 @@ class Llama(nn.Module):
         """(V, C). With tied embeddings the head is the embedding."""
         return (self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight
 
-    def compile_blocks(self, dynamic=False):
-        """torch.compile every block. They are alike, so one compilation serves all of them.
-
-        dynamic: one compilation serves packs of any length too (a CPU's); otherwise each length is
-        compiled once, which gives faster code on a GPU.
-        """
+    def compile_blocks(self):
+        """torch.compile every block. They are alike, so one compilation serves all of them, and
+        packs of any length: two in all, with a gradient and without one."""
         torch._dynamo.config.optimize_ddp = False   # it would split blocks at DDP's buckets
-        torch._dynamo.config.recompile_limit = 32   # lengths, with gradient, without, adapters off
         for block in self.model.layers:
-            block.compile(dynamic=dynamic)
+            block.compile(dynamic=True)
 
     def check_length(self, n):
         """UserError unless a sequence of n tokens is computed exactly."""
@@ -564,7 +588,7 @@ def near_memory(function, logits, *columns):
     logits are read twice and not ten times. A CPU takes a few tokens at a time, so that the
     intermediate results stay in its cache."""
     if logits.is_cuda:
-        return compiled(function, dynamic=None)(logits, *columns)   # None: V is a constant
+        return compiled(function)(logits, *columns)
     n = max(1, CACHED_LOGITS // logits.size(1))
     parts = zip(logits.split(n), *(column.split(n) for column in columns))
     found = [function(*part) for part in parts]

@@ -254,10 +254,8 @@ if checkpoint:
 llama.load_weights(raw_model, folder, device)
 trained = [p for p in raw_model.parameters() if p.requires_grad]
 if compile:
-    raw_model.compile_blocks(dynamic=not on_gpu)
-# A GPU compiles the blocks once for each length of a pack, so packs are padded: to one of eight
-# lengths in training, to one in evaluation. The padding is 1 to 3% of a pack (assets/results.md).
-pad_to = math.ceil(pack_tokens / 8) if on_gpu else 1
+    raw_model.compile_blocks()
+pad_to = data.PAD_TO.get(device.type, 1)
 
 
 def score(pairs, indices, title=None):
@@ -487,10 +485,12 @@ for iter_num in tqdm(range(start_iter, max_iters + 1), "steps", max_iters, initi
     if iter_num % log_interval == 0:
         metrics = mmpo.measure(objective, batch_logps, lengths, ref_logps,
                                R if objective == "mmpo" else None, **loss_knobs)
-        left = (time.time() - started) / (iter_num + 1 - start_iter) * (max_iters - iter_num - 1)
+        left = (time.time() - started) / (iter_num - start_iter or 1) * (max_iters - iter_num - 1)
         metrics |= {"grad_norm": grad_norm, "lr": lr, "seconds_left": left}
         metrics |= cost.throughput(raw_model, tree_lengths, packs, pad_to, time.time() - t0)
         record(iter_num, metrics)
+    if iter_num == start_iter:
+        started = time.time()   # the first step may compile, and says nothing of the others
 
 # --- the aligned model, in Hugging Face layout, and what to know about it
 if signal_number:

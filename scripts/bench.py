@@ -47,7 +47,7 @@ DEVICE = torch.device("cuda" if CUDA else "cpu")
 BF16 = llama.fast_bfloat16(DEVICE)
 AUTOCAST = torch.autocast(DEVICE.type, torch.bfloat16, enabled=BF16)
 PACK_TOKENS = read_settings(os.path.join(HERE, "train.py"))["pack_tokens"].value if CUDA else 4096
-PAD_TO = -(-PACK_TOKENS // 8) if CUDA else 1   # as in train.py
+PAD_TO = data.PAD_TO.get(DEVICE.type, 1)
 
 PARTS = "trl", "ablation", "profile"
 TRL, TRL_BEST, TRL_COMPILED = "TRL, defaults", "TRL, its best", "TRL, its best, compiled"
@@ -234,7 +234,7 @@ def train_step(idea, model, optimizer, pairs, batch, ref_logps):
 def load(idea, args):
     model, _ = llama.from_pretrained(args.model, DEVICE)
     if idea == COMPILED:
-        model.compile_blocks(dynamic=not CUDA)
+        model.compile_blocks()
     return model, torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=0, fused=True)
 
 

@@ -82,7 +82,7 @@ def check_folder(folder, settings):
 
 
 def run(folder, arguments, settings, evaluation, devices, references):
-    """Train and evaluate one run, unless that is done."""
+    """Train and evaluate one run, unless that is done -> the seconds it took."""
     device = devices.get()
     environment = os.environ | ({} if device is None else {"CUDA_VISIBLE_DEVICES": device})
     started, metrics = time.time(), os.path.join(folder, "metrics.jsonl")
@@ -106,6 +106,7 @@ def run(folder, arguments, settings, evaluation, devices, references):
                 with nullcontext() if some else references:   # the first evaluates the reference
                     evaluating = start([sys.executable, EVALUATE, *asked]).wait()
                 require(evaluating == 0, f"{folder}: not evaluated; {folder}.log says why")
+        return time.time() - started
     finally:
         devices.put(device)
 
@@ -115,18 +116,19 @@ def run_all(runs, out, evaluation, jobs):
     for name, (_, settings) in runs.items():
         check_folder(os.path.join(out, name), settings)   # before any of them starts
     os.makedirs(out, exist_ok=True)
-    devices, references, started = Queue(), Lock(), time.time()
+    devices, references = Queue(), Lock()
     for job in range(jobs):
         devices.put(str(job % torch.cuda.device_count()) if torch.cuda.is_available() else None)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // jobs)))
-    failed = []
+    failed, seconds = [], []   # seconds: of the runs that weren't done before
     pool = ThreadPoolExecutor(jobs)
     try:
         futures = {pool.submit(run, os.path.join(out, name), *r, evaluation, devices, references):
                    name for name, r in runs.items()}
         for done, future in enumerate(as_completed(futures), 1):
             error, left = future.exception(), len(runs) - done
-            minutes = (time.time() - started) / 60 / done * left
+            seconds += [future.result()] if not error and future.result() > 1 else []
+            minutes = left * np.mean(seconds or 0) / jobs / 60
             print(f"{done} of {len(runs)} runs done, about {minutes:.0f} min left: "
                   f"{futures[future]}{f' FAILED: {error}' if error else ''}", flush=True)
             if error:

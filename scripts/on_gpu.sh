@@ -1,33 +1,38 @@
 #!/usr/bin/env bash
-# What assets/results.md has not measured yet and one GPU of 80 GB can show. Run it in the checkout:
+# What assets/results.md says of a GPU and what it couldn't measure yet. In the checkout:
 #
-#   bash scripts/on_gpu.sh SMOLLM2_135M TRAIN_PAIRS TEST_PAIRS [LLAMA3_8B]
+#   bash scripts/on_gpu.sh SMOLLM2_135M TRAIN TEST "CHOICES.jsonl.gz .." [LLAMA3_8B]
 #
 # SMOLLM2_135M and LLAMA3_8B are Hugging Face folders or hub ids, the pairs any files that data.py
-# reads. Step 3 needs matplotlib; TRL takes part in step 2 if it is installed.
-set -euo pipefail
-smollm2=$1 train=$2 test=$3 llama=${4:-}
+# reads. A step that fails doesn't end the others. Everything is written to out/gpu.
+set -uo pipefail
+smollm2=$1 train=$2 test=$3 choices=$4 llama=${5:-} out=out/gpu
+mkdir -p "$out"
 
-# 1. the GPU computes what the CPU does
-python -m pytest -q test_mmpo.py -k gpu
-torchrun --nproc_per_node=1 train.py config/demo.py --parallel=fsdp --dtype=bfloat16 --max_iters=3
+# 1. the GPU computes what the CPU does, and is nearer to float64 than transformers
+python -m pytest -q test_mmpo.py -k test_gpu
 
-# 2. one idea at a time, where the time goes, and beside TRL (results.md, Speed beside TRL)
-for part in ablation profile $(python -c "import trl; print('trl')" 2> /dev/null || true); do
-    python -m scripts.bench --model="$smollm2" --data="$train" --only="$part" \
-        --json="out/bench_gpu_$part.json"
+# 2. beside TRL, one idea at a time, and where the time goes
+for part in trl ablation profile; do
+    python -m scripts.bench --model="$smollm2" --data="$train" --only=$part --json="$out/$part.json"
 done
 
-# 3. MMPO, the authors' settings, DPO and SimPO, two epochs each at three betas
-python -m scripts.compare config/smollm2_135m.py --out=out/compare_gpu \
-    --grid objective=mmpo,dpo beta=0.01,0.05,0.5 --grid pref_weight=10 beta=0.01,0.05,0.5 \
-    --grid config=config/authors.py,config/simpo.py beta=0.01,0.05,0.5 \
-    -- --init_from="$smollm2" --dataset="$train" --eval_dataset="$test" --epochs=2 --eval_pairs=1500
+# 3. how many tokens a pack should have: tokens_per_second, mfu and peak_memory_gib, step by step
+for tokens in 8192 16384 32768 65536; do
+    python train.py config/smollm2_135m.py --init_from="$smollm2" --dataset="$train" --max_iters=20 \
+        --eval_pairs=64 --save_interval=0 --pack_tokens=$tokens --out_dir="$out/pack_$tokens"
+done
 
-# 4. Llama-3-8B: the predicted memory, beside peak_memory_gib, tokens_per_second and mfu in
-#    metrics.jsonl
+# 4. one process of FSDP
+torchrun --nproc_per_node=1 train.py config/smollm2_135m.py --init_from="$smollm2" --parallel=fsdp \
+    --dataset="$train" --max_iters=20 --eval_pairs=64 --save_interval=0 --out_dir="$out/fsdp"
+
+# 5. Llama-3-8B: the predicted memory, beside peak_memory_gib, tokens_per_second and mfu
 if [ -n "$llama" ]; then
     python train.py config/llama3_8b.py --init_from="$llama" --dataset="$train" --dry_run=True
     python train.py config/llama3_8b.py --init_from="$llama" --dataset="$train" --max_iters=10 \
-        --eval_pairs=32 --out_dir=out/llama3_8b_short
+        --eval_pairs=32 --save_interval=0 --export_adapter=True --out_dir="$out/llama3_8b"
 fi
+
+# 6. the study on all pairs
+bash scripts/study.sh "$smollm2" "$train" "$test" "$choices" 4

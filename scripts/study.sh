@@ -5,13 +5,21 @@
 #
 # MODEL is SmolLM2-135M-Instruct, a folder or hub id. The pairs have string fields prompt, chosen and
 # rejected, and few prompts with many pairs each. Stopped and started again it goes on.
+# Without a GPU a run goes once over 480 pairs of at most 160 tokens; with one, twice over all pairs
+# of at most 512 tokens.
 set -euo pipefail
-model=$1 train=$2 test=$3 choices=$4 jobs=${5:-2} out=out/study
+model=$1 train=$2 test=$3 choices=$4 jobs=${5:-2}
+out=out/study length=160 pairs=480 limit=300 more=()
+if python -c "import torch; raise SystemExit(not torch.cuda.is_available())"; then
+    out=out/study_gpu length=512 pairs=1000000 limit=1000
+    more=(--max_length=512 --max_prompt_length=384 --pack_tokens=16384 --batch_size=64 --epochs=2
+          --eval_interval=50 --eval_pairs=400)
+fi
 mkdir -p "$out"
 
-# Pairs of at most 160 tokens. Held out are all prompts of TEST and 100 of TRAIN: 400 pairs whose
-# chosen response is the longer one and 400 whose chosen one is shorter. 480 others are trained on.
-[ -e "$out/held_out.jsonl" ] || python - "$model" "$train" "$test" "$out" << 'EOF'
+# Held out are all prompts of TEST and 100 of TRAIN: 400 pairs whose chosen response is the longer
+# one and 400 whose chosen one is shorter. Pairs of other prompts are trained on.
+[ -e "$out/held_out.jsonl" ] || python - "$model" "$train" "$test" "$out" $length $pairs << 'EOF'
 import json
 import sys
 
@@ -20,7 +28,7 @@ import numpy as np
 import data
 import model
 
-folder, *files, out = sys.argv[1:]
+folder, *files, out, length, pairs = sys.argv[1:]
 tokenizer = data.Tokenizer(model.checkpoint_folder(folder))
 rng = np.random.default_rng(0)
 short = []
@@ -30,7 +38,7 @@ for file in files:
     for row in ({key: row[key] for key in ("prompt", "chosen", "rejected")} for row in rows):
         prompt, (a, b) = tokenizer.encode_responses(
             [data.turn("user", row["prompt"])], [row["chosen"], row["rejected"]])
-        if a != b and len(prompt) + max(len(a), len(b)) <= 160:
+        if a != b and len(prompt) + max(len(a), len(b)) <= int(length):
             short[-1].append((row, len(a) - len(b)))
 train, test = short
 prompts = sorted({row["prompt"] for row, _ in train})
@@ -40,7 +48,7 @@ pool = [pool[i] for i in rng.permutation(len(pool))]
 balanced = ([row for row, longer in pool if longer > 0][:400]
             + [row for row, longer in pool if longer < 0][:400])
 others = [row for row, _ in train if row["prompt"] not in held]
-others = [others[i] for i in rng.permutation(len(others))[:480]]
+others = [others[i] for i in rng.permutation(len(others))[:int(pairs)]]
 balanced = [balanced[i] for i in rng.permutation(len(balanced))]
 for name, rows in (("train", others), ("held_out", balanced)):
     with open(f"{out}/{name}.jsonl", "w", encoding="utf-8") as f:
@@ -50,7 +58,7 @@ EOF
 
 # The methods at the rates found for them by short runs; betas; seeds; ablations; other rates.
 python -m scripts.compare config/study_135m.py --out="$out" --jobs="$jobs" \
-    --evaluate="--pairs=$out/held_out.jsonl --choices $choices --limit=300 --prompts=64 --max_new_tokens=96" \
+    --evaluate="--pairs=$out/held_out.jsonl --choices $choices --limit=$limit --prompts=64 --max_new_tokens=96" \
     --grid pref_weight=10,0 learning_rate=2e-5 \
     --grid objective=dpo,simpo learning_rate=6e-6 \
     --grid objective=dpo learning_rate=2e-5 --grid pref_weight=40 learning_rate=1e-5 \
@@ -66,4 +74,5 @@ python -m scripts.compare config/study_135m.py --out="$out" --jobs="$jobs" \
     --grid pref_weight=0.5,1,2 learning_rate=2e-5 \
     --grid reward_norm=False reward_chosen=5 reward_rejected=0 learning_rate=2e-5 \
     --grid objective=simpo learning_rate=2e-5 --grid pref_weight=0,10 learning_rate=6e-5 \
-    -- --init_from="$model"
+    -- --init_from="$model" --dataset="$out/train.jsonl" --eval_dataset="$out/held_out.jsonl" \
+    "${more[@]}"
