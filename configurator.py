@@ -45,8 +45,17 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 # errors
 
 
+BEHIND = {}   # path of a link that this program made: what it stands for
+
+
 class UserError(Exception):
     """A mistake that the user can mend: `where: what (got); how to mend it`, in one line."""
+
+    def __str__(self):
+        text = super().__str__()
+        for link, behind in BEHIND.items():
+            text = text.replace(link, behind)
+        return text
 
 
 def require(condition, message):
@@ -415,6 +424,7 @@ def configure(namespace, argv, source, choices={}, above_zero="", at_least_zero=
     return defaults | overrides, overrides
 
 
+CONFIG_SECONDS = 30   # that a config file may take
 PATHS = ("init_from", "dataset", "eval_dataset", "chat_template")   # settings that name files
 
 
@@ -433,7 +443,8 @@ def run_config_file(path, known):
     text = read_text(path, "a config file", "utf-8-sig")
     try:
         tree = ast.parse(text, path)
-        exec(compile(tree, path, "exec"), scope)
+        with limited(CONFIG_SECONDS, "this file"):
+            exec(compile(tree, path, "exec"), scope)
     except SyntaxError as e:
         raise UserError(f"{path}:{e.lineno or 1}: {e.msg}; a config file is Python") from e
     except (Exception, SystemExit) as e:   # sys.exit() in one would look like a run that ended well

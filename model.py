@@ -36,7 +36,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from configurator import (
-    UserError, first_line, is_finished, publish, rank_and_size, read_json, reading, require,
+    BEHIND, UserError, first_line, is_finished, publish, rank_and_size, read_json, reading, require,
     write_json, write_text)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -846,8 +846,10 @@ def on_its_base(adapter):
                 if file in TOKENIZER_FILES or file.startswith("adapter_")}
     made = tempfile.TemporaryDirectory(prefix=f"{os.path.basename(os.path.abspath(adapter))}-")
     for file, source in sources.items():
-        os.symlink(os.path.abspath(os.path.join(source, file)), os.path.join(made.name, file))
-    ON_A_BASE[made.name] = made
+        link, there = os.path.join(made.name, file), os.path.join(source, file)
+        os.symlink(os.path.abspath(there), link)
+        BEHIND[link] = there
+    ON_A_BASE[made.name], BEHIND[made.name] = made, adapter   # the folder last: it begins all links
     return made.name
 
 

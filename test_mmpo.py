@@ -26,6 +26,7 @@ import socket
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import unicodedata
@@ -1336,6 +1337,7 @@ def test_bad_adapter(name, adapter, tmp_path):
     with pytest.raises(UserError) as e:
         llama.from_pretrained(folder)
     assert all(word in str(e.value) for word in words), str(e.value)
+    assert f"{tempfile.gettempdir()}/lora-" not in str(e.value)   # where it is put on its base
 
 
 def test_adapter_on_an_adapter(adapter, tmp_path):
@@ -2908,6 +2910,7 @@ def test_config_that_sets_nothing_it_seems_to(configure, tmp_path):
     ("--max_iters=1e30", ["below 2 ** 63"]), ("--max_iters=" + "9" * 5000, ["whole number"]),
     ("--dropout=1.5", ["from 0 to below 1"]),
     ("import sys\nmax_iters = 5\nsys.exit(0)", ["file.py:3", "SystemExit"]),
+    ("max_iters = 5\nwhile True:\n    max_iters += 1", ["file.py:", "CPU time; does it end?"]),
     ("--compile=maybe", ["true or false"]), ("--objective=dpoo", ["mmpo, dpo, sft", '"dpo"']),
     ("learnig_rate = 1", ['"learnig_rate"', 'did you mean "learning_rate"']),
     ("max_iters = 'many'", ["whole number"]), ("max_iters = True", ["whole number"]),
@@ -2916,8 +2919,9 @@ def test_config_that_sets_nothing_it_seems_to(configure, tmp_path):
     ("out_dir = 5", ["text"]), ("compile = 2", ["true or"]), ("learning_rate = -1.0", ["above 0"]),
     ("objective = 'ppo'", ["mmpo, dpo, sft"]), ("max_iters = 5\nmax_iters = = 6", ["file.py:2"]),
     ("\nmax_iters = 1 / 0", ["file.py:2", "ZeroDivisionError"])])
-def test_config_errors(text, words, configure):
+def test_config_errors(text, words, configure, monkeypatch):
     """A wrong key or value, on the command line or in a file: an error that says where and what."""
+    monkeypatch.setattr(configurator, "CONFIG_SECONDS", 1)
     in_file = " = " in text
     with pytest.raises(UserError) as e:
         configure("file.py", file=text) if in_file else configure(text)
@@ -4181,6 +4185,7 @@ assert last.startswith("error: step 5: the gradient is not finite, and the weigh
     "; its pairs: " in last and len(last) <= 300, last
 kept = [name for name in sorted(os.listdir(out)) if name.startswith("checkpoint")]
 assert kept == ["checkpoint-0000004", "checkpoint-0000005"], kept
+assert run(out, "--resume", before=poison(1)) == 1   # the step skipped before still counts
 assert run(out, "--resume") == 0 and os.path.exists(out + "/checkpoint-0000006")
 """
 

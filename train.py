@@ -417,7 +417,7 @@ answer("sample before")
 if checkpoint:
     load_checkpoint(raw_model, optimizer, checkpoint)
     log(f"going on from {checkpoint}")
-started, skipped = time.time(), 0
+started, skipped = time.time(), before.get("skipped", 0)
 for iter_num in tqdm(range(start_iter, max_iters + 1), "steps", max_iters, initial=start_iter,
                      disable=None if master_process else True):   # None: only on a terminal
 
@@ -428,7 +428,8 @@ for iter_num in tqdm(range(start_iter, max_iters + 1), "steps", max_iters, initi
     signal_number = interrupted(device)
     if save_interval and iter_num > start_iter and (
             signal_number or iter_num % save_interval == 0 or iter_num == max_iters):
-        save_checkpoint(raw_model, optimizer, out_dir, iter_num, settings, log)
+        save_checkpoint(raw_model, optimizer, out_dir, iter_num, settings | {"skipped": skipped},
+                        log)
     if signal_number or iter_num == max_iters:
         finish_saving()
         break
