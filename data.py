@@ -313,7 +313,7 @@ class Tokenizer:
 
     def encode_plain(self, text, place):
         """Text without added tokens -> ids."""
-        text = SHIELDED.sub(lambda m: self.shielded[int(m[1])], text)
+        text = SHIELDED.sub(lambda m: (self.shielded[int(m[1]):] or [m[0]])[0], text)
         if self.spaces:
             text = text.replace(" ", SPACE)
             if place <= self.metaspace and text and not text.startswith(SPACE):
@@ -577,7 +577,7 @@ DATE = datetime(2024, 7, 26)   # for templates that write the day's date: not th
 SHIELD, SHIELD_END, ANSWER, HIDDEN = "\ufdd0\ufdd1\ufdd2\ufdd3"   # no valid text has these
 THINK = re.compile(r"<(/?\w*think\w*>)")   # around thoughts
 OPEN_THOUGHT = re.compile(r"<\w*think\w*>\s*$")   # where a prompt ends in its beginning
-SHIELDED = re.compile(f"{SHIELD}(\\d+){SHIELD_END}")
+SHIELDED = re.compile(f"{SHIELD}([0-9]{{1,4}}){SHIELD_END}")
 
 TEMPLATES = {
     "chatml": "{% for m in messages %}<|im_start|>{{ m.role }}\n"

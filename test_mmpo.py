@@ -4329,6 +4329,14 @@ MISTAKES = {   # arguments, words of the error
 }
 
 
+def test_more_processes_than_gpus(tmp_path):
+    """torchrun with two processes where there is one GPU: an error, not CUDA's traceback."""
+    script = script_that("import torch\ntorch.cuda.is_available = lambda: True\n"
+                         "torch.cuda.device_count = lambda: 1", tmp_path / "one_gpu.py")
+    process = run_process([str(script), "--device=cuda"], **LAUNCHED, LOCAL_RANK="1")
+    assert_one_line(process, "torchrun: this machine has 1 GPUs", "--nproc_per_node")
+
+
 @pytest.fixture(scope="module")
 def mistakes(checkpoint, tmp_path_factory):
     """{name: process} of MISTAKES, of one with --debug, and of a fork that has a bug."""

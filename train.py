@@ -138,6 +138,8 @@ require(out_dir and (os.path.isdir(out_dir) or not os.path.exists(out_dir)),
         f'out_dir: "{out_dir}" is no folder; give another')
 require(dataset, "dataset: empty; give files, folders or hub ids, separated by commas")
 require(usable[device], f"device: no {device} on this machine; try --device=auto")
+require(device != "cuda" or ddp_local_rank < torch.cuda.device_count(),
+        f"torchrun: this machine has {torch.cuda.device_count()} GPUs; lower --nproc_per_node")
 require(ddp or parallel == "ddp", "parallel: fsdp shards over processes; start it with torchrun")
 require(optimizer_state == "fp32" or not fsdp and find_spec("bitsandbytes"),
         "optimizer_state: 8bit takes pip install bitsandbytes, and parallel=ddp")
