@@ -269,24 +269,26 @@ def block_mask(tree, branch, size=128):
     compiled, as its documentation advises, it takes minutes to compile (pytorch issue 182060).
     """
     T = len(tree)
-    first = torch.arange(0, T, size, device=tree.device)                # (blocks,)
+    first = torch.arange(0, T, size, device=tree.device)                       # (blocks,)
     last = (first + size - 1).clamp(max=T - 1)
-    earlier, same = first < first[:, None], first == first[:, None]     # (of queries, of keys)
-    (q_first, q_last), (k_first, k_last) = (
-        [(tree[i].view(shape), branch[i].view(shape)) for i in (first, last)]
-        for shape in ((-1, 1), (1, -1)))
-    # Queries see some keys of the last tree there: those of its prompt, and of a branch in both.
-    has_prompt = (k_first[0] != k_last[0]) | (k_first[1] == 0)
-    some = earlier & (q_first[0] == k_last[0]) & (has_prompt | (q_first[1] == k_last[1])) | same
-    # They see all keys of one tree, if those are its prompt, or no token is beyond the branch.
-    one_branch = (q_last[1] <= 1) | (q_last[1] == k_first[1])
-    all_ = earlier & (q_last[0] == k_first[0]) & ((k_last[1] == 0) | one_branch)
+    first_tree, last_tree = tree[first], tree[last]
+    first_branch, last_branch = branch[first], branch[last]
+    # Now (blocks of queries, blocks of keys): [:, None] is of the queries.
+    earlier, same = first < first[:, None], first == first[:, None]
+    # Queries see keys of the last tree there, if they begin in it: its prompt, and what is of their
+    # own branch.
+    has_prompt = (first_tree != last_tree) | (first_branch == 0)
+    some = earlier & (first_tree[:, None] == last_tree) & (
+        has_prompt | (first_branch[:, None] == last_branch)) | same
+    # They see them all, if all are of one tree, and the keys of its prompt or no other branch.
+    every = earlier & (last_tree[:, None] == first_tree) & (
+        (last_branch == 0) | (last_branch[:, None] <= 1) | (last_branch[:, None] == first_branch))
 
     def ordered(blocks):   # -> how many blocks of keys a block of queries has, and these first
         order = blocks.int().argsort(dim=1, descending=True, stable=True)
         return blocks.sum(1, dtype=torch.int32)[None, None], order.int()[None, None]
 
-    return BlockMask.from_kv_blocks(*ordered(some & ~all_), *ordered(all_), BLOCK_SIZE=size,
+    return BlockMask.from_kv_blocks(*ordered(some & ~every), *ordered(every), BLOCK_SIZE=size,
                                     mask_mod=tree_rule(tree, branch), seq_lengths=(T, T))
 
 

@@ -1,5 +1,5 @@
 """
-The properties this project promises, a test each. CPU only, offline, about five minutes:
+The properties this project promises, a test each, offline. About ten minutes on two cores:
 
 $ pip install -r requirements.txt pytest transformers tokenizers peft matplotlib
 $ python -m pytest -q test_mmpo.py
