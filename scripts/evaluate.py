@@ -49,7 +49,7 @@ BRANCHES = 16   # continuations of a tree, at most
 
 
 @torch.no_grad()
-def score(model, requests, title=None, greedy=False, pack_tokens=4096):
+def score(model, requests, title=None, greedy=False, pack_tokens=0):
     """[(context, continuation), ..], tuples of ids -> log pi(continuation|context) of each (N,), in
     nats, and with `greedy` whether the likeliest tokens are the continuation (N,)."""
     behind = {}   # context: its continuations, each once
@@ -61,6 +61,8 @@ def score(model, requests, title=None, greedy=False, pack_tokens=4096):
     pairs = data.Pairs.from_ids([[context, *some, *[()] * (n - len(some))]
                                  for context, some in trees])   # () is a response of no tokens
     device, everything = model.head_weight.device, np.arange(len(trees))
+    # so many on a GPU, since launching a pack takes its time, however short it is
+    pack_tokens = pack_tokens or (32768 if device.type == "cuda" else 4096)
     logps, misses = torch.zeros(2, len(trees), n, device=device)
     for members in tqdm(data.plan_packs(pairs.lengths.sum(1), pack_tokens)[0], title, disable=None):
         pack = data.collate(pairs, everything, members, data.PAD_TO.get(device.type, 1)).to(device)
