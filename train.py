@@ -336,16 +336,7 @@ def record(iter_num, metrics):
         metrics_file.write(json.dumps({"iter": iter_num} | metrics, default=float) + "\n")
     if wandb_log:
         wandb.log(metrics, step=iter_num)
-    kind, speed = "eval", ""
-    names = {"loss": "eval/loss", "accuracy": "eval/accuracy/mean", "KL": "eval/kl",
-             "implicit": "eval/accuracy/implicit", "chosen": "eval/logps/chosen"}
-    if "loss" in metrics:
-        kind, names = "step", {"loss": "loss", "accuracy": "accuracy/mean", "q_w":
-                               "weights/chosen", "norm": "grad_norm", "mfu": "mfu"}
-        speed = (f" | lr {metrics['lr']:.1e} | {metrics['tokens_per_second']:,.0f} tok/s | "
-                 f"{metrics['seconds_left'] / 60:.1f} min left")
-    log(f"{kind} {iter_num:5d}" + "".join(f" | {title} {metrics[name]:.3f}" for title, name in
-                                          names.items() if name in metrics) + speed)
+    log(report.line(iter_num, metrics))
 
 
 # --- evaluation: held-out pairs, and samples of the reference for the KL estimate
@@ -393,13 +384,6 @@ else:
     from bitsandbytes.optim import AdamW8bit
     optimizer = AdamW8bit(groups, lr=learning_rate, betas=(beta1, beta2))
 model = DDP(raw_model, gradient_as_bucket_view=True) if ddp and not fsdp else raw_model
-
-
-def name_pairs(batch, batch_logps):
-    """The pairs of a step that went wrong: those without a log-prob, or else all of them."""
-    found = batch[~batch_logps.isfinite().all(1).cpu().numpy()]
-    kind, found = ("its pairs without log-probs", found) if len(found) else ("its pairs", batch)
-    return f"{kind}: {', '.join(map(str, found[:12]))}" + ", .." * (len(found) > 12)
 
 
 def set_lr(iter_num):
@@ -479,7 +463,7 @@ for iter_num in tqdm(range(start_iter, max_iters + 1), "steps", max_iters, initi
     else:
         skipped += 1
         wrong = (f"step {iter_num}: the gradient is not finite, and the weights are not updated; "
-                 + name_pairs(batch, batch_logps))
+                 + report.name_pairs(batch, batch_logps))
         require(skipped <= skip_nonfinite, f"{wrong}; lower learning_rate"
                 + ", or --dtype=float32" * (dtype == "bfloat16"))
         log(f"warning: {wrong}")

@@ -1,7 +1,7 @@
 """
-What a run did, in words: the last lines of its log, and its model card, out_dir/README.md.
+What a run does and did, in words: the lines of its log, and its model card, out_dir/README.md.
 
-$ python -m scripts.report out/mine      # both again, from train_config.json and metrics.jsonl
+$ python -m scripts.report out/mine      # the last lines and the card again, from what it recorded
 """
 import math
 import os
@@ -27,6 +27,27 @@ TABLE = {   # metric of an evaluation: what it is called
     "eval/logps/rejected": "log-prob of the rejected response, nats",
     "eval/kl": "KL(before \\|\\| after), nats a token",
 }
+
+
+def line(iter_num, metrics):
+    """A line for a step or an evaluation, with its main metrics."""
+    kind, speed = "eval", ""
+    names = {"loss": "eval/loss", "accuracy": "eval/accuracy/mean", "KL": "eval/kl",
+             "implicit": "eval/accuracy/implicit", "chosen": "eval/logps/chosen"}
+    if "loss" in metrics:
+        kind, names = "step", {"loss": "loss", "accuracy": "accuracy/mean", "q_w":
+                               "weights/chosen", "norm": "grad_norm", "mfu": "mfu"}
+        speed = (f" | lr {metrics['lr']:.1e} | {metrics['tokens_per_second']:,.0f} tok/s | "
+                 f"{metrics['seconds_left'] / 60:.1f} min left")
+    return f"{kind} {iter_num:5d}" + "".join(f" | {title} {metrics[name]:.3f}" for title, name in
+                                             names.items() if name in metrics) + speed
+
+
+def name_pairs(batch, logps):
+    """The pairs (B,) of a step that went wrong: those without a log-prob (B, n), or else all."""
+    found = batch[~logps.isfinite().all(1).cpu().numpy()]
+    kind, found = ("its pairs without log-probs", found) if len(found) else ("its pairs", batch)
+    return f"{kind}: {', '.join(map(str, found[:12]))}" + ", .." * (len(found) > 12)
 
 
 def read_run(out_dir):
