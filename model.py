@@ -448,8 +448,10 @@ class Llama(nn.Module):
 
     def compile_blocks(self):
         """torch.compile every block. They are alike, so one compilation serves all of them, and
-        packs of any length: two in all, with a gradient and without one."""
+        packs of any length: two in all, with a gradient and without one. Adapters, dropout and
+        packs of one block of attention take some more."""
         torch._dynamo.config.optimize_ddp = False   # it would split blocks at DDP's buckets
+        torch._dynamo.config.recompile_limit = 16
         for block in self.model.layers:
             block.compile(dynamic=True)
 
