@@ -424,7 +424,7 @@ def configure(namespace, argv, source, choices={}, above_zero="", at_least_zero=
     return defaults | overrides, overrides
 
 
-CONFIG_SECONDS = 30   # that a config file may take
+CONFIG_SECONDS = 30   # of CPU time that a config file may take, which can loop
 PATHS = ("init_from", "dataset", "eval_dataset", "chat_template")   # settings that name files
 
 

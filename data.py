@@ -1428,7 +1428,7 @@ class Pack:
         return sums.index_add(0, self.response, per_token).view(-1, self.n_responses)
 
 
-# of tokens in a pack: a GPU runs flex attention, which takes 128 at a time
+# A pack's tokens are a multiple of so many, since flex attention on a GPU takes 128 at a time.
 PAD_TO = {"cuda": 128}
 
 

@@ -521,7 +521,7 @@ def test_block_mask(n, size):
         seen = llama.tree_rule(pack.tree, pack.branch)(0, 0, q, k)
         seen = F.pad(seen, (0, -T % size, 0, -T % size))   # the last block can be cut
         blocks = seen.view(len(seen) // size, size, -1, size)
-        cut = T // size * size // size   # blocks that are whole
+        cut = T // size   # blocks that are whole
         some, every = blocks.any(3).any(1), blocks.all(3).all(1)
         mask, dense = llama.block_mask(pack.tree, pack.branch, size), []
         for count, index in ((mask.kv_num_blocks, mask.kv_indices),
