@@ -4201,6 +4201,24 @@ def test_steps_that_are_not_finite(checkpoint, tmp_path):
         "--save_interval=1", "--kl_samples=0", "--skip_nonfinite=1"]))
 
 
+def test_tiny_gradients_are_zero(checkpoint, tmp_path):
+    """Below 1e-38 a CPU's arithmetic is slow, so a run has no such numbers, in backward neither."""
+    script = script_that("""
+import mmpo, torch
+loss, half = mmpo.preference_loss, torch.tensor(0.5)
+def checked(objective, logps, *args, **kwargs):
+    if logps.requires_grad:
+        logps.register_hook(lambda grad: print("halved:", (half * 1e-38 * half).item()))
+    return loss(objective, logps, *args, **kwargs)
+mmpo.preference_loss = checked
+""", tmp_path / "tiny.py")
+    pairs = write_rows(tmp_path / "pairs.jsonl", word_rows(6))
+    process = train(checkpoint, str(tmp_path / "run"), f"--dataset={pairs}", "--eval_pairs=2",
+                    "--max_iters=1", script=script)
+    assert_done(process)
+    assert "halved: 0.0\n" in process.stdout
+
+
 @pytest.mark.parametrize("event", ["os.kill(os.getpid(), signal.SIGTERM)",
                                    "os.kill(os.getppid(), signal.SIGKILL)"],
                          ids=["signal", "torchrun is gone"])

@@ -170,6 +170,8 @@ if dtype == "auto":   # a dry run predicts what a GPU would need, so it assumes 
 settings["dtype"] = dtype   # recorded, since a run must resume in the same dtype
 compile = on_gpu if compile == "auto" else compile == "true"
 autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+# The gradient of a pair that is decided can be so small that a CPU takes 40 times as long for it.
+torch.set_flush_denormal(True)
 torch.manual_seed(seed)     # on all ranks alike, for they must start with the same adapters
 
 
