@@ -218,8 +218,8 @@ def train_bpe(kind):
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
     if kind in SPM:
         return train_spm(kind)
-    # byte_fallback means nothing here, as some converters of SmolLM2 know
-    tok = Tokenizer(models.BPE(ignore_merges=kind == "llama3", byte_fallback=kind == "smollm2"))
+    # byte_fallback means nothing in BPE over bytes, though some converters write it
+    tok = Tokenizer(models.BPE(ignore_merges=kind == "llama3", byte_fallback=kind == "gpt2"))
     last, splits = ByteLevel(add_prefix_space=False, use_regex=False), {
         "deepseek": [Split(Regex(r), "isolated") for r in DEEPSEEK_SPLITS],
         "deepseek_old": [*(Split(Regex(r), "isolated") for r in DEEPSEEK_OLD), Digits(True)],
@@ -1825,7 +1825,10 @@ def test_ids_of_real_tokenizers(folder, vectors, tmp_path):
                                 ("[[:alpha:]]", "Isolated"), ("a", "Removed"))),
     ({"model": lambda m: m | {"type": "Unigram"}}, "Unigram"),
     ({"model": lambda m: m | {"dropout": 0.1}}, "dropout"),
-    ({"model": lambda m: m | {"byte_fallback": True}}, "pre_tokenizer Digits of SentencePiece"),
+    ({"model": lambda m: m | {"byte_fallback": True}, "pre_tokenizer": {
+        "type": "Digits", "individual_digits": True}}, "pre_tokenizer Digits of SentencePiece"),
+    ({"model": lambda m: m | {"byte_fallback": True, "vocab": m["vocab"] | {
+        "<0x00>": max(m["vocab"].values()) + 1}}}, "bytes that are missing"),
     ({"added_tokens": lambda a: [a[0] | {"lstrip": True}, *a[1:]]}, "strips"),
     ({"added_tokens": lambda a: [*a, {"id": 999, "content": "new"}]}, "'new' has id 999 .* get "),
     ({"added_tokens": lambda a: [*a, {"id": 999, "content": ""}]}, "added token '' has id 999"),
@@ -1844,8 +1847,8 @@ def test_other_tokenizers_are_refused(change, words, checkpoint, tmp_path):
     folder = shutil.copytree(checkpoint, str(tmp_path / "model"))
     path = f"{folder}/tokenizer.json"
     spec = read_json(path)
-    for key, value in (change or {}).items():
-        write_json(path, spec | {key: value(spec[key]) if callable(value) else value})
+    spec |= {k: new(spec[k]) if callable(new) else new for k, new in (change or {}).items()}
+    write_json(path, spec)
     if change is None:
         os.remove(path)
     with pytest.raises(UserError, match=words) as e:
