@@ -160,8 +160,9 @@ class Tokenizer:
 
     It gives the ids that the `tokenizers` library gives, with one difference: a marker, which is a
     special token or another token that the template writes around turns, stays text where the
-    *data* spells it. Unicode's newest characters may also differ: NFC follows Python's version of
-    it. Raises UserError for files that it can't honour exactly.
+    *data* spells it. Where a normalizer is NFC, about a hundred rare combining marks may also come
+    in another order: those of Unicode 10 and later, which Python knows and `tokenizers` doesn't.
+    Raises UserError for files that it can't honour exactly.
     """
 
     def __init__(self, folder, chat_template="", chat_template_kwargs=""):

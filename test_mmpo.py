@@ -4063,6 +4063,21 @@ def test_only_checkpoints_of_a_run_are_deleted(tmp_path):
     assert os.listdir(tmp_path / "mine") == ["model.safetensors"]
 
 
+def test_what_a_kill_leaves_of_a_checkpoint_is_deleted(tmp_path):
+    """safetensors first writes into a file of a name of its own."""
+    path = tmp_path / "checkpoint-0000002.tmp"
+    path.mkdir()
+    program = ("import sys, torch; from safetensors.torch import save_file; "
+               "save_file({'x': torch.zeros(2 ** 27)}, sys.argv[1])")
+    process = subprocess.Popen([sys.executable, "-c", program, str(path / "0.safetensors")])
+    while not os.listdir(path):
+        assert process.poll() is None
+    process.kill()
+    process.wait()
+    checkpoints.remove_leftovers(str(tmp_path))
+    assert not os.listdir(tmp_path)
+
+
 FORKS = """
 import atexit, glob, json, os, runpy, shutil, signal, sys
 sys.path.insert(0, os.getcwd())

@@ -320,7 +320,8 @@ def remove_checkpoint(path):
         os.rename(path, temporary)
     with contextlib.suppress(FileNotFoundError):   # a link to what is gone already
         for name in os.listdir(temporary):
-            if re.fullmatch(r"\d+\.(safetensors|sha256)(\.tmp\d+)?", name):
+            # safetensors writes .tmp and six letters, and renames that
+            if re.fullmatch(r"\d+\.(safetensors|sha256)(\.tmp\d+)?|\.tmp\w{6}", name):
                 os.remove(os.path.join(temporary, name))
     with contextlib.suppress(OSError):             # a folder with files that aren't ours stays
         os.rmdir(os.path.realpath(temporary))

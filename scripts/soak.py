@@ -6,14 +6,16 @@ $ python -m scripts.soak --kills 60 --ranks 2     # one of two ranks is killed, 
 
 The run is a short one of config/demo.py that saves every other step. Half of the kills are aimed at
 a save or at the export, the others come at any moment. Most are SIGKILL, some SIGTERM, which leaves
-the run time to save. A run is killed four times at most, then it ends undisturbed, and its weights
-and metrics must be those of the undisturbed run, bit for bit.
+the run time to save. A run is killed four times at most, then it ends undisturbed, and its files,
+weights and metrics must be those of the undisturbed run, bit for bit. The folder of one where they
+are not stays, with the log that says when it was killed.
 """
 import argparse
 import contextlib
 import glob
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -42,9 +44,12 @@ def start(out, ranks):
 
 def end_of(out):
     """What must be equal: the files, the weights' sha256, and all metrics but the times."""
-    return sorted(os.listdir(out)), sha256(f"{out}/model.safetensors"), [
-        {key: value for key, value in record.items() if key not in TIMES}
-        for record in read_metrics(f"{out}/metrics.jsonl")]
+    weights, metrics = f"{out}/model.safetensors", f"{out}/metrics.jsonl"
+    records = read_metrics(metrics) if os.path.exists(metrics) else []
+    return {"files": sorted(os.listdir(out)),
+            "weights": sha256(weights) if os.path.exists(weights) else None,
+            "metrics": [{key: value for key, value in record.items() if key not in TIMES}
+                        for record in records]}
 
 
 def ranks_of(pid):
@@ -77,7 +82,10 @@ def kill_one(out, ranks, seconds, counts):
     pid = random.choice([process.pid, *victims])
     with contextlib.suppress(ProcessLookupError):   # it has just ended
         os.kill(pid, number)
-    counts[f"{signal.Signals(number).name} in {place}"] += 1
+    kill = f"{signal.Signals(number).name} in {place}"
+    with open(f"{out}.log", "a", encoding="utf-8") as log:
+        log.write(f"--- {kill}\n")
+    counts[kill] += 1
     killed = time.time()
     for victim in [process.pid, *victims]:   # the others must end by themselves
         while victim == process.pid and process.poll() is None or os.path.exists(f"/proc/{victim}"):
@@ -95,28 +103,33 @@ def main():
     args = parser.parse_args()
     random.seed(args.seed)
     counts, runs, lost, slowest = Counter(), 0, 0, 0
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ |= {"NANOMMPO_CACHE": f"{folder}/cache", "OMP_NUM_THREADS": "1"}
-        whole = f"{folder}/whole"
-        for _ in range(2):   # the second one, with the cache, takes as long as those to come
-            subprocess.run(["rm", "-rf", whole], check=True)
-            began = time.time()
-            require(start(whole, args.ranks).wait(PATIENCE) == 0, "the undisturbed run fails")
-        seconds = time.time() - began
-        while sum(counts.values()) < args.kills:
-            runs += 1
-            out = f"{folder}/{runs}"
-            for _ in range(4):
-                slowest = max(slowest, kill_one(out, args.ranks, seconds, counts))
-            ended = start(out, args.ranks).wait(PATIENCE)
-            if ended or end_of(out) != end_of(whole):
-                lost += 1
-                print(f"{out}: LOST, exit code {ended}", flush=True)
-                with open(f"{out}.log", encoding="utf-8") as f:
-                    print(*f.readlines()[-5:], sep="")
-            print(f"{runs} runs, {args.ranks} process(es) each: {lost} lost or different; "
-                  f"{sum(counts.values())} kills, all gone {slowest:.1f} s after, or sooner: "
-                  + ", ".join(f"{n} {what}" for what, n in sorted(counts.items())), flush=True)
+    folder = tempfile.mkdtemp(prefix="soak-")
+    os.environ |= {"NANOMMPO_CACHE": f"{folder}/cache", "OMP_NUM_THREADS": "1"}
+    whole = f"{folder}/whole"
+    for _ in range(2):   # the second one, with the cache, takes as long as those to come
+        shutil.rmtree(whole, ignore_errors=True)
+        began = time.time()
+        require(start(whole, args.ranks).wait(PATIENCE) == 0, f"the undisturbed run fails, see "
+                f"{whole}.log")
+    seconds, right = time.time() - began, end_of(whole)
+    while sum(counts.values()) < args.kills:
+        runs += 1
+        out = f"{folder}/{runs}"
+        for _ in range(4):
+            slowest = max(slowest, kill_one(out, args.ranks, seconds, counts))
+        code, end = start(out, args.ranks).wait(PATIENCE), end_of(out)
+        wrong = [key for key in right if end[key] != right[key]] + ["exit code"] * (code != 0)
+        if wrong:
+            lost += 1
+            print(f"{out}: LOST: another {', '.join(wrong)} ({code}); see {out}.log", flush=True)
+        else:
+            shutil.rmtree(out)
+        print(f"{runs} runs, {args.ranks} process(es) each: {lost} lost or different; "
+              f"{sum(counts.values())} kills, all gone {slowest:.1f} s after, or sooner: "
+              + ", ".join(f"{n} {what}" for what, n in sorted(counts.items())), flush=True)
+    if lost:
+        sys.exit(1)
+    shutil.rmtree(folder)
 
 
 if __name__ == "__main__":
