@@ -63,11 +63,13 @@ class LlamaConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False               # Qwen3: an RMSNorm on every query and key head
+    unrotated: tuple = ()               # SmolLM3: which layers have no rotary embedding
     limits: tuple = ()   # (field of config.json, the longest sequence that is exact under it), ..
 
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM",
-                 "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}   # by model_type
+                 "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
+                 "smollm3": "SmolLM3ForCausalLM"}   # by model_type
 ROPE = {   # rope_type: its numbers
     "default": (), "dynamic": (), "linear": ("factor",),
     "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor",
@@ -95,9 +97,10 @@ WHOLE, NUMBER = (int,), (int, float)
 # Of each number its type, the least and the largest value with which a network can be built and
 # computes something.
 RANGES = dict.fromkeys((*SIZES, "num_key_value_heads", "head_dim", "max_position_embeddings",
-                        "sliding_window"), (WHOLE, 1, 2 ** 30)) | dict.fromkeys(
-    ROPE_NUMBERS, (NUMBER, 1e-12, 1e12)) | {"rms_norm_eps": (NUMBER, 1e-12, 1), "rope_theta": (
-        NUMBER, 2, 1e12), "num_hidden_layers": (WHOLE, 1, 1000)}
+                        "sliding_window", "no_rope_layer_interval"), (WHOLE, 1, 2 ** 30)) | (
+    dict.fromkeys(ROPE_NUMBERS, (NUMBER, 1e-12, 1e12))) | {
+        "rms_norm_eps": (NUMBER, 1e-12, 1), "rope_theta": (NUMBER, 2, 1e12),
+        "num_hidden_layers": (WHOLE, 1, 1000)}
 
 
 def config_from_dict(hf, where="config.json"):
@@ -110,7 +113,8 @@ def config_from_dict(hf, where="config.json"):
     require(isinstance(rope, dict) and dict not in map(type, rope.values()),
             f"{where}: rope parameters must be one object of numbers and words (got {rope!r:.60})")
     rope = {field: value for field, value in rope.items() if value is not None}
-    kind, rope_type = hf.get("model_type"), rope.get("rope_type") or rope.get("type") or "default"
+    rope_type = rope.get("rope_type") or rope.get("type") or "default"
+    kind, smollm3 = hf.get("model_type"), hf.get("model_type") == "smollm3"
     # Every Mistral has a window, of 4,096 where its config doesn't say; Qwen's is switched on by
     # use_sliding_window. A sequence that fits into it doesn't meet it.
     windowed = kind == "mistral" or hf.get("use_sliding_window")
@@ -129,7 +133,7 @@ def config_from_dict(hf, where="config.json"):
     given[original] = hf.get(original) or given[original]
     scaling = {field: given.get(field) for field in ROPE[rope_type]}
     needed = {field: hf.get(field) for field in SIZES} | scaling | {
-        "rope_theta": rope.get("rope_theta", hf.get("rope_theta", 1e4)),
+        "rope_theta": rope.get("rope_theta", hf.get("rope_theta", 2e6 if smollm3 else 1e4)),
         "rms_norm_eps": hf.get("rms_norm_eps", 1e-6)}
     given = hf | dict.fromkeys(ROPE_NUMBERS) | {"sliding_window": window} | needed
     for field, (kinds, least, most) in RANGES.items():
@@ -143,23 +147,30 @@ def config_from_dict(hf, where="config.json"):
             require(i is None or type(i) is int,
                     f"{where}: {field} must be a token's id, a number (got {i!r:.60})")
 
+    # SmolLM3 marks layers without rotary embedding by a 0; where it doesn't, that is each fourth
+    n_layer, every = hf["num_hidden_layers"], hf.get("no_rope_layer_interval") or 4
+    marks = hf.get("no_rope_layers") if smollm3 else [1] * n_layer
+    marks = [i % every for i in range(1, n_layer + 1)] if marks is None else marks
+    marked = isinstance(marks, list) and {*map(type, marks)} == {int} and len(marks) >= n_layer
     n_head, width, bias = hf["num_attention_heads"], hf["hidden_size"], hf.get("attention_bias")
     n_kv_head = hf.get("num_key_value_heads") or n_head
     head_dim = hf.get("head_dim") or (128 if kind == "qwen3" else width // n_head)
     low, high = scaling.get("low_freq_factor", 0), scaling.get("high_freq_factor", 1)
     for wrong, why in ((n_head % n_kv_head, f"{n_head} heads can't share {n_kv_head} key heads"),
                        (head_dim % 2 or not head_dim, f"head_dim {head_dim} is no even number"),
+                       (not marked, f"no_rope_layers {marks!r:.50} has no 0 or 1 for each layer"),
                        (low >= high, "high_freq_factor must be above low_freq_factor")):
         require(not wrong, f"{where}: {why}; is it this model's config?")
     limits = {"sliding_window": None if layers == {"full_attention"} else window,
               "max_position_embeddings": (context or 2048) if rope_type == "dynamic" else None}
     return LlamaConfig(
-        vocab_size=hf["vocab_size"], n_layer=hf["num_hidden_layers"], n_embd=width, n_head=n_head,
+        vocab_size=hf["vocab_size"], n_layer=n_layer, n_embd=width, n_head=n_head,
         n_kv_head=n_kv_head, head_dim=head_dim, intermediate_size=hf["intermediate_size"],
         norm_eps=needed["rms_norm_eps"], rope_theta=needed["rope_theta"],
         rope_scaling={"rope_type": rope_type} | scaling if scaling else None,
         max_position_embeddings=context or 2048,
-        tie_word_embeddings=bool(hf.get("tie_word_embeddings")),
+        tie_word_embeddings=bool(hf.get("tie_word_embeddings", smollm3)),
+        unrotated=tuple(i for i in range(n_layer) if not marks[i]),
         limits=tuple((field, n) for field, n in limits.items() if n),
         mlp_bias=bool(hf.get("mlp_bias")), qkv_bias=bool(bias) or kind == "qwen2",
         o_bias=bool(bias) and kind != "qwen2", qk_norm=kind == "qwen3")
@@ -467,8 +478,10 @@ class Llama(nn.Module):
         if self.config.limits:                     # else a GPU need not wait for the CPU
             self.check_length(int(positions.max()) + 1)
         x = self.model.embed_tokens(tokens)        # (B, T, C)
-        rope = rotary(positions, self.config)      # the same in all blocks
+        turned = rotary(positions, self.config)    # the same in all blocks, but for SmolLM3
+        still = torch.ones_like(turned[0]), torch.zeros_like(turned[1])
         for i, block in enumerate(self.model.layers):
+            rope = still if i in self.config.unrotated else turned
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, rope, layout, use_reentrant=False)
             else:

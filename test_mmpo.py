@@ -127,7 +127,8 @@ def tiny_model(**changes):
 def transformers_model(kind, **changes):
     from transformers import AutoConfig, AutoModelForCausalLM
     shape = dict(vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                 num_attention_heads=4, num_key_value_heads=2, sliding_window=None)
+                 num_attention_heads=4, num_key_value_heads=2, sliding_window=None,
+                 pad_token_id=0 if kind == "smollm3" else None)   # its default is a real one
     config = AutoConfig.for_model(kind, **shape | changes)
     return randomize(AutoModelForCausalLM.from_config(config))
 
@@ -311,6 +312,9 @@ GRID = {
     "qwen2-yarn": ("qwen2", dict(rope_parameters=YARN_ROPE | dict(attention_factor=1.5))),
     "qwen3": ("qwen3", dict(head_dim=16, tie_word_embeddings=True)),
     "qwen3-biases": ("qwen3", dict(head_dim=8, attention_bias=True)),
+    "smollm3": ("smollm3", dict(num_hidden_layers=5)),
+    "smollm3-marked": ("smollm3", dict(no_rope_layers=[0, 1], tie_word_embeddings=False,
+                                       rope_parameters=YARN_ROPE)),
 }
 
 
@@ -368,6 +372,9 @@ CONFIGS = {   # model_type, what config.json says in its own way
     "partial-1": ("llama", OLD | {"partial_rotary_factor": 1}),
     "qwen-no-window": ("qwen2", {"use_sliding_window": False, "sliding_window": 64}),
     "qwen-full": ("qwen2", {"use_sliding_window": True, "sliding_window": 64}),
+    "smollm3-bare": ("smollm3", dict.fromkeys(
+        ("rope_parameters", "no_rope_layers", "layer_types", "tie_word_embeddings"), "gone") | {
+            "no_rope_layer_interval": 2}),
 }
 
 
@@ -978,7 +985,8 @@ DAMAGE = {
     "partial": (damage_config(partial_rotary_factor=0.5), "config.json", "partial_rotary_factor"),
     "gemma": (damage_config(model_type="gemma"), "config.json", "gemma", "not supported"),
     "gelu": (damage_config(hidden_act="gelu"), "config.json", "gelu"),
-    "smollm3": (damage_config(model_type="smollm3"), "config.json", "smollm3", "not supported"),
+    "smollm3": (damage_config(model_type="smollm3", no_rope_layers=[1]), "no_rope_layers [1]"),
+    "marks": (damage_config(model_type="smollm3", no_rope_layers=["0", "1"]), "no 0 or 1 for each"),
     "granite": (damage_config(model_type="granite"), "config.json", "granite", "not supported"),
     "window": (damage_config(model_type="mistral", sliding_window=0), "config.json", "sliding"),
     "chunks": (damage_config(layer_types=["chunked_attention"]), "layer_types", "chunked"),
