@@ -40,6 +40,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import configurator
@@ -3988,6 +3989,43 @@ def test_a_checkpoint_is_not_executed(interrupted, resumed, tmp_path):
         else:
             checkpoints.check_checkpoint(str(path))
     assert not (tmp_path / "ran").exists()
+
+
+EMBEDDING = "model.embed_tokens.weight"
+CRAFTED = {   # what was done to a checkpoint's description and tensors, what is said of it
+    "ranks": (lambda about, tensors: about.update(ranks=10 ** 18), "part is missing"),
+    "settings": (lambda about, tensors: about.update(settings=None), "not a part of a checkpoint"),
+    "step": (lambda about, tensors: about.update(step={}), "another step"),
+    "no rows": (lambda about, tensors: about.pop("first_rows"), "not a checkpoint of this model"),
+    "lost": (lambda about, tensors: about["first_rows"].pop(f"optimizer/{EMBEDDING}/exp_avg"),
+             "not a checkpoint of this model"),
+    "negative": (lambda about, tensors: tensors[f"optimizer/{EMBEDDING}/step"].fill_(-1e30),
+                 f"not the optimizer's state of {EMBEDDING}"),
+    "shape": (lambda about, tensors: tensors.update(
+        {f"optimizer/{EMBEDDING}/exp_avg": torch.zeros(3)}), "not the optimizer's state"),
+}
+
+
+@pytest.mark.parametrize("name", CRAFTED)
+def test_a_crafted_checkpoint_ends_in_one_line(name, tmp_path):
+    """Also where its sum was made again, so that it is as it was written."""
+    model = tiny_model()
+    optimizer = torch.optim.AdamW(model.parameters())
+    model.logits(tokens_of(1, 9)).sum().backward()
+    optimizer.step()
+    checkpoints.save_checkpoint(model, optimizer, str(tmp_path), 3, {"keep_checkpoints": 1}, print)
+    checkpoints.finish_saving()
+    path, (change, words) = tmp_path / "checkpoint-0000003", CRAFTED[name]
+    with safe_open(path / "0.safetensors", "pt") as part:
+        about = checkpoints.about_part(part)
+    tensors = load_file(path / "0.safetensors")
+    change(about, tensors)
+    save_file(tensors, path / "0.safetensors", {"checkpoint": json.dumps(about)})
+    (path / "0.sha256").write_text(configurator.sha256(path / "0.safetensors"))
+    other = tiny_model()
+    with pytest.raises(UserError, match=words):
+        checkpoints.check_checkpoint(str(path))
+        checkpoints.load_checkpoint(other, torch.optim.AdamW(other.parameters()), str(path))
 
 
 def test_one_run_in_one_folder(tmp_path, monkeypatch, capsys):

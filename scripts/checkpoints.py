@@ -228,7 +228,10 @@ def check_checkpoint(path):
     """The settings of the run that wrote it. Raises UserError unless every part is there, and every
     byte as it was written. Each rank reads its share."""
     require(os.path.isdir(path), f"{path}: no folder; if it is a link, is its disk there?")
-    files, (rank, ranks), known = parts_of(path), rank_and_size(), []
+    files, (rank, ranks), settings = parts_of(path), rank_and_size(), None
+    expected = {f"{i}.safetensors" for i in range(len(files) or 1)}
+    require({os.path.basename(file) for file in files} == expected,
+            f"{path}: a rank's part is missing; delete the checkpoint")
     for file in files:
         name = os.path.basename(file)
         with reading(file, "a part of a checkpoint"):
@@ -240,15 +243,13 @@ def check_checkpoint(path):
                     require(f.read() == sha256(file), f"{path}: {name} failed its sha256; delete "
                             "the checkpoint")
             with safe_open(file, framework="pt") as part:
-                known.append(about_part(part))
-            require(known[0]["settings"] == known[-1]["settings"],
-                    f"{path}: {name} is of another run; delete the checkpoint")
-    expected = {f"{i}.safetensors" for i in range(known[0]["ranks"])} if known else {"0"}
-    require({os.path.basename(file) for file in files} == expected,
-            f"{path}: a rank's part is missing; delete the checkpoint")
-    require({about["step"] for about in known} == {int(path[-7:])},
-            f"{path}: made at another step; was it renamed?")
-    return known[0]["settings"]
+                about = about_part(part)
+            settings = settings or dict(about["settings"])
+            for wrong, why in ((about["ranks"] != len(files), "a rank's part is missing"),
+                               (about["settings"] != settings, f"{name} is of another run"),
+                               (about["step"] != int(path[-7:]), "made at another step, and renamed")):
+                require(not wrong, f"{path}: {why}; delete the checkpoint")
+    return settings
 
 
 @torch.no_grad()
@@ -269,6 +270,12 @@ def load_checkpoint(model, optimizer, path):
             else:
                 owner, _, key = rest.rpartition("/")
                 optimizer.state[params[owner]][key] = read_state(params[owner], pieces)
+        for name, p in params.items():   # AdamW takes this for granted
+            state = optimizer.state[p] if isinstance(optimizer, torch.optim.AdamW) else None
+            require(not state or state["step"] >= 0 and all(
+                (x.shape, x.dtype) == (p.shape, p.dtype)
+                for x in (state["exp_avg"], state["exp_avg_sq"])),
+                f"{path}: holds not the optimizer's state of {name}; delete the checkpoint")
 
 
 def read_state(p, pieces):
