@@ -97,7 +97,8 @@ def byte_level_cuts(steps, path):
             pattern = r"\p{N}" if step["individual_digits"] else r"\p{N}+"
         # libraries differ in what these mean, and in what they do with a match of no text
         outside_classes = re.sub(r"\[(\\.|[^\]\\])*\]|\\[$^]", "", pattern)
-        strange = re.search(r"\\[wWbBhH]|\[\[:", pattern) or re.search(r"[$^]", outside_classes)
+        strange = re.search(r"\\[wWbBhH]|(?<!\\)\[(\\.|[^\]\\])*(\[|&&)", pattern) \
+            or re.search(r"[$^]", outside_classes)
         isolated = step["type"] == "Digits" or step.get("behavior") == "Isolated"
         require(not strange and not regex.match(pattern, "")
                 and (isolated or step.get("behavior") == "Removed" and step.get("invert")),
@@ -225,11 +226,12 @@ class Tokenizer:
         for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
             require(not model.get(name), f"{path}: {name} {model[name]!r:.50} is not supported")
         require(model.get("type", "BPE") == "BPE",
-                f"{path}: a {model.get('type')} model; only BPE is supported")
+                f"{path}: model type {model.get('type')!r:.50}; only BPE is supported")
         put_first = {"type": "Prepend", "prepend": SPACE}
         spaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
         for step in normalizers:
-            require(step in ([put_first, spaces] if characters else [{"type": "NFC"}]),
+            require(step in ([put_first, spaces] if characters else [{"type": "NFC"}])
+                    and normalizers.count(step) == 1,
                     f"{path}: normalizer {step} is not supported")
         self.nfc, self.prepend = {"type": "NFC"} in normalizers, put_first in normalizers
         self.spaces = spaces in normalizers or characters and bool(steps)   # are written as SPACE

@@ -1831,7 +1831,9 @@ def test_ids_of_real_tokenizers(folder, vectors, tmp_path):
         {"type": "Split", "pattern": {"Regex": pattern}, "behavior": behavior},
         {"type": "ByteLevel", "add_prefix_space": False}]}}, f"pre_tokenizer .*{behavior}")
       for pattern, behavior in ((r"\w+", "Isolated"), ("^a", "Isolated"), ("a*", "Isolated"),
-                                ("[[:alpha:]]", "Isolated"), ("a", "Removed"))),
+                                ("[[:alpha:]]", "Isolated"), ("[a-z&&[^x]]", "Isolated"),
+                                ("[a-z&&c]", "Isolated"), ("a", "Removed"))),
+    ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}] * 2}}, "normalizer .*NFC"),
     ({"model": lambda m: m | {"type": "Unigram"}}, "Unigram"),
     ({"model": lambda m: m | {"dropout": 0.1}}, "dropout"),
     ({"model": lambda m: m | {"byte_fallback": True}, "pre_tokenizer": {
