@@ -247,7 +247,7 @@ def check_checkpoint(path):
             settings = settings or dict(about["settings"])
             for wrong, why in ((about["ranks"] != len(files), "a rank's part is missing"),
                                (about["settings"] != settings, f"{name} is of another run"),
-                               (about["step"] != int(path[-7:]), "made at another step, and renamed")):
+                               (about["step"] != int(path[-7:]), "made at another step")):
                 require(not wrong, f"{path}: {why}; delete the checkpoint")
     return settings
 
