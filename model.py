@@ -113,8 +113,7 @@ def config_from_dict(hf, where="config.json"):
     require(isinstance(rope, dict) and dict not in map(type, rope.values()),
             f"{where}: rope parameters must be one object of numbers and words (got {rope!r:.60})")
     rope = {field: value for field, value in rope.items() if value is not None}
-    rope_type = rope.get("rope_type") or rope.get("type") or "default"
-    kind, smollm3 = hf.get("model_type"), hf.get("model_type") == "smollm3"
+    kind, rope_type = hf.get("model_type"), rope.get("rope_type") or rope.get("type") or "default"
     # Every Mistral has a window, of 4,096 where its config doesn't say; Qwen's is switched on by
     # use_sliding_window. A sequence that fits into it doesn't meet it.
     windowed = kind == "mistral" or hf.get("use_sliding_window")
@@ -133,7 +132,8 @@ def config_from_dict(hf, where="config.json"):
     given[original] = hf.get(original) or given[original]
     scaling = {field: given.get(field) for field in ROPE[rope_type]}
     needed = {field: hf.get(field) for field in SIZES} | scaling | {
-        "rope_theta": rope.get("rope_theta", hf.get("rope_theta", 2e6 if smollm3 else 1e4)),
+        "rope_theta": rope.get("rope_theta", hf.get(
+            "rope_theta", 2e6 if kind == "smollm3" else 1e4)),
         "rms_norm_eps": hf.get("rms_norm_eps", 1e-6)}
     given = hf | dict.fromkeys(ROPE_NUMBERS) | {"sliding_window": window} | needed
     for field, (kinds, least, most) in RANGES.items():
@@ -149,7 +149,7 @@ def config_from_dict(hf, where="config.json"):
 
     # SmolLM3 marks layers without rotary embedding by a 0; where it doesn't, that is each fourth
     n_layer, every = hf["num_hidden_layers"], hf.get("no_rope_layer_interval") or 4
-    marks = hf.get("no_rope_layers") if smollm3 else [1] * n_layer
+    marks = hf.get("no_rope_layers") if kind == "smollm3" else [1] * n_layer
     marks = [i % every for i in range(1, n_layer + 1)] if marks is None else marks
     marked = isinstance(marks, list) and {*map(type, marks)} == {int} and len(marks) >= n_layer
     n_head, width, bias = hf["num_attention_heads"], hf["hidden_size"], hf.get("attention_bias")
@@ -169,7 +169,7 @@ def config_from_dict(hf, where="config.json"):
         norm_eps=needed["rms_norm_eps"], rope_theta=needed["rope_theta"],
         rope_scaling={"rope_type": rope_type} | scaling if scaling else None,
         max_position_embeddings=context or 2048,
-        tie_word_embeddings=bool(hf.get("tie_word_embeddings", smollm3)),
+        tie_word_embeddings=bool(hf.get("tie_word_embeddings", kind == "smollm3")),
         unrotated=tuple(i for i in range(n_layer) if not marks[i]),
         limits=tuple((field, n) for field, n in limits.items() if n),
         mlp_bias=bool(hf.get("mlp_bias")), qkv_bias=bool(bias) or kind == "qwen2",
@@ -479,7 +479,8 @@ class Llama(nn.Module):
             self.check_length(int(positions.max()) + 1)
         x = self.model.embed_tokens(tokens)        # (B, T, C)
         turned = rotary(positions, self.config)    # the same in all blocks, but for SmolLM3
-        still = torch.ones_like(turned[0]), torch.zeros_like(turned[1])
+        if self.config.unrotated:
+            still = torch.ones_like(turned[0]), torch.zeros_like(turned[1])
         for i, block in enumerate(self.model.layers):
             rope = still if i in self.config.unrotated else turned
             if self.activation_checkpointing and torch.is_grad_enabled():

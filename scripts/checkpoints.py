@@ -245,10 +245,12 @@ def check_checkpoint(path):
             with safe_open(file, framework="pt") as part:
                 about = about_part(part)
             settings = settings or dict(about["settings"])
-            for wrong, why in ((about["ranks"] != len(files), "a rank's part is missing"),
-                               (about["settings"] != settings, f"{name} is of another run"),
-                               (about["step"] != int(path[-7:]), "made at another step")):
-                require(not wrong, f"{path}: {why}; delete the checkpoint")
+            require(about["ranks"] == len(files),
+                    f"{path}: a rank's part is missing; delete the checkpoint")
+            require(about["settings"] == settings,
+                    f"{path}: {name} is of another run; delete the checkpoint")
+            require(about["step"] == int(path[-7:]),
+                    f"{path}: made at another step; was it renamed?")
     return settings
 
 
