@@ -27,9 +27,11 @@ import math
 import os
 import re
 import signal
+import socket
 import stat
 import sys
 import threading
+import time
 import tokenize
 import traceback
 from dataclasses import dataclass
@@ -576,7 +578,8 @@ def torchrun_ranks():
     told = {"LOCAL_RANK": "0"} | os.environ
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR"):
         value = told.get(name, "")
-        require(value and (name == "MASTER_ADDR" or value.isdecimal()),
+        require(value and (name == "MASTER_ADDR"
+                           or value.isdecimal() and int(value[:9]) < 65536),
                 f'RANK is set, but {name} is "{value}"; start with torchrun, or unset RANK')
     rank, local_rank, size = (int(told[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     require(rank < size, f"RANK is {rank}, but WORLD_SIZE {size}; ranks count from 0")
@@ -586,18 +589,30 @@ def torchrun_ranks():
 def join_ranks(backend, device_id=None):
     """Meet the other ranks. They have minutes to come. Once there, they wait longer for one that
     tokenizes."""
-    # torch tries twice for so long. torchrun answers at once, unless it was killed meanwhile.
-    patience = timedelta(seconds=20 if "TORCHELASTIC_RUN_ID" in os.environ else 120)
-    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    patience = timedelta(minutes=5)
     try:
-        store, rank, ranks = next(dist.rendezvous("env://", timeout=patience))
-        store.set_timeout(timedelta(minutes=5))
+        if by_torchrun:   # it listens there, unless it was killed; torch would wait a minute for it
+            socket.create_connection((host, port), 20).close()
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), dist.TCPStore(
+            host, port, is_master=rank == 0 and not by_torchrun, wait_for_workers=False,
+            timeout=timedelta(seconds=20 if by_torchrun else 120)))   # torch tries twice for so long
+        here, deadline = store.add("here", 1), time.monotonic() + patience.total_seconds()
+        while here < ranks:   # in Python, since torch's own waiting doesn't hear signals
+            require(time.monotonic() < deadline, f"MASTER_ADDR: {here} of {ranks} ranks came to "
+                    f"{host}:{port} within 5 minutes; were all machines started?")
+            time.sleep(0.1)
+            here = store.add("here", 0)
+        store.set_timeout(patience)
         dist.init_process_group(backend, store=store, rank=rank, world_size=ranks,
                                 timeout=timedelta(hours=2), device_id=device_id)
         store.set_timeout(timedelta(hours=2))
-    except dist.DistError as e:
-        raise UserError(f"MASTER_ADDR: the ranks did not meet at {where} ({first_line(e)[:90]}); "
-                        "is the first machine up, and are all started?") from e
+    except (OSError, dist.DistError) as e:
+        raise UserError(f"MASTER_ADDR: the ranks did not meet at {host}:{port} "
+                        f"({first_line(e)[:90]}); is the first machine up, and are all started?"
+                        ) from e
 
 
 def rank_and_size():

@@ -3104,18 +3104,50 @@ def test_a_full_disk_has_a_path(tmp_path):
     assert e.value.filename == "out/metrics.jsonl"
 
 
-@pytest.mark.parametrize("rank", ["0", "1"])
-def test_ranks_that_do_not_come(rank, monkeypatch):
-    """A first machine that doesn't answer, or others that never come, end in a line, in minutes."""
+def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        free = str(s.getsockname()[1])
-    for name, value in (LAUNCHED | {"RANK": rank, "MASTER_ADDR": "127.0.0.1",
-                                    "MASTER_PORT": free}).items():
+        return str(s.getsockname()[1])
+
+
+@pytest.mark.parametrize("rank, by_torchrun, error", [
+    ("0", "", "MASTER_ADDR: 1 of 2 ranks came to 127.0.0.1:PORT within 5 minutes"),
+    ("1", "", "MASTER_ADDR: the ranks did not meet at 127.0.0.1:PORT"),
+    ("1", "True", "MASTER_ADDR: the ranks did not meet at 127.0.0.1:PORT .*refused")])
+def test_ranks_that_do_not_come(rank, by_torchrun, error, monkeypatch):
+    """A first machine that doesn't answer, or others that never come, end in a line, in minutes;
+    and a torchrun that was killed, at once."""
+    port = free_port()
+    for name, value in (LAUNCHED | {"RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+                                    "TORCHELASTIC_USE_AGENT_STORE": by_torchrun}).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(configurator, "timedelta", lambda **_: timedelta(seconds=1))
-    with pytest.raises(UserError, match=f"MASTER_ADDR: the ranks did not meet at 127.0.0.1:{free}"):
+    if not by_torchrun:
+        monkeypatch.setattr(configurator, "timedelta", lambda **_: timedelta(seconds=1))
+    began = time.time()
+    with pytest.raises(UserError, match=error.replace("PORT", port)):
         configurator.join_ranks("gloo")
+    assert time.time() - began < 10
+
+
+def test_a_signal_ends_a_rank_that_waits_for_others(tmp_path):
+    """While it waits for another machine it hears Ctrl-C at once, and leaves nothing behind."""
+    waits = script_that("""
+import configurator, time
+def sleep(seconds, sleep=time.sleep):
+    os.kill(os.getpid(), 2)
+    sleep(30)
+configurator.time.sleep = sleep
+""", tmp_path / "waits.py")
+    began = time.time()
+    process = subprocess.run(
+        [sys.executable, waits, "config/demo.py", f"--out_dir={tmp_path}/out"],
+        env=os.environ | LAUNCHED | {"RANK": "0", "MASTER_ADDR": "127.0.0.1",
+                                     "MASTER_PORT": free_port()},
+        capture_output=True, text=True)
+    assert process.returncode == 130 and time.time() - began < 25
+    assert process.stderr == ("ended by SIGINT: no checkpoint was saved; the same command starts "
+                              "again\n")
+    assert not os.path.exists(f"{tmp_path}/out")
 
 
 # -----------------------------------------------------------------------------
