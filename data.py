@@ -24,7 +24,8 @@ Row formats, one example each (a hub dataset, or a file or folder, see READERS):
     {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello!",                 Anthropic/hh-rlhf
      "rejected": "\n\nHuman: ..."}
     {"prompt": "Hi", "responses": ["best", "middle", "worst"],       n responses, the best first, or
-     "rewards": [3, 2, 0]}                                           in any order with rewards
+     "rewards": [3, 2, 0]}                                           in any order with rewards,
+    {"prompt": "Hi", "responses": ["a", "b"], "best": 1}             or two and which is better
     {"messages": [..]} or {"prompt": "Hi", "completion": "Hello!"}   for --objective=sft, each turn
                                                                      of the assistant, but for those
                                                                      of "weight" 0
@@ -663,6 +664,7 @@ NAMES = {name: names.split() for name, names in {
     "completion": "completion response output answer",
     "responses": "responses generations",
     "rewards": "rewards ratings",
+    "best": "best",   # of two responses: 0 or 1, a or b, model_a or model_b
     "score_chosen": "score_chosen chosen_score chosen_rating chosen-rating",
     "score_rejected": "score_rejected rejected_score rejected_rating rejected-rating",
     "label": "label kto_tag",
@@ -733,6 +735,8 @@ def parse_row(row, columns={}, use_scores=False):
         if pair and order != [0, 1]:
             raise BadRow("the rejected response has the higher reward", f"got {rewards}")
         answers, rewards = [answers[i] for i in order], [rewards[i] for i in order]
+    elif name_of(row, "responses") in row.used and ("best" in columns or name_of(row, "best")):
+        answers = best_first(row, answers)
     template = {name: value for name in ("tools", "documents", "chat_template_kwargs")
                 if row.get(name) not in (None, "") and (value := listed(*take(row, name)))}
     new, dialogues = make_dialogues(row, answers)
@@ -823,6 +827,18 @@ def take_rewards(row, pair, n, use_scores):
     if len(rewards) != n or not all(type(r) in (int, float) and abs(r) < 1e30 for r in rewards):
         raise BadRow(f'"{name}" must be one number a response', f"got {str(rewards)[:50]}")
     return rewards
+
+
+def best_first(row, answers):
+    """Two answers, the one first that the field `best` names. Raises Drop at a tie."""
+    name, value = take(row, "best")
+    found = re.fullmatch(r"(?:model_)?([ab])|([01])(?:\.0)?", str(value).strip().lower())
+    if re.match(r"tie|both|neither", str(value).strip().lower()):
+        raise Drop("no response is the better one")
+    if not found or len(answers) != 2:
+        raise BadRow(f'"{name}" must say which of two responses is the better one: 0 or 1, a or b, '
+                     "model_a or model_b", f"got {str(value)[:30]}, {len(answers)} responses")
+    return answers if (found[1] or found[2]) in "a0" else answers[::-1]
 
 
 def make_dialogues(row, answers):
@@ -1264,7 +1280,8 @@ def tokenize(sources, tokenizer, max_length, max_prompt_length, bad_rows, column
     pairs, rewards = [], []
     seen, used = 0, 0
     dropped, cut, unused, left_out = (Counter() for _ in range(4))
-    for where, line in (found for source in sources for found in read_rows(*source)):
+    every = (found for source in sources for found in read_rows(*source))
+    for where, line in tqdm(every, "rows", disable=None):   # None: only on a terminal
         seen += 1
         try:
             with reading(where, "a row of a known layout"):

@@ -2215,6 +2215,12 @@ ROWS = {   # row, turns, responses, rewards if any
                  list("bdac"), [3, 3, 1, 0]),
     "distilabel": ({"instruction": "Hi", "generations": ["a", "b"], "ratings": [2, 5.0]}, say("Hi"),
                    ["b", "a"], [5, 2]),
+    "best": ({"prompt": "Hi", "responses": ["a", "b"], "best": 1}, say("Hi"), ["b", "a"]),
+    "best_of_two": ({"responses": [say("Hi", "a"), say("Hi", "b")], "best": "model_b"}, say("Hi"),
+                    ["b", "a"]),
+    "best_and_rewards": ({"prompt": "Hi", "responses": ["a", "b"], "rewards": [1, 0], "best": "b"},
+                         say("Hi"), ["a", "b"], [1, 0]),
+    "best_of_a_pair": ({"prompt": "Hi", **AB, "best": "b"}, say("Hi"), ["a", "b"]),
     # the names that fields have elsewhere
     "alpaca": ({"instruction": "Hi", "input": "you", **AB}, say("Hi\n\nyou"), ["a", "b"]),
     "no_input": ({"instruction": "Hi", "input": "", **AB}, say("Hi"), ["a", "b"]),
@@ -2312,6 +2318,12 @@ MATRIX = {   # a row, or its line of .jsonl -> an error's words, why it is dropp
     "order": (GOOD | {"rewards": [1, 2]}, ["rejected", "higher reward"]),
     "more_responses": ({"prompt": "Hi", "responses": ["a", "b", "c"]},
                        ["3 responses", "--columns=chosen:responses.0,rejected:responses.-1"]),
+    "tie": ({"prompt": "Hi", "responses": ["a", "b"], "best": "Tie (both bad)"},
+            "no response is the better one"),
+    "best_of_three": ({"prompt": "Hi", "responses": ["a", "b", "c"], "best": 1}, ["best", "3 resp"]),
+    "best_from_1": ({"prompt": "Hi", "responses": ["a", "b"], "best": 2}, ["best", "0 or 1", "2"]),
+    "best_is_true": ({"prompt": "Hi", "responses": ["a", "b"], "best": True}, ["best", "True"]),
+    "no_best": ({"prompt": "Hi", "responses": ["a", "b"], "best": None}, ["best", "None"]),
     "no_responses": ({"prompt": "Hi", "responses": []}, ["responses"]),
     "text_as_messages": ({"messages": "Hi"}, ["messages", "list"]),
     "responses_object": ({"prompt": "Hi", "responses": {"a": 1}}, ["responses", "list"]),
@@ -2510,6 +2522,14 @@ def test_columns(tokenizer, tmp_path):
                     "responses:text_0+text_1,rewards:score_0+score_1"):
         pairs = data.load_pairs(scored, "", tokenizer, 512, 256, columns=columns)
         assert all_ids(pairs) == want and pairs.rewards.tolist() == [[2, 1]]
+    chosen_by = "responses:text_0+text_1,best:which"   # as in PKU-SafeRLHF or the Chatbot Arena
+    for which in (1, "1", "1.0", "b", " Model_B"):
+        which = write_rows(tmp_path / "d.jsonl", [read_json(scored) | {"which": which}])
+        assert all_ids(data.load_pairs(which, "", tokenizer, 512, 256, columns=chosen_by)) == want
+    for which in ({}, {"which": None}):
+        which = write_rows(tmp_path / "d.jsonl", [read_json(scored) | which])
+        with pytest.raises(UserError, match='no field "best"'):
+            data.load_pairs(which, "", tokenizer, 512, 256, columns=chosen_by)
     mixed = data.load_pairs(f"{tmp_path}/a.jsonl,{other}", "", tokenizer, 512, 256,
                             columns="prompt:ask.text,chosen:answers.0,rejected:answers.2")
     assert all_ids(mixed) == want + want
