@@ -606,8 +606,11 @@ def join_ranks(backend, device_id=None):
             time.sleep(0.1)
             here = store.add("here", 0)
         store.set_timeout(patience)
+        # If another rank dies in this call, torchrun's SIGTERM must end it.
+        heard = signal.signal(signal.SIGTERM, signal.SIG_DFL)
         dist.init_process_group(backend, store=store, rank=rank, world_size=ranks,
                                 timeout=timedelta(hours=2), device_id=device_id)
+        signal.signal(signal.SIGTERM, heard)
         store.set_timeout(timedelta(hours=2))
     except (OSError, dist.DistError) as e:
         raise UserError(f"MASTER_ADDR: the ranks did not meet at {host}:{port} "

@@ -3149,25 +3149,35 @@ def test_ranks_that_do_not_come(rank, by_torchrun, error, monkeypatch):
     assert time.time() - began < 10
 
 
-def test_a_signal_ends_a_rank_that_waits_for_others(tmp_path):
-    """While it waits for another machine it hears Ctrl-C at once, and leaves nothing behind."""
-    waits = script_that("""
-import configurator, time
-def sleep(seconds, sleep=time.sleep):
-    os.kill(os.getpid(), 2)
+WAITING = {   # what happens while rank 0 waits for rank 1, and how it ends
+    "for it to come": ("""
+def sleep(seconds, sleep=configurator.time.sleep):
+    os.kill(os.getpid(), signal.SIGINT)
     sleep(30)
 configurator.time.sleep = sleep
-""", tmp_path / "waits.py")
+""", 130, "ended by SIGINT: no checkpoint was saved; the same command starts again\n"),
+    "for its answer": ("""
+def meet(*args, meet=dist.init_process_group, **kwargs):
+    subprocess.Popen(["sh", "-c", f"sleep 1; kill {os.getpid()}"])
+    meet(*args, **kwargs)
+dist.init_process_group, dist.PrefixStore.add = meet, lambda *_: 2
+""", -signal.SIGTERM, "")}
+
+
+@pytest.mark.parametrize("name", WAITING)
+def test_a_signal_ends_a_rank_that_waits(name, tmp_path):
+    """It ends at once, whether rank 1 has not come yet, or came and died."""
+    does, returncode, stderr = WAITING[name]
+    script = script_that("import configurator, signal, subprocess\nimport torch.distributed as dist"
+                         + does, tmp_path / "waits.py")
     began = time.time()
     process = subprocess.run(
-        [sys.executable, waits, "config/demo.py", f"--out_dir={tmp_path}/out"],
+        [sys.executable, script, "config/demo.py", f"--out_dir={tmp_path}/out"],
         env=os.environ | LAUNCHED | {"RANK": "0", "MASTER_ADDR": "127.0.0.1",
                                      "MASTER_PORT": free_port()},
-        capture_output=True, text=True)
-    assert process.returncode == 130 and time.time() - began < 25
-    assert process.stderr == ("ended by SIGINT: no checkpoint was saved; the same command starts "
-                              "again\n")
-    assert not os.path.exists(f"{tmp_path}/out")
+        capture_output=True, text=True, timeout=60)
+    assert (process.returncode, process.stderr) == (returncode, stderr)
+    assert time.time() - began < 25
 
 
 # -----------------------------------------------------------------------------
