@@ -236,7 +236,8 @@ def write_text(path, text):
     temporary = f"{path}.tmp{os.getpid()}"
     try:
         with writing(path):
-            with open(temporary, "w", encoding="utf-8", newline="") as f:
+            # half a character, as of a file's name that is no UTF-8, is as JSON has it: \ud800
+            with open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="") as f:
                 f.write(text)
             publish(temporary, path)
     finally:
@@ -398,7 +399,7 @@ def configure(namespace, argv, source, choices={}, above_zero="", at_least_zero=
     """
     known = read_settings(source)
     defaults = {name: setting.value for name, setting in known.items()}
-    bounds = (("above 0", above_zero.split(), lambda x: x > 0),
+    bounds = (("above 0, and below 2 ** 31", above_zero.split(), lambda x: 0 < x < 2 ** 31),
               ("0 or more", at_least_zero.split(), lambda x: x >= 0),
               ("from 0 to below 1", below_one.split(), lambda x: 0 <= x < 1))
     if "--help" in argv or "-h" in argv:
@@ -506,7 +507,8 @@ def check_known(key, known, where):
 
 
 BARE = object()   # the value of a --key without =, which means True
-KINDS = {bool: "true or false", int: "a whole number below 2 ** 63", float: "a number", str: "text"}
+KINDS = {bool: "true or false", int: "a whole number below 2 ** 63", float: "a number below 1e30",
+         str: "text"}
 
 
 def words_of(comment):
@@ -543,10 +545,11 @@ def coerce(key, value, default, words, where):
         except (TypeError, ValueError, OverflowError):
             raise problem from None
         if (isinstance(value, bool) or not math.isfinite(number)
+                or want is float and abs(number) > 1e30   # fp32 ends at 3e38
                 or want is int and (number != int(number) or abs(number) >= 2 ** 63)):
             raise problem
         value = want(number)
-    elif not isinstance(value, str):
+    elif not isinstance(value, str) or "\0" in value:
         raise problem
     return value
 
@@ -565,6 +568,14 @@ def help_text(known, source):
 
 # -----------------------------------------------------------------------------
 # processes
+
+
+def check_numbers(args, **least):
+    """UserError unless these arguments of a script are None, or numbers from so much to 2 ** 31."""
+    for name, lowest in least.items():
+        value = getattr(args, name)
+        require(value is None or lowest <= value < 2 ** 31,
+                f"--{name} must be {lowest} or more, and below 2 ** 31 (got {value})")
 
 
 def torchrun_ranks():
@@ -598,7 +609,7 @@ def join_ranks(backend, device_id=None):
             socket.create_connection((host, port), 20).close()
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), dist.TCPStore(
             host, port, is_master=rank == 0 and not by_torchrun, wait_for_workers=False,
-            timeout=timedelta(seconds=20 if by_torchrun else 120)))   # torch tries twice for so long
+            timeout=timedelta(seconds=20 if by_torchrun else 120)))   # torch tries twice
         here, deadline = store.add("here", 1), time.monotonic() + patience.total_seconds()
         while here < ranks:   # in Python, since torch's own waiting doesn't hear signals
             require(time.monotonic() < deadline, f"MASTER_ADDR: {here} of {ranks} ranks came to "

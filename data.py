@@ -59,6 +59,7 @@ from configurator import (
     read_json, read_text, reading, require, save_cache, sha256)
 
 MAX_CHARS = 400_000   # of a field; tiktoken panics at a piece of about a million characters
+MAX_TURNS = 500   # of a field; to render each turn with all before it takes seconds then
 MAX_LINE, MAX_WHOLE = 10 ** 8, 2 ** 31   # bytes: a small file may unpack without end
 
 # -----------------------------------------------------------------------------
@@ -200,8 +201,9 @@ class Tokenizer:
             self.eos_id = self.added.get(self.named["eos_token"])
             ends = (model_config | generation_config).get("eos_token_id")
             self.end_ids = {*(ends if isinstance(ends, list) else [ends])} - {None}
-            require({*map(type, self.end_ids)} <= {int}, f"{folder}: eos_token_id of config.json "
-                    f"or generation_config.json should be whole numbers (got {ends!r:.50})")
+            require(all(type(i) is int and abs(i) < 2 ** 31 for i in self.end_ids),
+                    f"{folder}: eos_token_id of config.json or generation_config.json should be "
+                    f"whole numbers (got {ends!r:.50})")
             self.text_prefix = find_text_prefix(spec)
             self.template_text = find_chat_template(folder, config, chat_template)
             self.template = compile_template(self.template_text, chat_template or folder)
@@ -369,7 +371,7 @@ class Tokenizer:
         turns: [{"role", "content", and what else a message has}]. Raises Drop where the template
         refuses them, or fails at them.
         """
-        variables = self.named | self.template_kwargs | dict(
+        variables = self.named | self.template_kwargs | (chat_template_kwargs or {}) | dict(
             tools=tools, documents=documents, add_generation_prompt=add_generation_prompt)
         turns = with_reasoning(turns)
         no_nulls = [{k: v for k, v in t.items() if v is not None} for t in turns]
@@ -377,8 +379,7 @@ class Tokenizer:
         for messages in (no_nulls, turns, [{"content": ""} | t for t in no_nulls]):
             try:
                 with limited(RENDER_SECONDS, "chat template: to render a row"):
-                    text = self.template.render(variables | (chat_template_kwargs or {}),
-                                                messages=messages)
+                    text = self.template.render(variables, messages=messages)
                 if len(text) > 2 * MAX_CHARS:
                     raise ValueError(f"it writes over {2 * MAX_CHARS:,} characters")
                 return text
@@ -700,6 +701,7 @@ class Row:
     responses: list         # n of them, each a list of turns, the best first
     rewards: list           # r of each, or None where the row has none
     template: dict          # what the chat template gets beside the turns
+    ranked: str             # by what `responses` are: "rewards", "best", "order"; "" for others
 
 
 def parse_row(row, columns={}, use_scores=False):
@@ -730,27 +732,33 @@ def parse_row(row, columns={}, use_scores=False):
     else:
         raise missing(row, "chosen")
     rewards = take_rewards(row, pair, len(answers), use_scores)
+    ranked = "" if name_of(row, "responses") not in row.used else "rewards" if rewards else \
+        "best" if "best" in columns or name_of(row, "best") else "order"
     if rewards:   # the best first; ties stay in order
         order = sorted(range(len(answers)), key=lambda i: -rewards[i])
         if pair and order != [0, 1]:
             raise BadRow("the rejected response has the higher reward", f"got {rewards}")
         answers, rewards = [answers[i] for i in order], [rewards[i] for i in order]
-    elif name_of(row, "responses") in row.used and ("best" in columns or name_of(row, "best")):
+    elif ranked == "best":
         answers = best_first(row, answers)
     template = {name: value for name in ("tools", "documents", "chat_template_kwargs")
                 if row.get(name) not in (None, "") and (value := listed(*take(row, name)))}
+    if not isinstance(template.get("chat_template_kwargs", {}), dict):
+        raise BadRow('"chat_template_kwargs" must be an object')
     new, dialogues = make_dialogues(row, answers)
 
     said = {text_of(t).strip() for turns in dialogues for t in turns}
     roots = {part.split(".")[0] for path in columns.values() for part in path.split("+")}
-    unused = [name for name, value in row.items() if value and name not in row.used | roots
+    unused = [name for name, value in row.items() if value not in (None, "", [], {})
+              and name not in row.used | roots
               and not (isinstance(value, str) and (value.strip() in said or hh_turns(value)))]
     unused += [path for path in columns.values() if at(given, path) is None]
     if len(dialogues) > 1:
         n = shared_turns(dialogues, new)
-        return [Row(dialogues[0][:n], [d[n:] for d in dialogues], rewards, template)], unused
+        return [Row(dialogues[0][:n], [d[n:] for d in dialogues], rewards, template,
+                    ranked)], unused
     [turns], [new] = dialogues, new
-    rows = [Row(turns[:i], [turns[i:i + 1]], rewards, template)
+    rows = [Row(turns[:i], [turns[i:i + 1]], rewards, template, ranked)
             for i in range(max(1, len(turns) - len(new)), len(turns))
             if turns[i]["role"] == "assistant" and turns[i].get("weight", 1)]   # as OpenAI's weight
     if not rows:
@@ -951,7 +959,10 @@ def turns_of(name, value, role, prompt=""):
         return hh or [turn(role, value)]
     if not isinstance(value, (list, dict)):
         raise BadRow(f'"{name}" must be a string or messages', f"got {kind_of(value)}")
-    return [check_message(name, m) for m in (value if isinstance(value, list) else [value])]
+    messages = value if isinstance(value, list) else [value]
+    if len(messages) > MAX_TURNS:
+        raise Drop(f"over {MAX_TURNS} turns")
+    return [check_message(name, m) for m in messages]
 
 
 def check_message(name, message):
@@ -1025,7 +1036,7 @@ def read_rows(source, split):
     source: a path, or owner/name[/data_dir][:config][@revision] of the hub. A row is an object or a
     line of JSON.
     """
-    stem, packing = re.fullmatch(r"(.*?)(\.gz|\.zst)?", source).groups()
+    stem, packing = re.fullmatch(r"(.*?)(\.gz|\.zst)?", source, re.DOTALL).groups()
     kind = os.path.splitext(stem)[1]
     if not os.path.exists(source):
         require(re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)+(:[\w.-]+)?(@[\w./-]+)?", source)
@@ -1101,7 +1112,8 @@ def read_csv(source, f):
         yield from ((f"{source}:{rows.line_num}", {None: ""} if None in row.values() else row)
                     for row in rows)
     except csv.Error as e:
-        raise UserError(f"{source}:{rows.line_num}: not CSV ({e}); is a quote missing?") from e
+        line = rows.reader.line_num   # that of `rows` is the one before
+        raise UserError(f"{source}:{line}: not CSV ({e}); is a quote missing?") from e
 
 
 def read_parquet(source, f):
@@ -1278,7 +1290,7 @@ def parse_columns(text):
 def tokenize(sources, tokenizer, max_length, max_prompt_length, bad_rows, columns, use_scores):
     """load_pairs without the cache. Every row is used, or counted as dropped, by its reason."""
     pairs, rewards = [], []
-    seen, used = 0, 0
+    seen, used, ranked = 0, 0, set()
     dropped, cut, unused, left_out = (Counter() for _ in range(4))
     every = (found for source in sources for found in read_rows(*source))
     for where, line in tqdm(every, "rows", disable=None):   # None: only on a terminal
@@ -1292,6 +1304,8 @@ def tokenize(sources, tokenizer, max_length, max_prompt_length, bad_rows, column
                     made.append(tokenize_row(row, tokenizer, max_length, max_prompt_length, cut))
                 except Drop as reason:
                     reasons.append(str(reason))
+                except RecursionError:
+                    raise BadRow("nested too deeply") from None
             if not made:
                 raise Drop(reasons[0])
             n, first = len(rows[0].responses), len((pairs or made)[0]) - 1
@@ -1301,6 +1315,9 @@ def tokenize(sources, tokenizer, max_length, max_prompt_length, bad_rows, column
                              "--columns=chosen:responses.0,rejected:responses.-1")
             if pairs and (rows[0].rewards is None) != (not rewards):
                 raise BadRow('some rows have "rewards" and some have not')
+            ranked.add(rows[0].ranked)
+            if {"best", "order"} <= ranked:
+                raise BadRow('some rows have "best" and some have not')
         except Drop as reason:
             dropped[str(reason)] += 1
             continue
@@ -1308,6 +1325,8 @@ def tokenize(sources, tokenizer, max_length, max_prompt_length, bad_rows, column
             require(bad_rows == "drop", f"{where}: {e}; fix or delete the row, or --bad_rows=drop")
             dropped[e.reason] += 1
             continue
+        except UserError as e:
+            raise UserError(f"{where}: {e}") from e
         used += 1
         unused.update(names)
         left_out.update(reasons)

@@ -550,7 +550,7 @@ class Llama(nn.Module):
 
 def sample(logits, temperature, top_k, top_p, generator=None):
     """logits (B, V) -> token ids (B,)."""
-    if temperature == 0:   # greedy
+    if temperature < 1e-6:   # greedy
         return logits.argmax(-1)
     logits = logits / temperature
     if top_k:
@@ -559,6 +559,7 @@ def sample(logits, temperature, top_k, top_p, generator=None):
     if top_p < 1:   # the smallest set of likeliest tokens whose probability reaches top_p
         ordered, order = logits.softmax(-1).sort(descending=True)
         outside = ordered.cumsum(-1) - ordered >= top_p
+        outside[:, 0] = False   # also where top_p is so small that it is 0 in fp32
         logits = logits.masked_fill(outside.scatter(-1, order, outside), -math.inf)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
@@ -1166,6 +1167,12 @@ def check_target(out_dir, folder, adapter_alone, overwrite=False):
         require(file in known, f"{os.path.join(out_dir, file)}: no export of this project wrote "
                 "it, and it would be overwritten, or opened with the model; move it, or give "
                 "another out_dir")
-    begun = os.path.exists(os.path.join(out_dir, "train_config.json"))
+    config = os.path.join(out_dir, "train_config.json")
+    begun = os.path.exists(config) and "init_from" in read_json(config)
+    ours = begun or os.path.exists(os.path.join(out_dir, EXPORTED))
+    for file in ("train_config.json", "metrics.jsonl", "export.tmp"):
+        path = os.path.join(out_dir, file)
+        require(ours or not os.path.lexists(path), f"{path}: not of a run of this project, which "
+                "would overwrite it; move it, or give another out_dir")
     require(overwrite or not known or begun and not is_finished(out_dir),
             f"out_dir: {out_dir} holds a finished model; --overwrite=True replaces it")

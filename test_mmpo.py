@@ -689,7 +689,8 @@ def test_generate_equals_a_naive_loop():
 @pytest.mark.parametrize("knobs, kept", [
     ((1.0, 0, 1.0), [0.5, 0.3, 0.15, 0.05]), ((0.5, 0, 1.0), [0.25, 0.09, 0.0225, 0.0025]),
     ((1.0, 2, 1.0), [0.5, 0.3, 0, 0]), ((1.0, 0, 0.4), [0.5, 0, 0, 0]),
-    ((1.0, 0, 0.7), [0.5, 0.3, 0, 0]), ((1.0, 0, 0.9), [0.5, 0.3, 0.15, 0])])
+    ((1.0, 0, 0.7), [0.5, 0.3, 0, 0]), ((1.0, 0, 0.9), [0.5, 0.3, 0.15, 0]),
+    ((1.0, 0, 1e-320), [1, 0, 0, 0]), ((1e-320, 0, 1.0), [1, 0, 0, 0])])
 def test_sample(knobs, kept):
     """Temperature reshapes; top_k and top_p keep the smallest set, renormalized."""
     order = [2, 0, 3, 1]   # the likeliest is not the first
@@ -874,7 +875,7 @@ def test_check_target(checkpoint, tmp_path):
         llama.check_target(out, checkpoint, False)
     llama.check_target(out, checkpoint, False, overwrite=True)
     for finished in (False, True):
-        write_json(f"{out}/train_config.json", {"finished": finished})
+        write_json(f"{out}/train_config.json", {"init_from": "a", "finished": finished})
         if not finished:
             llama.check_target(out, checkpoint, False)
     with pytest.raises(UserError, match="holds a finished model"):
@@ -887,6 +888,12 @@ def test_check_target(checkpoint, tmp_path):
     become_folder(f"{out}/model.safetensors")
     with pytest.raises(UserError, match=f"{out}/model.safetensors: no export"):
         llama.check_target(out, checkpoint, False, overwrite=True)
+    for file in ("train_config.json", "metrics.jsonl", "export.tmp"):   # another program's
+        other = tmp_path / file.replace(".", "-")
+        other.mkdir()
+        (other / file).write_text('{"mine": 1}')
+        with pytest.raises(UserError, match=f"{other}/{file}: not of a run of this project"):
+            llama.check_target(str(other), checkpoint, False, overwrite=True)
 
 
 @torch.no_grad()
@@ -2324,6 +2331,11 @@ MATRIX = {   # a row, or its line of .jsonl -> an error's words, why it is dropp
     "best_from_1": ({"prompt": "Hi", "responses": ["a", "b"], "best": 2}, ["best", "0 or 1", "2"]),
     "best_is_true": ({"prompt": "Hi", "responses": ["a", "b"], "best": True}, ["best", "True"]),
     "no_best": ({"prompt": "Hi", "responses": ["a", "b"], "best": None}, ["best", "None"]),
+    "kwargs": (GOOD | {"chat_template_kwargs": "[1]"}, ["chat_template_kwargs", "object"]),
+    "deep_tools": (GOOD | {"tools": json.loads("[" * 700 + "]" * 700)}, ["nested too deeply"]),
+    "turns": ({"messages": say("a", "b") * 251}, "over 500 turns"),
+    "pair_of_turns": ({"chosen": say("a", "b") * 251, "rejected": say("a", "c") * 251},
+                      "over 500 turns"),
     "no_responses": ({"prompt": "Hi", "responses": []}, ["responses"]),
     "text_as_messages": ({"messages": "Hi"}, ["messages", "list"]),
     "responses_object": ({"prompt": "Hi", "responses": {"a": 1}}, ["responses", "list"]),
@@ -2526,6 +2538,9 @@ def test_columns(tokenizer, tmp_path):
     for which in (1, "1", "1.0", "b", " Model_B"):
         which = write_rows(tmp_path / "d.jsonl", [read_json(scored) | {"which": which}])
         assert all_ids(data.load_pairs(which, "", tokenizer, 512, 256, columns=chosen_by)) == want
+    with pytest.raises(UserError, match="some rows have \"best\" and some have not"):
+        load(write_rows(tmp_path / "e.jsonl", [{"prompt": "Hi", "responses": ["a", "b"], "best": 1},
+                                               {"prompt": "Hi", "responses": ["a", "b"]}]), tokenizer)
     for which in ({}, {"which": None}):
         which = write_rows(tmp_path / "d.jsonl", [read_json(scored) | which])
         with pytest.raises(UserError, match='no field "best"'):
@@ -2940,6 +2955,7 @@ def test_config_that_sets_nothing_it_seems_to(configure, tmp_path):
     ("--max_iters=1.5", ["max_iters", "whole number", "1.5"]), ("--max_iters=", ["whole number"]),
     ("--max_iters=true", ["whole number"]), ("--max_iters=1e999", ["whole number"]),
     ("--max_iters=-5", ["max_iters", "0 or more", "-5"]), ("--learning_rate=0", ["above 0"]),
+    ("--offset=1e39", ["below 1e30"]), ("out_dir = 'a\\0b'", ["text"]),
     ("--offset=inf", ["a number"]), ("--offset=nan", ["a number"]),
     ("--max_iters=1e30", ["below 2 ** 63"]), ("--max_iters=" + "9" * 5000, ["whole number"]),
     ("--dropout=1.5", ["from 0 to below 1"]),
@@ -3114,6 +3130,13 @@ def test_the_length_of_an_error(tmp_path):
     process = run_process(["-c", code])
     [line] = process.stderr.splitlines()
     assert len(line) <= 300 and line.startswith("error: a.json: \\n\\x1b") and line.endswith("; x")
+
+
+def test_text_that_is_no_unicode(tmp_path):
+    """Half a character, as in a file's name that is no UTF-8, is written, and the same when read."""
+    value = {"name": os.fsdecode(b"caf\xe9"), "half": "a\ud800é"}
+    write_json(tmp_path / "a.json", value)
+    assert read_json(tmp_path / "a.json") == value
 
 
 def test_a_full_disk_has_a_path(tmp_path):
@@ -3455,7 +3478,8 @@ def test_scripts(command, runs, tmp_path):
     (["--top_p=0"], "--top_p must be above 0"), (["--top_p=nan"], "--top_p must"),
     (["--top_k=-1"], "--top_k must"), (["--temperature=-1"], "--temperature must be 0 or more"),
     (["--temperature=inf"], "--temperature must"), (["--max_new_tokens=0"], "--max_new_tokens"),
-    (["--batch_size=0"], "--batch_size must be above 0"), (["--seed=-1"], "--seed must"),
+    (["--batch_size=0"], "--batch_size must be 1 or more"), (["--seed=-1"], "--seed must"),
+    (["--max_new_tokens=3000000000"], "--max_new_tokens must be 1 or more, and below 2 ** 31"),
     (["--instructions={file}"], "row 2: \"instruction\" must be text (got None)")])
 def test_sample_arguments(args, words, tmp_path, monkeypatch):
     """What scripts.sample can't do with its arguments is an error that names the argument."""
@@ -3699,8 +3723,8 @@ def test_closing_lines(name, evaluated, tmp_path):
     write_rows(tmp_path / "metrics.jsonl",
                [{"iter": i} | m for i, m in enumerate([first, *steps, last])])
     write_json(tmp_path / "train_config.json",
-               read_json(f"{evaluated[0]}/train_config.json") | settings)
-    lines = report.closing_lines(str(tmp_path), 200)
+               read_json(f"{evaluated[0]}/train_config.json") | {"held_out": 200} | settings)
+    lines = report.closing_lines(str(tmp_path))
     assert all(word in lines for word in said) and not any(word in lines for word in unsaid), lines
 
 
@@ -3743,9 +3767,12 @@ def test_model_card(evaluated, tmp_path):
     last = metrics_of(out)[-1]
     assert f"{last['eval/logps/chosen']:.3f} |" in body and "--batch_size=8" in body
     assert "out_dir" not in body
-    (out / "README.md").write_text("mine")
+    (out / "README.md").write_bytes(b"caf\xe9")
     report.write_model_card(str(out))
-    assert (out / "README.md").read_text() == "mine"
+    assert (out / "README.md").read_bytes() == b"caf\xe9"
+    os.remove(out / "README.md")
+    os.mkfifo(out / "README.md")
+    report.write_model_card(str(out))
 
 
 def test_grid():
@@ -3783,7 +3810,7 @@ def test_table_of_runs_without_pairs(tmp_path):
     for run in runs:
         write_json(tmp_path / f"{run}.evaluation.json", {
             "metrics": {"choices/a/acc": [0.3, 0.2, 0.4]}, "before": {}, "margins": None})
-    *_, first, second = compare.table(runs, str(tmp_path), None).splitlines()
+    *_, first, second = compare.table(runs, str(tmp_path), "beta=0.1").splitlines()
     assert first == "| beta=0.1 | 0.3 ± 0.1 (seeds 0.3 to 0.3) |  |"
     assert second == "| beta=0.5 | 0.3 ± 0.1 |  |"
 
@@ -3810,6 +3837,43 @@ def test_compare(tmp_path):
     assert weights.stat().st_mtime_ns == made
     assert (tmp_path / "objective=mmpo_seed=1" / "README.md").exists()
     assert_one_line(run_process([*command, "--beta=0.3"]), "beta", "another --out")
+
+
+def test_compare_arguments(tmp_path, monkeypatch, capsys):
+    """What can't work is told before anything runs."""
+    pytest.importorskip("matplotlib")
+    from scripts import compare
+    for args, words in ((["--grid", "beta=1", "beta=2"], "--grid: a key twice in beta=1 beta=2"),
+                        (["--grid", "beta=1,2", "--beside=beta=3"], "--beside: one of beta=1, beta=2"),
+                        (["--evaluate='open"], "--evaluate: not arguments")):
+        monkeypatch.setattr(sys, "argv", ["compare", "config/demo.py", f"--out={tmp_path}/a", *args])
+        with pytest.raises(UserError, match=words):
+            compare.main()
+    monkeypatch.setattr(sys, "argv", ["compare", "config/demo.py", "--evaluate=--nonsense"])
+    with pytest.raises(SystemExit):
+        compare.main()
+    assert "unrecognized arguments: --nonsense" in capsys.readouterr().err
+    one, other = ({"margins": {"implicit": [1.0] * n}, "prompts": [*range(n)]} for n in (2, 3))
+    assert compare.difference([one], [one]) and compare.difference([one], [other]) == ""
+
+
+def test_labels_of_a_picture(tmp_path):
+    """A legend names every run as it is called, also where two have one name."""
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+    from scripts import plot
+    seen, legend = [], Figure.legend
+    paths = [str(tmp_path / name) for name in ("a/_run$x_1$", "b/_run$x_1$", r"a/$\frac$")]
+    for path in paths:
+        os.makedirs(path)
+        write_rows(f"{path}/metrics.jsonl", [{"iter": 0, "eval/loss": 1.0}])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "legend", lambda self, lines, names, **kw: (
+            seen.extend(names), legend(self, lines, names, **kw))[1])
+        plot.plot(paths, str(tmp_path / "a.png"))
+        plot.plot(paths[1:], str(tmp_path / "a.png"))
+    assert [*map(plot.plain, paths)] == seen[:3]
+    assert [r" _run\$x_1\$", r"\$\frac\$"] == seen[4:6]
 
 
 # --- ranks, packs and compilation change nothing
@@ -4110,6 +4174,17 @@ def test_one_run_in_one_folder(tmp_path, monkeypatch, capsys):
     assert_done(run_process(["-c", code, f"{out}-new"]))
     assert not os.path.exists(f"{out}-new")
 
+    secret = tmp_path / "secret"
+    for name in ("file", "link", "pipe"):   # a person's
+        (tmp_path / name).mkdir()
+        lock = tmp_path / name / ".lock"
+        secret.write_text("mine")
+        {"file": lambda: lock.write_text("mine"), "link": lambda: lock.symlink_to(secret),
+         "pipe": lambda: os.mkfifo(lock)}[name]()
+        with pytest.raises(UserError, match=f"{name}/.lock: not the file that a run makes there"):
+            checkpoints.hold(str(tmp_path / name))
+        assert os.path.lexists(lock) and secret.read_text() == "mine"
+
     def no_locks(*_):
         raise OSError(95, "Operation not supported")
     monkeypatch.setattr("fcntl.flock", no_locks)
@@ -4307,7 +4382,8 @@ def log_of(out):
 
 out = folder + "/run"
 assert run(out, "--keep_checkpoints=2", before=poison(7, 12)) == 1, log_of(out)
-*_, last = log_of(out).splitlines()
+# a save that the error finds under way is told of after it
+[last] = [line for line in log_of(out).splitlines() if line.startswith("error: ")]
 assert "warning: step 3: the gradient is not finite" in log_of(out) and "MB in" in log_of(out)
 assert last.startswith("error: step 5: the gradient is not finite, and the weights are not") and \
     "; its pairs: " in last and len(last) <= 300, last
@@ -4468,10 +4544,10 @@ MISTAKES = {   # arguments, words of the error
     "device": (["--device=cuda"], ["device: no"]),
     "single": ([*USABLE, "--eval_dataset={folder}/single.jsonl"], ["single.jsonl", "one response"]),
     "window": ([*USABLE, "--init_from={folder}/windowed"], ["tokens", "sliding_window, 8"]),
-    "memory": ([*USABLE, "--sample_tokens=1e18"], ["not enough memory", "--debug shows where"]),
+    "memory": (USABLE, ["not enough memory", "--debug shows where"]),
     "rank": (["--dataset={folder}/good.jsonl,{folder}/good.jsonl", "--eval_pairs=1",
               "--lora_rank=999"], ["lora_rank: 999 is more than the model's width"]),
-    "diverged": ([*USABLE, "--learning_rate=1e38", "--max_iters=9"], ["step", "not finite", "its pairs"]),
+    "diverged": ([*USABLE, "--learning_rate=9e29", "--max_iters=9"], ["step", "not finite", "its pairs"]),
 }
 
 
@@ -4500,13 +4576,16 @@ def mistakes(checkpoint, tmp_path_factory):
     (folder / "typo.py").write_text("learnig_rate = 1e-3\n")
     with open(TRAIN, encoding="utf-8") as f:
         before, setup, after = f.read().partition("# --- setup")
-    (folder / "fork.py").write_text("import os, sys\nsys.path.insert(0, os.getcwd())\n" + before
-                                    + 'raise ValueError("my bug")\n' + setup + after)
+    scripts = {"fork": 'raise ValueError("my bug")\n', "memory": "torch.empty(10 ** 15)\n"}
+    for name, does in scripts.items():
+        scripts[name] = folder / f"{name}.py"
+        scripts[name].write_text("import os, sys\nsys.path.insert(0, os.getcwd())\n" + before + does
+                                 + setup + after)
     jobs = {name: args for name, (args, _) in MISTAKES.items()}
     jobs |= {"debug": ["--min_lr=1", "--debug"], "fork": []}
     jobs = {name: [arg.format(folder=folder, checkpoint=checkpoint) for arg in args]
             for name, args in jobs.items()}
-    return train_all(checkpoint, folder, jobs, {"fork": folder / "fork.py"})
+    return train_all(checkpoint, folder, jobs, scripts)
 
 
 @pytest.mark.parametrize("name", MISTAKES)
@@ -4523,7 +4602,7 @@ def test_leaks_are_warned_of(mistakes, tokenizer, tmp_path):
                      for some in (rows[:2], rows[2:]))
     assert data.n_leaked(first, second) == 1 and data.n_leaked(first, first) == 2
     warning = "1 of 1 held-out pairs have a prompt that is trained on too"
-    assert warning in mistakes["rank"].stdout and warning not in mistakes["memory"].stdout
+    assert warning in mistakes["rank"].stdout and warning not in mistakes["diverged"].stdout
 
 
 def test_few_pairs_are_warned_of(mistakes):

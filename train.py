@@ -134,7 +134,7 @@ device = next(name for name in usable if usable[name]) if device == "auto" else 
 out_dir = os.path.expanduser(out_dir)
 
 # --- settings that can't work, alone or together, told before anything is loaded
-require(out_dir and (os.path.isdir(out_dir) or not os.path.exists(out_dir)),
+require(out_dir and (os.path.isdir(out_dir) or not os.path.lexists(out_dir)),
         f'out_dir: "{out_dir}" is no folder; give another')
 require(dataset, "dataset: empty; give files, folders or hub ids, separated by commas")
 require(usable[device], f"device: no {device} on this machine; try --device=auto")
@@ -251,7 +251,7 @@ if dry_run:
 # A resumed run must be the same run: the same settings, pairs and base weights, by their content.
 settings |= {"dataset_sha256": train_pairs.fingerprint(), "eval_dataset_sha256":
              held_out.fingerprint(), "init_from_sha256":
-             once_on_each_node(llama.weights_fingerprint, folder)}
+             once_on_each_node(llama.weights_fingerprint, folder), "held_out": len(held_out)}
 if checkpoint:
     check_same_run(settings, before)
     require(start_iter <= max_iters, f"max_iters: {max_iters}, and {checkpoint} is past that")
@@ -466,7 +466,8 @@ for iter_num in tqdm(range(start_iter, max_iters + 1), "steps", max_iters, initi
         skipped += 1
         wrong = (f"step {iter_num}: the gradient is not finite, and the weights are not updated; "
                  + report.name_pairs(batch, batch_logps))
-        require(skipped <= skip_nonfinite, f"{wrong}; lower learning_rate"
+        lower = "learning_rate" if iter_num else "beta, pref_weight or what else scales the loss"
+        require(skipped <= skip_nonfinite, f"{wrong}; lower {lower}"
                 + ", or --dtype=float32" * (dtype == "bfloat16"))
         log(f"warning: {wrong}")
     optimizer.zero_grad(set_to_none=True)
@@ -492,7 +493,7 @@ if master_process:
     report.write_model_card(out_dir)
     write_json(os.path.join(out_dir, "train_config.json"), settings | {"finished": True})
     remove_checkpoints(out_dir, keep=1)   # from which it goes on if there are more epochs
-    log(report.closing_lines(out_dir, len(held_out)))
+    log(report.closing_lines(out_dir))
     log(f"aligned model, its card and metrics.jsonl: {out_dir}" +
         ("; its checkpoint is there for more epochs, so delete it if there won't be any"
          if last_checkpoint(out_dir)[1] else ""))

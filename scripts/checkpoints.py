@@ -44,6 +44,8 @@ def hold(folder):
     made = not os.path.exists(folder)
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, ".lock")
+    require(not os.path.lexists(path) or os.path.isfile(path) and not os.path.islink(path),
+            f"{path}: not the file that a run makes there; move it")
     while True:
         file = open(path, "a+", encoding="utf-8")
         try:
@@ -59,6 +61,9 @@ def hold(folder):
             print(f"note: {folder}: no locks on this file system ({first_line(e)}); take care that "
                   "no second run writes there")
             break
+    file.seek(0)
+    require(re.match("host |$", file.read(99)), f"{path}: not the file that a run makes there; "
+            "move it")
     with writing(path):
         file.truncate(0)
         file.write(f"host {socket.gethostname()}, pid {os.getpid()}, started {time.ctime()}")
@@ -97,7 +102,8 @@ def remove_leftovers(folder):
             os.remove(path)
         elif re.fullmatch(r"checkpoint-\d{7}\.tmp", name):
             remove_checkpoint(path)
-    shutil.rmtree(os.path.join(folder, "export.tmp"), ignore_errors=True)
+    if os.path.exists(os.path.join(folder, "train_config.json")):   # an export comes after it
+        shutil.rmtree(os.path.join(folder, "export.tmp"), ignore_errors=True)
 
 
 # -----------------------------------------------------------------------------

@@ -36,7 +36,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))   # for `python scripts/compare.py`
 import mmpo
 from configurator import (
-    HERE, configure, is_finished, one_line_errors, read_json, read_settings, require)
+    HERE, configure, is_finished, one_line_errors, read_json, read_settings, reading, require)
 from scripts import evaluate, plot
 from scripts.checkpoints import last_checkpoint
 
@@ -53,6 +53,8 @@ def plan(configs, grids, more):
     for grid in grids or [[]]:
         axes = [[(key, value) for value in values.split(",")]
                 for key, _, values in (axis.partition("=") for axis in grid)]
+        keys = [axis[0][0] for axis in axes]
+        require(len({*keys}) == len(keys), f"--grid: a key twice in {' '.join(grid)}")
         for point in itertools.product(*axes):
             files = [*configs, *(value for key, value in point if key == "config")]
             name = "_".join(Path(value).stem if key == "config" else f"{key}={value}"
@@ -143,11 +145,8 @@ def table(runs, out, beside):
     the seeds' range; at last how its implicit reward accuracy differs from that of `beside`."""
     groups = {}   # name without its seed: the evaluations
     for name in runs:
-        label = re.sub("_?seed=[^_]*", "", name).strip("_") or "run"
         found = read_json(os.path.join(out, f"{name}.evaluation.json"))
-        groups.setdefault(label, []).append(found)
-    beside = beside or next(iter(groups))
-    require(beside in groups, f"--beside: one of {', '.join(groups)}")
+        groups.setdefault(without_seed(name), []).append(found)
     [first, *_] = groups[beside]
     columns = [metric for metric in first["metrics"] if metric.startswith(COLUMNS)]
     rows = [["run", *columns, f"accuracy/implicit less that of {beside}"],
@@ -157,6 +156,10 @@ def table(runs, out, beside):
         rows.append([name, *(cell([e["metrics"].get(metric) for e in found]) for metric in columns),
                      difference(found, groups[beside]) if name != beside else ""])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def without_seed(name):
+    return re.sub("_?seed=[^_]*", "", name).strip("_") or "run"
 
 
 def cell(values):
@@ -170,8 +173,8 @@ def cell(values):
 
 def difference(group, base):
     """Of the implicit reward accuracies of two groups of runs, with its 95% interval. "" where the
-    evaluations had no pairs."""
-    if not all(e["margins"] for e in [*group, *base]):
+    evaluations had no pairs, or others than each other."""
+    if not all(e["margins"] and e["prompts"] == group[0]["prompts"] for e in [*group, *base]):
         return ""
     a, b = (np.mean([np.array(e["margins"]["implicit"]) > 0 for e in found], axis=0)
             for found in (base, group))
@@ -194,10 +197,15 @@ def main():
     args, more = parser.parse_args(given[:end]), given[end + 1:]
     require(args.jobs > 0, "--jobs: at least 1")
 
+    with reading("--evaluate", "arguments of scripts/evaluate.py"):
+        evaluate.arguments([args.out, *shlex.split(args.evaluate)])
     runs = plan(args.configs, args.grid, more)
+    labels = [*map(without_seed, runs)]
+    beside = args.beside or labels[0]
+    require(beside in labels, f"--beside: one of {', '.join(dict.fromkeys(labels))}")
     print(f"{len(runs)} runs in {args.out}, {args.jobs} at a time")
     run_all(runs, args.out, args.evaluate, args.jobs)
-    print("\n" + table(runs, args.out, args.beside))
+    print("\n" + table(runs, args.out, beside))
     folders = [os.path.join(args.out, name) for name in runs]
     for draw, name in ((plot.plot, "curves"), (plot.tradeoff, "tradeoff"), (plot.by_beta, "beta")):
         print(draw(folders, os.path.join(args.out, f"{name}.png")))

@@ -39,8 +39,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))   # for `python scripts/evalu
 import data
 import model as llama
 from configurator import (
-    cache_path, load_cache, one_line_errors, printable, read_json, read_text, reading, require,
-    save_cache, write_json)
+    cache_path, check_numbers, load_cache, one_line_errors, printable, read_json, read_text,
+    reading, require, save_cache, write_json)
 
 BRANCHES = 16   # continuations of a tree, at most
 
@@ -305,11 +305,8 @@ def arguments(argv=None):
     parser.add_argument("--max_prompt_length", type=int)
     parser.add_argument("--seed", type=int, default=0, help="of the answers")
     args = parser.parse_args(argv)
-    for name, least in (("limit", 0), ("prompts", 0), ("temperature", 0), ("seed", 0),
-                        ("max_new_tokens", 1), ("max_length", 1), ("max_prompt_length", 1)):
-        value = getattr(args, name)
-        require(value is None or least <= value < math.inf,
-                f"--{name} must be {least} or more (got {value})")
+    check_numbers(args, limit=0, prompts=0, temperature=0, seed=0, max_new_tokens=1, max_length=1,
+                  max_prompt_length=1)
     return args
 
 

@@ -8,6 +8,7 @@ $ python -m scripts.plot --attention --out=assets/attention.png   # README's pic
 """
 import argparse
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -64,11 +65,16 @@ def read_methods(paths, others=""):
         with reading(path, "a run with accuracy and KL"):
             names = [name for name in METHOD if run[name] != known[name].value] + differ
             told = [run["objective"], *(f"{n} {run[n]}".removesuffix(".0") for n in names)]
-            methods.setdefault(", ".join(told), {}).setdefault(run["beta"], []).append(
+            methods.setdefault(plain(", ".join(told)), {}).setdefault(run["beta"], []).append(
                 (curves["eval/kl"][1], curves["eval/accuracy/mean"][1], found))
     every = [found for some in methods.values() for runs in some.values() for *_, found in runs]
     evaluated = all({IMPLICIT, "kl"} <= found.get("metrics", {}).keys() for found in every)
     return methods, sorted({beta for some in methods.values() for beta in some}), evaluated
+
+
+def plain(label):
+    """As matplotlib shows it as it is: it reads $..$ as mathematics, and leaves out _.. ."""
+    return re.sub("^_", " _", label.replace("$", r"\$"))
 
 
 def finish(axes, out):
@@ -86,12 +92,14 @@ def finish(axes, out):
 
 def plot(paths, out):
     runs = [read_run(path) for path in paths]
+    names = [name for name, _ in runs]   # or paths, where two have the same
+    names = names if len({*names}) == len(names) else [os.path.normpath(path) for path in paths]
     axes = Figure(figsize=(12, 6), layout="constrained").subplots(2, 3).ravel()
     for axis, (metric, title) in zip(axes, PANELS.items()):
-        for i, (name, curves) in enumerate(runs):
+        for i, (name, (_, curves)) in enumerate(zip(names, runs)):
             training, held_out = (curves.get(m, ([], [])) for m in (metric, f"eval/{metric}"))
             axis.plot(*training, color=COLOURS[i % 7], alpha=0.35, linewidth=1)
-            axis.plot(*held_out, **STYLES[i % 315], markersize=4, label=name)
+            axis.plot(*held_out, **STYLES[i % 315], markersize=4, label=plain(name))
         axis.set(title=title, xlabel="step")
         axis.locator_params("x", integer=True, min_n_ticks=1)
         if metric.startswith(("accuracy", "weights")):
@@ -192,6 +200,8 @@ def main():
     parser.add_argument("--out", help="the PNG; default: in the folder of one run, here of several")
     args = parser.parse_args()
     require(args.runs or args.name == "attention", "name a run: a folder that train.py wrote")
+    require(not args.out or re.search(r"\.(png|pdf|svg)$", args.out),
+            f"--out: a .png, .pdf or .svg file (got {args.out})")
     folder = args.runs[0] if len(args.runs) == 1 else ""
     folder = folder if os.path.isdir(folder) else os.path.dirname(folder)
     with reading(", ".join(args.runs), "runs of train.py and their evaluations"):

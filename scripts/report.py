@@ -60,9 +60,10 @@ def read_run(out_dir):
     return settings, evals[0], evals[-1], [r["grad_norm"] for r in records if "grad_norm" in r]
 
 
-def closing_lines(out_dir, n_pairs):
-    """What a person should know when a run ends. n_pairs: held-out pairs of its evaluations."""
+def closing_lines(out_dir):
+    """What a person should know when a run ends."""
     settings, first, last, norms = read_run(out_dir)
+    n_pairs = settings["held_out"]   # of its evaluations
     before, after = first["eval/logps/chosen"], last["eval/logps/chosen"]
     kl, fell = last.get("eval/kl", 0), (before - after) / abs(before)
     moved = f"; KL from the start: {kl:.3f} nats a token" if "eval/kl" in last else ""
@@ -112,9 +113,11 @@ def hub_ids(sources):
 def write_model_card(out_dir):
     """out_dir/README.md, with the hub's metadata. One that a person wrote is left alone."""
     path = os.path.join(out_dir, "README.md")
-    if os.path.exists(path):
-        with open(path, encoding="utf-8") as f:
-            if "- nanommpo\n" not in f.read():
+    if os.path.lexists(path):
+        if not os.path.isfile(path):
+            return
+        with open(path, "rb") as f:
+            if b"- nanommpo\n" not in f.read():
                 return
     settings, first, last, _ = read_run(out_dir)
     defaults = {k: s.value for k, s in read_settings(os.path.join(HERE, "train.py")).items()}
@@ -151,8 +154,7 @@ def main():
     require(len(sys.argv) == 2, "give one folder that train.py wrote")
     with reading(sys.argv[1], "a run of train.py"):
         write_model_card(sys.argv[1])
-        print(closing_lines(sys.argv[1], read_json(os.path.join(sys.argv[1], "train_config.json"))[
-            "eval_pairs"]))
+        print(closing_lines(sys.argv[1]))
 
 
 if __name__ == "__main__":

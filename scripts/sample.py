@@ -10,7 +10,6 @@ The last form reads [{"instruction": ..}, ..], also as .jsonl, and writes what A
 """
 import argparse
 import contextlib
-import math
 import os
 import sys
 from pathlib import Path
@@ -21,7 +20,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))   # for `python scripts/sample.py`
 import data
 import model as llama
-from configurator import one_line_errors, printable, read_json, reading, require, write_json
+from configurator import (
+    check_numbers, one_line_errors, printable, read_json, reading, require, write_json)
 
 
 def main():
@@ -38,19 +38,14 @@ def main():
     parser.add_argument("--seed", type=int)
     parser.add_argument("--batch_size", type=int, default=16, help="instructions at a time")
     args = parser.parse_args()
-    for name, holds, bound in (   # NaN holds nowhere
-            ("max_new_tokens", args.max_new_tokens > 0, "above 0"),
-            ("batch_size", args.batch_size > 0, "above 0"),
-            ("temperature", 0 <= args.temperature < math.inf, "0 or more"),
-            ("top_k", args.top_k >= 0, "0 (all tokens) or more"),
-            ("top_p", 0 < args.top_p <= 1, "above 0 and at most 1"),
-            ("seed", args.seed is None or 0 <= args.seed < 2 ** 63, "0 or more, below 2 ** 63")):
-        require(holds, f"--{name} must be {bound} (got {getattr(args, name)})")
+    check_numbers(args, max_new_tokens=1, batch_size=1, temperature=0, top_k=0, seed=0)
+    require(0 < args.top_p <= 1, f"--top_p must be above 0 and at most 1 (got {args.top_p})")
 
     questions = []
     if args.instructions:
         with reading(args.instructions, 'rows of {"instruction": ..}'):
             questions = [row["instruction"] for _, row in data.read_objects(args.instructions)]
+        require(questions, f"{args.instructions}: no instructions")
         for n, question in enumerate(questions, 1):
             require(isinstance(question, str) and question.strip(),
                     f'{args.instructions}: row {n}: "instruction" must be text (got {question!r})')
@@ -59,12 +54,16 @@ def main():
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     config = os.path.join(folder, "train_config.json")   # of a run, whose template it goes on with
     run = read_json(config) if os.path.exists(config) else {}
+    run = run if "eval_dataset_sha256" in run else {}    # or another program's
     tokenizer = data.Tokenizer(folder, "", run.get("chat_template_kwargs", ""))
     model, _ = llama.from_pretrained(folder, device, dtype)
     stop_ids = tokenizer.stop_ids()
 
     def answer(chats):
         prompts = [tokenizer.encode_prompt(turns) for turns in chats]
+        longest, context = max(map(len, prompts)), model.config.max_position_embeddings
+        require(longest < context, f"a prompt of {longest} tokens, and the model's context has "
+                f"{context}; shorten it")
         answers = model.generate(prompts, args.max_new_tokens, args.temperature, args.top_k,
                                  args.top_p, stop_ids, args.seed)
         return [tokenizer.decode([t for t in ids if t not in stop_ids]) for ids in answers]
@@ -81,6 +80,7 @@ def main():
     elif args.prompt:
         print(printable(answer([[{"role": "user", "content": args.prompt}]])[0]))
     else:
+        require(sys.stdin, "--prompt: stdin is closed, so give a question")
         turns = []
         with contextlib.suppress(EOFError):          # Ctrl-D ends it, as an empty line does
             while question := input("> ").strip():

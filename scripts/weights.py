@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))   # for `python scripts/weigh
 import data
 import mmpo
 import model as llama
-from configurator import one_line_errors, require
+from configurator import check_numbers, one_line_errors, require
 
 
 def main():
@@ -33,6 +33,7 @@ def main():
     parser.add_argument("--max_length", type=int, default=1300)
     parser.add_argument("--max_prompt_length", type=int, default=700)
     args = parser.parse_args()
+    check_numbers(args, pairs=1, beta=0, max_length=1, max_prompt_length=1)
 
     folder = llama.checkpoint_folder(args.model)
     model, _ = llama.from_pretrained(folder, "cuda" if torch.cuda.is_available() else "cpu")
