@@ -453,15 +453,15 @@ class Tokenizer:
         begun = OPEN_THOUGHT.sub("", prompt)
         if not full.startswith(begun):
             begun = os.path.commonprefix([full, begun])   # slow
-        written, kept = squash(full[len(begun):]), []
+        written, kept, lost = squash(full[len(begun):]), [], False
         for t in new:
             thought, said = t.get("reasoning_content") or "", text_of(t)
             if squash(thought) not in written:
                 said = f"<think>\n{thought.strip()}\n</think>\n\n{said}"
             if squash(said) not in written:
-                t = t | {"content": THINK.sub(HIDDEN + r"\1", said)}
+                t, lost = t | {"content": THINK.sub(HIDDEN + r"\1", said)}, True
             kept.append(t)
-        if kept != new:
+        if lost:
             full = self.render([*turns, *kept], **template)
         mute = [t | {"content": text_of(t), "tool_calls": None} if t.get("tool_calls") else t
                 for t in [*turns, *kept]]
@@ -470,6 +470,9 @@ class Tokenizer:
         for less, what in ((mute, "tool calls"), (alone, "what is said beside tool calls")):
             if less != turns + kept and self.renders_to(full, less, **template):
                 raise Drop(f"the chat template leaves {what} out")
+        if lost and not all(squash(text_of(t)) in squash(full) for t in kept
+                            if t["role"] == "assistant"):   # a tool's answer may be JSON there
+            raise Drop("the chat template leaves a part of the response out")
         return full.replace(HIDDEN, "<")
 
     def continuation(self, prompt, before, full):
@@ -580,8 +583,8 @@ def content_of(token):
 RENDER_SECONDS = 2   # of CPU time, for what takes a millisecond
 DATE = datetime(2024, 7, 26)   # for templates that write the day's date: not the day of the run
 SHIELD, SHIELD_END, ANSWER, HIDDEN = "\ufdd0\ufdd1\ufdd2\ufdd3"   # no valid text has these
-THINK = re.compile(r"<(/?\w*think\w*>)")   # around thoughts
-OPEN_THOUGHT = re.compile(r"<\w*think\w*>\s*$")   # where a prompt ends in its beginning
+THINK = re.compile(r"<(/?\w*(?:think|thought|reason)\w*>)")   # around thoughts
+OPEN_THOUGHT = re.compile(r"<\w*(?:think|thought|reason)\w*>\s*$")   # where a prompt begins one
 SHIELDED = re.compile(f"{SHIELD}([0-9]{{1,4}}){SHIELD_END}")
 
 TEMPLATES = {
@@ -661,7 +664,7 @@ NAMES = {name: names.split() for name, names in {
     "prompt": "prompt instruction question query",
     "input": "input context",   # what an instruction or question is about, or the prompt itself
     "chosen": "chosen chosen_response preferred_output response_j",
-    "rejected": "rejected rejected_response non_preferred_output response_k",
+    "rejected": "rejected rejected_response non_preferred_output response_k rejected_messages",
     "completion": "completion response output answer",
     "responses": "responses generations",
     "rewards": "rewards ratings",
@@ -671,11 +674,15 @@ NAMES = {name: names.split() for name, names in {
     "label": "label kto_tag",
     "tools": "tools", "documents": "documents", "chat_template_kwargs": "chat_template_kwargs",
 }.items()}
-ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant",
-         "observation": "tool"}
+ROLES = {"human": "user", "prompter": "user"} | dict.fromkeys(
+    ("gpt", "bot", "chatbot", "chatgpt", "ai", "model"), "assistant") | dict.fromkeys(
+    ("observation", "tool_response", "function_response"), "tool")
 AS_TEXT = re.compile(   # messages kept as text, as in a CSV
     r"\[?\s*\{[^{}\[\]]*(['\"])(role|from)\1\s*:\s*(['\"])(system|user|human|assistant|gpt)\3"
     r".*[}\]]", re.DOTALL | re.IGNORECASE)
+
+
+SAID = "tool_calls", "tool_call_id", "reasoning_content", "thinking", "reasoning"   # beside content
 
 
 class Drop(UserError):
@@ -718,19 +725,23 @@ def parse_row(row, columns={}, use_scores=False):
         has(row, "completion") and name_of(row, "rejected"))
     if pair:
         answers = [take(row, "chosen", "completion"), take(row, "rejected")]
-    elif has(row, "responses"):
+    elif has(row, "responses") and "messages" not in columns:
         name, values = take(row, "responses")
         values = listed(name, values)
         if not values or isinstance(values, dict):
             raise BadRow(f'"{name}" must be a list of responses', f"got {values}")
         answers = [(name, value) for value in values]
-    elif has(row, "completion"):
+    elif has(row, "completion") and "messages" not in columns:
         answers = [take(row, "completion")]
     elif has(row, "messages"):
         name, value = take(row, "messages")
         answers = [(name, listed(name, value))]
     else:
         raise missing(row, "chosen")
+    texts = [row.get(name_of(row, "prompt")), *(value for _, value in answers)]
+    if len(texts) > 2 and all(isinstance(text, str) and re.fullmatch(
+            r'\s*\[".*"\]\s*', text, re.DOTALL) for text in texts):   # as in the Arena's 55k
+        raise BadRow("prompt and responses are lists kept as text; make them texts or turns")
     rewards = take_rewards(row, pair, len(answers), use_scores)
     ranked = "" if name_of(row, "responses") not in row.used else "rewards" if rewards else \
         "best" if "best" in columns or name_of(row, "best") else "order"
@@ -753,6 +764,8 @@ def parse_row(row, columns={}, use_scores=False):
               and name not in row.used | roots
               and not (isinstance(value, str) and (value.strip() in said or hh_turns(value)))]
     unused += [path for path in columns.values() if at(given, path) is None]
+    unused += {key for turns in new for t in turns for key in ("score", "rating", "rank")
+               if key in t}
     if len(dialogues) > 1:
         n = shared_turns(dialogues, new)
         return [Row(dialogues[0][:n], [d[n:] for d in dialogues], rewards, template,
@@ -760,7 +773,9 @@ def parse_row(row, columns={}, use_scores=False):
     [turns], [new] = dialogues, new
     rows = [Row(turns[:i], [turns[i:i + 1]], rewards, template, ranked)
             for i in range(max(1, len(turns) - len(new)), len(turns))
-            if turns[i]["role"] == "assistant" and turns[i].get("weight", 1)]   # as OpenAI's weight
+            if turns[i]["role"] == "assistant" and not any(   # as OpenAI, ms-swift and axolotl mark
+                str(turns[i].get(key, 1)).lower() in ("0", "0.0", "false")
+                for key in ("weight", "loss", "train"))]
     if not rows:
         raise Drop("no response turn")
     return rows, unused
@@ -787,12 +802,17 @@ def translate(row, columns):
     other = ("chosen", "rejected") if "responses" in found else ()
     row = {name: value for name, value in row.items()
            if name not in columns.values() and name not in other} | found
+    if isinstance(row.get("rating"), list) and not has(row, "rewards"):   # distilabel's, of old
+        row["rewards"] = row.pop("rating")
     if isinstance(row.get("input"), dict):   # OpenAI's preferences
         row |= row.pop("input")
     if has(row, "rejected") and has(row, "messages") and not has(row, "chosen", "completion"):
         name = name_of(row, "messages")      # ms-swift's, of which the last is the chosen one
-        *row[name], row["chosen"] = turns_of(name, row[name], "user") or [None]
-    if isinstance(row.get(name_of(row, "label")), bool) and not has(row, "rejected"):
+        *before, chosen = turns_of(name, row.pop(name), "user") or [None]
+        whole = name_of(row, "rejected") == "rejected_messages"
+        row |= {"chosen": [*before, chosen]} if whole else {name: before, "chosen": chosen}
+    if str(row.get(name_of(row, "label"))).lower() in ("true", "false", "0", "1") and not has(
+            row, "rejected"):
         raise BadRow('unpaired: "label" says whether one response is good, and here responses are '
                      'compared; to train on the good ones, leave "label" out, --objective=sft')
     return row
@@ -844,8 +864,9 @@ def best_first(row, answers):
     if re.match(r"tie|both|neither", str(value).strip().lower()):
         raise Drop("no response is the better one")
     if not found or len(answers) != 2:
-        raise BadRow(f'"{name}" must say which of two responses is the better one: 0 or 1, a or b, '
-                     "model_a or model_b", f"got {str(value)[:30]}, {len(answers)} responses")
+        # no BadRow: where some rows count from 1, those that would not be dropped are wrong too
+        raise UserError(f'"{name}" must say which of two responses is the better one: 0 or 1, a or '
+                        f"b, model_a or model_b (got {str(value)[:30]}, {len(answers)} responses)")
     return answers if (found[1] or found[2]) in "a0" else answers[::-1]
 
 
@@ -979,9 +1000,16 @@ def check_message(name, message):
         content = "".join(part["text"] for part in content)
     if not isinstance(role, str) or not (isinstance(content, str)
                                          or content is None and "tool_calls" in rest):
-        raise BadRow(f'"{name}" must hold messages with role and content', f"got {kind_of(message)}"
-                     + f", {kind_of(role)} and {kind_of(content)}" * isinstance(message, dict))
+        of = f", {kind_of(role)} and {kind_of(content)}" if isinstance(message, dict) else \
+            f"; of a list of texts --columns={name}:{name}.0 takes the first" * (name in NAMES)
+        raise BadRow(f'"{name}" must hold messages with role and content',
+                     f"got {kind_of(message)}{of}")
     role = role.strip().lower()
+    if role in ("function_call", "tool_call"):   # ShareGPT's and ms-swift's turn of the assistant
+        calls = listed(name, content)
+        role, content = "assistant", None
+        rest["tool_calls"] = [{"type": "function", "function": call}
+                              for call in (calls if isinstance(calls, list) else [calls])]
     return turn(ROLES.get(role, role), content) | rest
 
 
@@ -1003,9 +1031,11 @@ def text_of(turn):
 
 
 def same(a, b):
-    """Whether turns are the same, but for white space."""
-    return [t | {"content": text_of(t).split()} for t in a] == [
-        t | {"content": text_of(t).split()} for t in b]
+    """Whether turns say the same, but for white space. What else messages have (ids, times) doesn't
+    count."""
+    a, b = ([(t["role"], text_of(t).split(), *(t.get(key) or None for key in SAID)) for t in turns]
+            for turns in (a, b))
+    return a == b
 
 
 def listed(name, value):
@@ -1124,7 +1154,17 @@ def read_parquet(source, f):
     if "arrow.json" in str(file.schema_arrow):   # columns of JSON, which Arrow gives as text
         from datasets import Features
         rows = map(Features.from_arrow_schema(file.schema_arrow).decode_example, rows)
-    yield from ((f"{source}: row {i}", row) for i, row in enumerate(rows, 1))
+    yield from numbered(source, rows)
+
+
+def numbered(where, rows):
+    """Rows of Arrow, without the nulls that it writes inside a field for what other rows have."""
+    def clean(value):
+        if isinstance(value, dict):
+            return {k: clean(v) for k, v in value.items() if v is not None}
+        return [*map(clean, value)] if isinstance(value, list) else value
+    for i, row in enumerate(rows, 1):
+        yield f"{where}: row {i}", {name: clean(value) for name, value in row.items()}
 
 
 READERS = {".jsonl": read_lines, ".ndjson": read_lines, ".json": read_json_rows, ".csv": read_csv,
@@ -1152,8 +1192,7 @@ def read_folder(source, split):
     splits = found if isinstance(found, dict) else {split: found}
     require(split in splits or len(splits) == 1, f"{source}: no split {split}; it has "
             f"{', '.join(splits)}; give --train_split (or --eval_split)")
-    rows = splits.get(split, next(iter(splits.values())))
-    yield from ((f"{source}: row {i}", row) for i, row in enumerate(rows, 1))
+    yield from numbered(source, splits.get(split, next(iter(splits.values()))))
 
 
 def read_hub(source, split):
@@ -1168,7 +1207,7 @@ def read_hub(source, split):
         raise UserError(f"{source}: no such file here, and split {split} of that hub dataset can't "
                         f"be had ({first_line(e)}); check the name, give --train_split (or "
                         "--eval_split), or a local file") from e
-    yield from ((f"{source}:{split}: row {i}", row) for i, row in enumerate(dataset, 1))
+    yield from numbered(f"{source}:{split}", dataset)
 
 
 # -----------------------------------------------------------------------------
@@ -1290,7 +1329,7 @@ def parse_columns(text):
 def tokenize(sources, tokenizer, max_length, max_prompt_length, bad_rows, columns, use_scores):
     """load_pairs without the cache. Every row is used, or counted as dropped, by its reason."""
     pairs, rewards = [], []
-    seen, used, ranked = 0, 0, set()
+    seen, used, asked_again, ranked = 0, 0, 0, set()
     dropped, cut, unused, left_out = (Counter() for _ in range(4))
     every = (found for source in sources for found in read_rows(*source))
     for where, line in tqdm(every, "rows", disable=None):   # None: only on a terminal
@@ -1330,6 +1369,7 @@ def tokenize(sources, tokenizer, max_length, max_prompt_length, bad_rows, column
         used += 1
         unused.update(names)
         left_out.update(reasons)
+        asked_again += any(t["role"] == "user" for turns in rows[0].responses for t in turns)
         turns, template = rows[0].turns, rows[0].template
         for name in ("tools", "documents"):
             if name in template:   # the chat template may not know it
@@ -1349,6 +1389,9 @@ def tokenize(sources, tokenizer, max_length, max_prompt_length, bad_rows, column
         report += f"; {len(pairs):,} pairs, one for each turn of the assistant"
     if left_out:
         report += f"; turns left out: {', '.join(f'{n:,} {why}' for why, n in left_out.items())}"
+    if asked_again:
+        report += (f"; {asked_again:,} with the user's next turns in a response, which are trained "
+                   "on too")
     if any(cut.values()):
         report += f"; cut to length: {', '.join(f'{n:,} {what}' for what, n in cut.items())}"
     if unused := +unused:
@@ -1360,7 +1403,7 @@ def tokenize_row(row, tokenizer, max_length, max_prompt_length, cut):
     """-> [prompt ids, response ids, ..]. Counts what it truncates in `cut`. Raises Drop, BadRow."""
     parts = [row.turns, *row.responses]
     # tool calls may be all that a turn says
-    if not all(text_of(turns[-1]).strip() or len(turns[-1]) > 2 for turns in parts):
+    if not all(text_of(turns[-1]).strip() or any(map(turns[-1].get, SAID)) for turns in parts):
         raise Drop("empty")
     values = [value for turns in parts for t in turns for value in t.values()]
     if max(len(str(value)) for value in [*values, *row.template.values()]) > MAX_CHARS:

@@ -2160,6 +2160,16 @@ def test_template_gets_all_of_a_row(checkpoint, tmp_path):
         data.Tokenizer(checkpoint).encode_responses(turns, ["Moo."])
     (tmp_path / "calls.jinja").write_text(data.TEMPLATES["chatml"].replace(
         "{{ m.content }}", "{{ m.tool_calls or m.content }}"))
+    (tmp_path / "cut.jinja").write_text(data.TEMPLATES["chatml"].replace(
+        "{{ m.content }}", "{{ m.content.split('</plan>')[-1] }}"))
+    with pytest.raises(data.Drop, match="leaves a part of the response out"):
+        data.Tokenizer(checkpoint, str(tmp_path / "cut.jinja")).encode_responses(
+            say("Hi"), ["<plan>hm</plan>Moo."])
+    (tmp_path / "cut.jinja").write_text(data.TEMPLATES["chatml"].replace(   # a thought is kept
+        "{{ m.content }}", "{{ m.content.split('</thought>')[-1] }}"))
+    thinks = data.Tokenizer(checkpoint, str(tmp_path / "cut.jinja"))
+    _, [kept] = thinks.encode_responses(say("Hi"), ["<thought>hm</thought>Moo."])
+    assert thinks.decode(kept) == "<thought>hm</thought>Moo.<|im_end|>"
     said = CALLS[0] | {"content": "Wait."}
     with pytest.raises(data.Drop, match="leaves what is said beside tool calls out"):
         data.Tokenizer(checkpoint, str(tmp_path / "calls.jinja")).encode_responses(turns, [[said]])
@@ -2280,6 +2290,21 @@ ROWS = {   # row, turns, responses, rewards if any
     "turns_differ": ({"prompt": say("Hi"), "chosen": say(0, "A", "B", "a")[1:],
                       "rejected": say(0, "C", "D", "b")[1:]}, say("Hi"),
                      [say(0, "A", "B", "a")[1:], say(0, "C", "D", "b")[1:]]),
+    "more_than_said": ({"prompt": [say("Hi")[0] | {"id": 1, "tool_calls": []}],
+                        "chosen": say("Hi", "A", "B", "a"), "rejected": [
+                            t | {"id": i} for i, t in enumerate(say("Hi", "A", "B", "b"))]},
+                       say("Hi", "A", "B"),
+                       ["a", [{"role": "assistant", "content": "b", "id": 3}]]),
+    "rejected_messages": ({"messages": say("Hi", "a"), "rejected_messages": say("Hi", "b")},
+                          say("Hi"), ["a", "b"]),
+    "rating": ({"instruction": "Hi", "generations": ["a", "b"], "rating": [1.0, 5.0]}, say("Hi"),
+               ["b", "a"], [5.0, 1.0]),
+    "function_call": ({"conversations": [
+        {"from": "human", "value": "Hi"}, {"from": "function_call", "value": '{"name": "f"}'},
+        {"from": "observation", "value": "1"}], **AB}, [*say("Hi"), {
+            "role": "assistant", "content": None,
+            "tool_calls": [{"type": "function", "function": {"name": "f"}}]},
+            {"role": "tool", "content": "1"}], ["a", "b"]),
     "both": ({"prompt": "Hi", **AB, "responses": ["b", "a", "c"], "rewards": [2, 1, 0]}, say("Hi"),
              ["a", "b"]),
     "calls": ({"messages": say("Hi"), "chosen": {"role": "assistant", "content": None, "name": None,
@@ -2327,10 +2352,6 @@ MATRIX = {   # a row, or its line of .jsonl -> an error's words, why it is dropp
                        ["3 responses", "--columns=chosen:responses.0,rejected:responses.-1"]),
     "tie": ({"prompt": "Hi", "responses": ["a", "b"], "best": "Tie (both bad)"},
             "no response is the better one"),
-    "best_of_three": ({"prompt": "Hi", "responses": ["a", "b", "c"], "best": 1}, ["best", "3 resp"]),
-    "best_from_1": ({"prompt": "Hi", "responses": ["a", "b"], "best": 2}, ["best", "0 or 1", "2"]),
-    "best_is_true": ({"prompt": "Hi", "responses": ["a", "b"], "best": True}, ["best", "True"]),
-    "no_best": ({"prompt": "Hi", "responses": ["a", "b"], "best": None}, ["best", "None"]),
     "kwargs": (GOOD | {"chat_template_kwargs": "[1]"}, ["chat_template_kwargs", "object"]),
     "deep_tools": (GOOD | {"tools": json.loads("[" * 700 + "]" * 700)}, ["nested too deeply"]),
     "turns": ({"messages": say("a", "b") * 251}, "over 500 turns"),
@@ -2344,6 +2365,12 @@ MATRIX = {   # a row, or its line of .jsonl -> an error's words, why it is dropp
     "unknown": ({"question_text": "Hi", "answer_0": "a", "answer_1": "b", "score_0": 1},
                 ["question_text, answer_0, answer_1, score_0", "--columns=prompt:"]),
     "unpaired": ({"prompt": "Hi", "completion": "a", "label": False}, ["unpaired", "label"]),
+    "unpaired_0": ({"prompt": "Hi", "completion": "a", "label": 0}, ["unpaired", "label"]),
+    "lists_as_text": ({"prompt": '["Hi"]', "chosen": '["a"]', "rejected": '["b", "c"]'},
+                      ["are lists kept as text"]),
+    "list_of_texts": (GOOD | {"chosen": ["a"]}, ["--columns=chosen:chosen.0"]),
+    "empty_with_id": (GOOD | {"chosen": [{"role": "assistant", "content": "", "id": 1,
+                                          "tool_calls": []}]}, "empty"),
     "numpy_text": (GOOD | {"prompt": "[{'role': 'user', 'content': 'a'}\n {'role': 'user'}]"},
                    ["prompt", "list"]),
     "two_systems": (GOOD | {"prompt": [BRIEF, *say("Hi")], "system": "No."}, ["two", "system"]),
@@ -2434,6 +2461,15 @@ def test_bad_file(file, content, words, tokenizer, tmp_path, monkeypatch):
 
 # -----------------------------------------------------------------------------
 # pairs
+
+
+def test_nulls_of_arrow(tmp_path):
+    """Where rows have other tools than each other, Arrow writes the fields of all into each."""
+    import pyarrow
+    import pyarrow.parquet
+    rows = [GOOD | {"tools": [{"f": {name: {"type": "x"}}}]} for name in ("one", "two")]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    assert [row for _, row in data.read_rows(str(tmp_path / "a.parquet"), "")] == rows
 
 
 def test_file_kinds_agree(tokenizer, tmp_path):
@@ -2534,6 +2570,14 @@ def test_columns(tokenizer, tmp_path):
                     "responses:text_0+text_1,rewards:score_0+score_1"):
         pairs = data.load_pairs(scored, "", tokenizer, 512, 256, columns=columns)
         assert all_ids(pairs) == want and pairs.rewards.tolist() == [[2, 1]]
+    solved = write_rows(tmp_path / "g.jsonl", [{"question": "Hi", "answer": "5", "messages": say(
+        "Hi", "2 + 3 is 5")}])
+    [[_, response]] = all_ids(data.load_pairs(solved, "", tokenizer, 512, 256,
+                                              columns="messages:messages"))
+    assert tokenizer.decode(response) == "2 + 3 is 5<|im_end|>"
+    again = write_rows(tmp_path / "h.jsonl", [{"chosen": say("Hi", "a", "B", "b"),
+                                               "rejected": say("Hi", "c", "B", "d")}])
+    assert "; 1 with the user's next turns in a response" in load(again, tokenizer).report
     chosen_by = "responses:text_0+text_1,best:which"   # as in PKU-SafeRLHF or the Chatbot Arena
     for which in (1, "1", "1.0", "b", " Model_B"):
         which = write_rows(tmp_path / "d.jsonl", [read_json(scored) | {"which": which}])
@@ -2541,6 +2585,11 @@ def test_columns(tokenizer, tmp_path):
     with pytest.raises(UserError, match="some rows have \"best\" and some have not"):
         load(write_rows(tmp_path / "e.jsonl", [{"prompt": "Hi", "responses": ["a", "b"], "best": 1},
                                                {"prompt": "Hi", "responses": ["a", "b"]}]), tokenizer)
+    for which in ({"responses": ["a", "b", "c"], "best": 1}, {"best": 2}, {"best": True},
+                  {"best": None}):   # ends a run always: those from 1 to 2 would be half wrong
+        rows = [{"prompt": "Hi", "responses": ["a", "b"]} | which]
+        with pytest.raises(UserError, match=r'f.jsonl:1: "best" must say .* \(got'):
+            load(write_rows(tmp_path / "f.jsonl", rows), tokenizer, bad_rows="drop")
     for which in ({}, {"which": None}):
         which = write_rows(tmp_path / "d.jsonl", [read_json(scored) | which])
         with pytest.raises(UserError, match='no field "best"'):
@@ -2611,15 +2660,17 @@ def test_conversations(tokenizer, tmp_path):
                                {"from": "gpt", "value": "b"}]},
             {"messages": [t | {"weight": int(t["content"] == "b")}
                           for t in say("Hi", "A", "B", "b")]},
+            *({"messages": [t | {key: t["content"] == "b"} for t in say("Hi", "A", "B", "b")]}
+              for key in ("loss", "train")),
             {"messages": say("Hi", "", "B", "b")}, {"messages": say("Hi")}]
     pairs = load(write_rows(tmp_path / "a.jsonl", rows), tokenizer)
     want = [(chat[:2], "A"), (chat[:4], "b"), (say("Hi"), "A"), (say("Hi", "A", "B"), "b"),
             (say("Hi", "A", "B", "b", "C"), "c"), (say(0, "A", "B")[1:], "b"),
-            (say("Hi", "A", "B"), "b"), (say("Hi", "", "B"), "b")]
+            *[(say("Hi", "A", "B"), "b")] * 3, (say("Hi", "", "B"), "b")]
     assert [[ids.tolist() for ids in pairs.ids(i)] for i in range(len(pairs))] == [
         [prompt, *ids] for prompt, ids in (tokenizer.encode_responses(turns, [response])
                                            for turns, response in want)]
-    assert pairs.report.startswith("7 rows = 6 used + 1 dropped (1 no response turn); 8 pairs")
+    assert pairs.report.startswith("9 rows = 8 used + 1 dropped (1 no response turn); 10 pairs")
     assert pairs.report.endswith("; turns left out: 1 empty")
     assert "not used" not in pairs.report
 
