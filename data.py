@@ -28,7 +28,7 @@ Row formats, one example each (a hub dataset, or a file or folder, see READERS):
     {"prompt": "Hi", "responses": ["a", "b"], "best": 1}             or two and which is better
     {"messages": [..]} or {"prompt": "Hi", "completion": "Hello!"}   for --objective=sft, each turn
                                                                      of the assistant, but for those
-                                                                     of "weight" 0
+                                                                     of "weight" 0 or "loss" false
 """
 import ast
 import bisect
