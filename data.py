@@ -811,8 +811,9 @@ def translate(row, columns):
         *before, chosen = turns_of(name, row.pop(name), "user") or [None]
         whole = name_of(row, "rejected") == "rejected_messages"
         row |= {"chosen": [*before, chosen]} if whole else {name: before, "chosen": chosen}
-    if str(row.get(name_of(row, "label"))).lower() in ("true", "false", "0", "1") and not has(
-            row, "rejected"):
+    good = row.get(name_of(row, "label"))
+    if not has(row, "rejected", "responses") and (isinstance(good, bool) or has(
+            row, "completion") and str(good).lower() in ("true", "false", "0", "1")):
         raise BadRow('unpaired: "label" says whether one response is good, and here responses are '
                      'compared; to train on the good ones, leave "label" out, --objective=sft')
     return row

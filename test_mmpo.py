@@ -2365,6 +2365,7 @@ MATRIX = {   # a row, or its line of .jsonl -> an error's words, why it is dropp
     "unknown": ({"question_text": "Hi", "answer_0": "a", "answer_1": "b", "score_0": 1},
                 ["question_text, answer_0, answer_1, score_0", "--columns=prompt:"]),
     "unpaired": ({"prompt": "Hi", "completion": "a", "label": False}, ["unpaired", "label"]),
+    "label_of_another_kind": ({"prompt": "Hi", "responses": ["a fox", "a dog"], "label": 1}, "used"),
     "unpaired_0": ({"prompt": "Hi", "completion": "a", "label": 0}, ["unpaired", "label"]),
     "lists_as_text": ({"prompt": '["Hi"]', "chosen": '["a"]', "rejected": '["b", "c"]'},
                       ["are lists kept as text"]),

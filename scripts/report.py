@@ -63,7 +63,7 @@ def read_run(out_dir):
 def closing_lines(out_dir):
     """What a person should know when a run ends."""
     settings, first, last, norms = read_run(out_dir)
-    n_pairs = settings["held_out"]   # of its evaluations
+    n_pairs = settings.get("held_out", settings["eval_pairs"])   # runs of old lack the number
     before, after = first["eval/logps/chosen"], last["eval/logps/chosen"]
     kl, fell = last.get("eval/kl", 0), (before - after) / abs(before)
     moved = f"; KL from the start: {kl:.3f} nats a token" if "eval/kl" in last else ""

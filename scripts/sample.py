@@ -59,33 +59,34 @@ def main():
     model, _ = llama.from_pretrained(folder, device, dtype)
     stop_ids = tokenizer.stop_ids()
 
-    def answer(chats):
-        prompts = [tokenizer.encode_prompt(turns) for turns in chats]
-        longest, context = max(map(len, prompts)), model.config.max_position_embeddings
-        require(longest < context, f"a prompt of {longest} tokens, and the model's context has "
+    def encode(turns):
+        ids, context = tokenizer.encode_prompt(turns), model.config.max_position_embeddings
+        require(len(ids) < context, f"a prompt of {len(ids)} tokens, and the model's context has "
                 f"{context}; shorten it")
+        return ids
+
+    def answer(prompts):
         answers = model.generate(prompts, args.max_new_tokens, args.temperature, args.top_k,
                                  args.top_p, stop_ids, args.seed)
         return [tokenizer.decode([t for t in ids if t not in stop_ids]) for ids in answers]
 
     if args.instructions:
         os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
-        answers = []
+        answers, prompts = [], [encode([data.turn("user", question)]) for question in questions]
         for i in tqdm(range(0, len(questions), args.batch_size), "batches", disable=None):
-            answers += answer([[{"role": "user", "content": question}]
-                               for question in questions[i:i + args.batch_size]])
+            answers += answer(prompts[i:i + args.batch_size])
         name = os.path.basename(os.path.abspath(args.model))
         write_json(args.out, [{"instruction": question, "output": text, "generator": name}
                               for question, text in zip(questions, answers)])
     elif args.prompt:
-        print(printable(answer([[{"role": "user", "content": args.prompt}]])[0]))
+        print(printable(answer([encode([data.turn("user", args.prompt)])])[0]))
     else:
         require(sys.stdin, "--prompt: stdin is closed, so give a question")
         turns = []
         with contextlib.suppress(EOFError):          # Ctrl-D ends it, as an empty line does
             while question := input("> ").strip():
-                turns.append({"role": "user", "content": question})
-                turns.append({"role": "assistant", "content": answer([turns])[0]})
+                turns.append(data.turn("user", question))
+                turns.append(data.turn("assistant", answer([encode(turns)])[0]))
                 print(printable(turns[-1]["content"]))
 
 
