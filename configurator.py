@@ -330,6 +330,14 @@ def read_metrics(path):
     return records
 
 
+def read_run_settings(folder):
+    """The settings of the run that train.py started in this folder, {} where there is none. Another
+    program may have a file of that name."""
+    path = os.path.join(folder, "train_config.json")
+    found = read_json(path) if os.path.exists(path) else {}
+    return found if "eval_dataset_sha256" in found else {}
+
+
 def is_finished(folder):
     """Whether a run that train.py started in this folder also ended there."""
     path = os.path.join(folder, "train_config.json")
@@ -601,7 +609,7 @@ def join_ranks(backend, device_id=None):
     """Meet the other ranks. They have minutes to come. Once there, they wait longer for one that
     tokenizes."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    _, rank, _, ranks = torchrun_ranks()
     by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     patience = timedelta(minutes=5)
     try:

@@ -470,9 +470,11 @@ class Tokenizer:
         for less, what in ((mute, "tool calls"), (alone, "what is said beside tool calls")):
             if less != turns + kept and self.renders_to(full, less, **template):
                 raise Drop(f"the chat template leaves {what} out")
-        if lost and not all(squash(text_of(t)) in squash(full) for t in kept
-                            if t["role"] == "assistant"):   # a tool's answer may be JSON there
-            raise Drop("the chat template leaves a part of the response out")
+        if lost:
+            written = squash(full)
+            if not all(squash(text_of(t)) in written for t in kept
+                       if t["role"] == "assistant"):   # a tool's answer may be JSON there
+                raise Drop("the chat template leaves a part of the response out")
         return full.replace(HIDDEN, "<")
 
     def continuation(self, prompt, before, full):

@@ -44,8 +44,8 @@ def hold(folder):
     made = not os.path.exists(folder)
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, ".lock")
-    require(not os.path.lexists(path) or os.path.isfile(path) and not os.path.islink(path),
-            f"{path}: not the file that a run makes there; move it")
+    foreign = f"{path}: not the file that a run makes there; move it"
+    require(not os.path.lexists(path) or os.path.isfile(path) and not os.path.islink(path), foreign)
     while True:
         file = open(path, "a+", encoding="utf-8")
         try:
@@ -62,8 +62,7 @@ def hold(folder):
                   "no second run writes there")
             break
     file.seek(0)
-    require(re.match("host |$", file.read(99)), f"{path}: not the file that a run makes there; "
-            "move it")
+    require(re.match("host |$", file.read(99)), foreign)
     with writing(path):
         file.truncate(0)
         file.write(f"host {socket.gethostname()}, pid {os.getpid()}, started {time.ctime()}")

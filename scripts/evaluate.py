@@ -39,8 +39,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))   # for `python scripts/evalu
 import data
 import model as llama
 from configurator import (
-    cache_path, check_numbers, load_cache, one_line_errors, printable, read_json, read_text,
-    reading, require, save_cache, write_json)
+    cache_path, check_numbers, load_cache, one_line_errors, printable, read_run_settings,
+    read_text, reading, require, save_cache, write_json)
 
 BRANCHES = 16   # continuations of a tree, at most
 
@@ -313,9 +313,8 @@ def arguments(argv=None):
 def main():
     args = arguments()
     first = args.models[0]
-    config = os.path.join(os.path.expanduser(first), "train_config.json")
-    run = read_json(config) if os.path.exists(config) else {}
-    run = run if "eval_dataset_sha256" in run else {}   # or another program's
+    run_folder = os.path.expanduser(first)
+    run = read_run_settings(run_folder)
     with_pairs = args.pairs or run and args.pairs is None
     require(with_pairs or args.choices or args.text, f"{first}: no run's train_config.json there, "
             "so say what to evaluate: --pairs, --choices or --text")
@@ -331,7 +330,8 @@ def main():
     key = [tokenizer.fingerprint, device, vars(args) | {"models": []}]   # of what is asked
     questions = []
     if with_pairs:
-        with reading(args.pairs or config, "pairs, or a run that has some"):
+        with reading(args.pairs or os.path.join(run_folder, "train_config.json"),
+                     "pairs, or a run that has some"):
             pairs = held_out(args, run, tokenizer)
         key.append(pairs.fingerprint())
         questions.append(partial(preference, pairs))

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))   # for `python scripts/sampl
 import data
 import model as llama
 from configurator import (
-    check_numbers, one_line_errors, printable, read_json, reading, require, write_json)
+    check_numbers, one_line_errors, printable, read_run_settings, reading, require, write_json)
 
 
 def main():
@@ -52,9 +52,7 @@ def main():
     folder = llama.checkpoint_folder(args.model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    config = os.path.join(folder, "train_config.json")   # of a run, whose template it goes on with
-    run = read_json(config) if os.path.exists(config) else {}
-    run = run if "eval_dataset_sha256" in run else {}    # or another program's
+    run = read_run_settings(folder)   # whose template it goes on with
     tokenizer = data.Tokenizer(folder, "", run.get("chat_template_kwargs", ""))
     model, _ = llama.from_pretrained(folder, device, dtype)
     stop_ids = tokenizer.stop_ids()
