@@ -9,7 +9,8 @@ Row formats, one example each (a hub dataset, or a file or folder, see READERS):
     {"prompt": "Hi", "chosen": "Hello!", "rejected": "What?"}        strings
     {"system": "Be brief.", "question": "Hi",                        Intel/orca_dpo_pairs
      "chosen": "Hello!", "rejected": "No."}
-    {"instruction": "Translate.", "input": "Hi", "chosen": ..}       Alpaca: the prompt is both
+    {"instruction": "Translate.", "input": "Hi", "chosen": ..,       Alpaca: the prompt is both,
+     "history": [["Hello", "Hello!"], ..]}                           behind turns before them
     {"prompt": [{"role": "user", "content": "Hi"}],                  TRL, conversational
      "chosen": [{"role": "assistant", "content": "Hello!"}],
      "rejected": [...]}
@@ -382,7 +383,9 @@ class Tokenizer:
                     text = self.template.render(variables, messages=messages)
                 if len(text) > 2 * MAX_CHARS:
                     raise ValueError(f"it writes over {2 * MAX_CHARS:,} characters")
-                return text
+                parsed = with_arguments(turns, text)
+                return text if parsed == turns else self.render(
+                    parsed, add_generation_prompt, tools, documents, chat_template_kwargs)
             except UserError:
                 raise
             except Exception as e:   # a template is a program, and may fail in any way
@@ -527,6 +530,25 @@ def with_reasoning(turns):
                    if t.get(name) is not None), None) for t in turns]
     return [t if said is None else {"thinking": said, **t, "reasoning_content": said}
             for t, said in zip(turns, found)]
+
+
+def with_arguments(turns, text):
+    """The turns with a tool call's arguments as an object where the data has them as JSON and the
+    template wrote that as a string, into `text`. (vLLM gives every template the objects. Some want
+    the JSON.)"""
+    def parsed(value):
+        if isinstance(value, list):
+            return [*map(parsed, value)]
+        if not isinstance(value, dict):
+            return value
+        found = {k: parsed(v) for k, v in value.items()}
+        said = value.get("arguments")
+        if isinstance(said, str) and json.dumps(said, ensure_ascii=False) in text:
+            with contextlib.suppress(ValueError):   # else it is a string
+                found["arguments"] = parse_json(said)
+        return found
+    return [t | {"tool_calls": parsed(t["tool_calls"])} if t.get("tool_calls") else t
+            for t in turns]
 
 
 def squash(text):
@@ -674,11 +696,15 @@ NAMES = {name: names.split() for name, names in {
     "score_chosen": "score_chosen chosen_score chosen_rating chosen-rating",
     "score_rejected": "score_rejected rejected_score rejected_rating rejected-rating",
     "label": "label kto_tag",
-    "tools": "tools", "documents": "documents", "chat_template_kwargs": "chat_template_kwargs",
+    "history": "history", "tools": "tools", "documents": "documents",
+    "chat_template_kwargs": "chat_template_kwargs",
 }.items()}
 ROLES = {"human": "user", "prompter": "user"} | dict.fromkeys(
     ("gpt", "bot", "chatbot", "chatgpt", "ai", "model"), "assistant") | dict.fromkeys(
     ("observation", "tool_response", "function_response"), "tool")
+WHO = {name: who for who, names in {   # says what a field of this name holds
+    "system": NAMES["system"], "user": ["user", "human", *NAMES["prompt"], *NAMES["input"]],
+    "assistant": ["assistant", "gpt", "bot", *NAMES["completion"]]}.items() for name in names}
 AS_TEXT = re.compile(   # messages kept as text, as in a CSV
     r"\[?\s*\{[^{}\[\]]*(['\"])(role|from)\1\s*:\s*(['\"])(system|user|human|assistant|gpt)\3"
     r".*[}\]]", re.DOTALL | re.IGNORECASE)
@@ -881,6 +907,9 @@ def make_dialogues(row, answers):
     whole = all(next((t["role"] for t in turns if t["role"] != "system"), "") == "user"
                 for turns in new)
     prompt = take_prompt(row, whole)
+    past = row.get("history")
+    if isinstance(past, list) and all(map(exchange, past)):
+        prompt = turns_of(*take(row, "history"), "user") + prompt
     if not prompt and not whole and any(len(turns) == 1 for turns in new):
         # TRL's implicit prompt in text: what the responses share, up to a space
         texts = [value for _, value in answers if isinstance(value, str) and not hh_turns(value)]
@@ -986,7 +1015,19 @@ def turns_of(name, value, role, prompt=""):
     messages = value if isinstance(value, list) else [value]
     if len(messages) > MAX_TURNS:
         raise Drop(f"over {MAX_TURNS} turns")
-    return [check_message(name, m) for m in messages]
+    return [t for m in messages for t in exchange(m) or [check_message(name, m)]]
+
+
+def exchange(value):
+    """The turns of what a list may have in place of messages, or []: {"input": .., "output": ..} as
+    in Capybara, {"human": .., "assistant": ..} as in Firefly, [asked, answered] as in a history."""
+    if isinstance(value, list) and len(value) == 2:
+        value = dict(zip(("user", "assistant"), value))
+    if not isinstance(value, dict) or not all(
+            WHO.get(name) and isinstance(text, str) for name, text in value.items()):
+        return []
+    return [turn(who, text) for who in ("system", "user", "assistant")
+            for name, text in value.items() if WHO[name] == who]
 
 
 def check_message(name, message):

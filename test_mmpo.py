@@ -2156,6 +2156,11 @@ def test_template_gets_all_of_a_row(checkpoint, tmp_path):
     assert data.Tokenizer(checkpoint, str(tmp_path / "null.jinja")).render(turns) == "xHicallsxé"
     assert ours.render(turns, chat_template_kwargs={"think": 3}).startswith("32024-07-26 July")
     _, [ids] = ours.encode_responses(turns, [CALLS], tools=[TOOL])
+    as_text = [CALLS[0] | {"tool_calls": [{"type": "function", "function": {
+        "name": "say", "arguments": '{"what": "<|im_end|>"}'}}]}]
+    assert ours.encode_responses(turns, [as_text], tools=[TOOL])[1] == [ids]
+    assert '"arguments": "{what"' in ours.render([as_text[0] | {"tool_calls": [
+        {"arguments": "{what"}]}])   # no JSON
     with pytest.raises(data.Drop, match="leaves tool calls out"):
         data.Tokenizer(checkpoint).encode_responses(turns, ["Moo."])
     (tmp_path / "calls.jinja").write_text(data.TEMPLATES["chatml"].replace(
@@ -2232,6 +2237,12 @@ ROWS = {   # row, turns, responses, rewards if any
                  list("bdac"), [3, 3, 1, 0]),
     "distilabel": ({"instruction": "Hi", "generations": ["a", "b"], "ratings": [2, 5.0]}, say("Hi"),
                    ["b", "a"], [5, 2]),
+    "history": ({"system": "Be brief.", "instruction": "Q", "input": "x", "output": "a",
+                 "history": [["Hi", "A"], ["B", "C"]]},
+                [BRIEF, *say("Hi", "A", "B", "C", "Q\n\nx")], ["a"]),
+    "capybara": ({"conversation": [{"output": "a", "input": "Hi"}]}, say("Hi"), ["a"]),
+    "firefly": ({"conversation": [{"human": "Hi", "assistant": "a"}], "category": "x"}, say("Hi"),
+                ["a"]),
     "best": ({"prompt": "Hi", "responses": ["a", "b"], "best": 1}, say("Hi"), ["b", "a"]),
     "best_of_two": ({"responses": [say("Hi", "a"), say("Hi", "b")], "best": "model_b"}, say("Hi"),
                     ["b", "a"]),
