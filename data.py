@@ -36,6 +36,7 @@ import bisect
 import codecs
 import contextlib
 import csv
+import functools
 import glob
 import gzip
 import hashlib
@@ -118,6 +119,23 @@ def byte_level_cuts(steps, path):
     if patterns == [r"\p{N}|(?:(?!\p{N})[\s\S])+", BYTE_LEVEL]:
         return [DIGITS_BYTE_LEVEL]
     return patterns or [r"[\s\S]+"]
+
+
+@functools.cache
+def newer_characters():
+    """{character: one that never means anything} of those that `regex` knows and tiktoken doesn't,
+    whose Unicode is that of `tokenizers`."""
+    everything = "".join(chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000)
+    known = tiktoken.Encoding("assigned", pat_str=r"\P{Cn}", special_tokens={},
+                              mergeable_ranks={bytes([b]): b for b in range(256)})
+    assigned = known.decode(known.encode_ordinary(everything))
+    return dict.fromkeys(map(ord, {*regex.findall(r"\P{Cn}", everything)} - {*assigned}), "\uffff")
+
+
+def find_pieces(cut, text):
+    """The pieces of text that a regular expression finds."""
+    found = regex.finditer(cut, text.translate(newer_characters()), timeout=RENDER_SECONDS)
+    return [text[m.start():m.end()] for m in found]
 
 
 def mergeable(model, others, path):
@@ -328,12 +346,11 @@ class Tokenizer:
         pieces = [text]
         with reading("tokenizer.json: pre_tokenizer", "one that can cut every text"):
             for cut in self.cuts:
-                pieces = [m[0] for piece in pieces
-                          for m in cut.finditer(piece, timeout=RENDER_SECONDS)]
+                pieces = [found for piece in pieces for found in find_pieces(cut, piece)]
             ranks = [rank for piece in pieces for rank in self.bpe.encode_ordinary(piece)]
         if not self.dropped.keys().isdisjoint(ranks):   # what is left of such a piece merges
             ranks, dropped = [], bytes(self.dropped.values())
-            for piece in (m[0] for p in pieces for m in regex.finditer(self.pattern, p)):
+            for piece in (found for p in pieces for found in find_pieces(self.pattern, p)):
                 kept = piece.encode().translate(None, dropped)
                 ranks += self.bpe._encode_single_piece(kept) if kept else []
         return [i for rank in ranks for i in self.ids[rank]]
@@ -1554,8 +1571,9 @@ class Pack:
         return sums.index_add(0, self.response, per_token).view(-1, self.n_responses)
 
 
-# A pack's tokens are a multiple of so many, since flex attention on a GPU takes 128 at a time.
-PAD_TO = {"cuda": 128}
+def pad_multiple(device):
+    """A pack's tokens are a multiple of this: flex attention on a GPU takes 128 at a time."""
+    return 128 if device.type == "cuda" else 1
 
 
 def collate(pairs, batch, members, pad_to=1):
@@ -1599,7 +1617,7 @@ def score(model, pairs, indices, pack_tokens, title=None):
     was_training = model.training
     model.eval()
     for members in tqdm(packs, title, disable=None if title and rank == 0 else True):
-        pack = collate(pairs, indices, members, PAD_TO.get(device.type, 1)).to(device)
+        pack = collate(pairs, indices, members, pad_multiple(device)).to(device)
         per_token_logps, _ = model(pack)
         logps[pack.members] = pack.sum_by_response(per_token_logps)
     model.train(was_training)

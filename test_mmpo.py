@@ -29,7 +29,6 @@ import sys
 import tempfile
 import threading
 import time
-import unicodedata
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -1752,8 +1751,9 @@ def test_ids_equal_tokenizers(kind, tmp_path):
     save_tokenizer(train_bpe(kind), folder)
     texts = TEXTS + NASTY + fuzz(1000) + ["▁", " ▁ a▁b", "a\x04! \x04!", "\x04", "Hi</s>a </s> b",
                                           "[INST] Hi [/INST] yes[/INST]no <s>[INST]", "<0x41>▁▁"]
-    if kind == "no_spaces":   # it cuts by Python's Unicode, others by tiktoken's
-        texts = [t for t in texts if "Cn" not in map(unicodedata.category, t)]
+    # characters that `regex` may know as letters, or as numbers, before the others do
+    texts += [f"{chr(c)}'s a{chr(c)}1 \x04{chr(c)}'re" for c in
+              [0x378, 0x16EBD, 0x326FC, 0x3F8C4, *[*data.newer_characters()][::200]]]
     assert_same_ids(str(folder), texts)
 
 

@@ -259,7 +259,7 @@ llama.load_weights(raw_model, folder, device)
 trained = [p for p in raw_model.parameters() if p.requires_grad]
 if compile:
     raw_model.compile_blocks()
-pad_to = data.PAD_TO.get(device.type, 1)
+pad_to = data.pad_multiple(device)
 
 
 def score(pairs, indices, title=None):

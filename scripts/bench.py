@@ -47,7 +47,7 @@ DEVICE = torch.device("cuda" if CUDA else "cpu")
 BF16 = llama.fast_bfloat16(DEVICE)
 AUTOCAST = torch.autocast(DEVICE.type, torch.bfloat16, enabled=BF16)
 PACK_TOKENS = read_settings(os.path.join(HERE, "train.py"))["pack_tokens"].value if CUDA else 4096
-PAD_TO = data.PAD_TO.get(DEVICE.type, 1)
+PAD_TO = data.pad_multiple(DEVICE)
 
 PARTS = "trl", "ablation", "profile"
 TRL, TRL_BEST, TRL_COMPILED = "TRL, defaults", "TRL, its best", "TRL, its best, compiled"

@@ -65,7 +65,7 @@ def score(model, requests, title=None, greedy=False, pack_tokens=0):
     pack_tokens = pack_tokens or (32768 if device.type == "cuda" else 4096)
     logps, misses = torch.zeros(2, len(trees), n, device=device)
     for members in tqdm(data.plan_packs(pairs.lengths.sum(1), pack_tokens)[0], title, disable=None):
-        pack = data.collate(pairs, everything, members, data.PAD_TO.get(device.type, 1)).to(device)
+        pack = data.collate(pairs, everything, members, data.pad_multiple(device)).to(device)
         x = model.hidden(pack.tokens, pack.positions, llama.tree_layout(pack))[0, pack.predict_from]
         logps[pack.members] = pack.sum_by_response(
             llama.TokenLogProbs.apply(x, model.head_weight, pack.targets))
