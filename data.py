@@ -448,6 +448,7 @@ class Tokenizer:
     def render_texts(self, turns, responses, template):
         """What encode_responses encodes, as text: the prompt, [response, ..]."""
         prompt = self.render(turns, True, **template)
+        self.check_turns(prompt, turns, True, template)
         # what the template writes before a plain answer, and behind it: the end of its turn
         before, found, after = self.render(
             [*turns, turn("assistant", ANSWER)], **template).rpartition(ANSWER)
@@ -490,12 +491,21 @@ class Tokenizer:
         for less, what in ((mute, "tool calls"), (alone, "what is said beside tool calls")):
             if less != turns + kept and self.renders_to(full, less, **template):
                 raise Drop(f"the chat template leaves {what} out")
+        self.check_turns(full, turns + kept, False, template)
         if lost:
             written = squash(full)
             if not all(squash(text_of(t)) in written for t in kept
                        if t["role"] == "assistant"):   # a tool's answer may be JSON there
                 raise Drop("the chat template leaves a part of the response out")
         return full.replace(HIDDEN, "<")
+
+    def check_turns(self, text, turns, generation, template):
+        """Drop where the template wrote a text without a tool's answer, or another role's turn."""
+        written = squash(text)
+        for i, t in enumerate(turns):
+            if i and t["role"] not in ("user", "assistant") and squash(text_of(t)) not in written \
+                    and self.renders_to(text, turns[:i] + turns[i + 1:], generation, **template):
+                raise Drop(f"the chat template leaves a turn of the role {t['role'][:20]} out")
 
     def continuation(self, prompt, before, full):
         """What is to be written after the prompt, given a whole conversation, rendered, and what
@@ -505,15 +515,22 @@ class Tokenizer:
         user's last turn, which is another one then, or begin a thought in the prompt only.
         """
         begun = OPEN_THOUGHT.sub("", prompt)
-        start = next((s for s in (prompt, begun, before) if full.startswith(s)), None)
+        thought = prompt[len(begun):].strip()   # begun in the prompt, or empty and closed there
+        start = next((s for s in (prompt, begun, before, before.rstrip()) if full.startswith(s)),
+                     None)
         if start is None:
             raise Drop("the chat template writes the prompt otherwise when a response follows")
-        text, thought = full[len(start):], prompt[len(begun):].strip()
+        text = full[len(start):]
+        if "</" in thought and THINK.match(text.lstrip()):
+            raise Drop("the response has a thought, and the prompt ends in an empty one")
         if start == prompt:
             return text
+        if "</" in thought:
+            return text.lstrip()
         if not thought:   # with the space that a template may put before an answer
-            gap = before[len(before.rstrip()):].removeprefix(prompt[len(prompt.rstrip()):])
-            return gap + text
+            gap = before[len(before.rstrip()):][len(prompt) - len(prompt.rstrip()):]
+            header = "".join(prompt.split()[-1:])
+            return gap * (start == before and before.rstrip().endswith(header)) + text
         text, closing = text.lstrip().removeprefix(thought), thought.replace("<", "</")
         if closing in self.marker_pattern.split(text)[0]:
             return text
@@ -543,8 +560,7 @@ def split_at(pattern, text, place):
 
 def with_reasoning(turns):
     """The turns with their reasoning by the names that templates read, as transformers does it."""
-    found = [next((t[name] for name in ("reasoning_content", "thinking", "reasoning")
-                   if t.get(name) is not None), None) for t in turns]
+    found = [next((t[name] for name in THOUGHTS if t.get(name) is not None), None) for t in turns]
     return [t if said is None else {"thinking": said, **t, "reasoning_content": said}
             for t, said in zip(turns, found)]
 
@@ -625,7 +641,8 @@ RENDER_SECONDS = 2   # of CPU time, for what takes a millisecond
 DATE = datetime(2024, 7, 26)   # for templates that write the day's date: not the day of the run
 SHIELD, SHIELD_END, ANSWER, HIDDEN = "\ufdd0\ufdd1\ufdd2\ufdd3"   # no valid text has these
 THINK = re.compile(r"<(/?\w*(?:think|thought|reason)\w*>)")   # around thoughts
-OPEN_THOUGHT = re.compile(r"<\w*(?:think|thought|reason)\w*>\s*$")   # where a prompt begins one
+# where a prompt begins one, or has an empty one
+OPEN_THOUGHT = re.compile(r"<(\w*(?:think|thought|reason)\w*)>\s*(?:</\1>\s*)?$")
 SHIELDED = re.compile(f"{SHIELD}([0-9]{{1,4}}){SHIELD_END}")
 
 TEMPLATES = {
@@ -713,21 +730,23 @@ NAMES = {name: names.split() for name, names in {
     "score_chosen": "score_chosen chosen_score chosen_rating chosen-rating",
     "score_rejected": "score_rejected rejected_score rejected_rating rejected-rating",
     "label": "label kto_tag",
-    "history": "history", "tools": "tools", "documents": "documents",
+    "history": "history", "tools": "tools functions", "documents": "documents",
     "chat_template_kwargs": "chat_template_kwargs",
 }.items()}
 ROLES = {"human": "user", "prompter": "user"} | dict.fromkeys(
     ("gpt", "bot", "chatbot", "chatgpt", "ai", "model"), "assistant") | dict.fromkeys(
-    ("observation", "tool_response", "function_response"), "tool")
+    ("observation", "tool_response", "function_response", "function"), "tool")
 WHO = {name: who for who, names in {   # says what a field of this name holds
     "system": NAMES["system"], "user": ["user", "human", *NAMES["prompt"], *NAMES["input"]],
     "assistant": ["assistant", "gpt", "bot", *NAMES["completion"]]}.items() for name in names}
-AS_TEXT = re.compile(   # messages kept as text, as in a CSV
-    r"\[?\s*\{[^{}\[\]]*(['\"])(role|from)\1\s*:\s*(['\"])(system|user|human|assistant|gpt)\3"
-    r".*[}\]]", re.DOTALL | re.IGNORECASE)
+ROLE = re.compile(   # in messages that are kept as text, as in a CSV
+    rf"(['\"])(role|from)\1\s*:\s*(['\"])({'|'.join(['system', 'user', 'assistant', *ROLES])})\3",
+    re.IGNORECASE)
+AS_TEXT = re.compile(r"\s*\[?\s*\{[^{}\[\]]*" + ROLE.pattern, re.IGNORECASE)
 
 
-SAID = "tool_calls", "tool_call_id", "reasoning_content", "thinking", "reasoning"   # beside content
+THOUGHTS = "reasoning_content", "thinking", "reasoning"   # the names of an answer's thoughts
+SAID = "tool_calls", "tool_call_id", *THOUGHTS   # what a message says beside its content
 
 
 class Drop(UserError):
@@ -798,13 +817,19 @@ def parse_row(row, columns={}, use_scores=False):
     elif ranked == "best":
         answers = best_first(row, answers)
     template = {name: value for name in ("tools", "documents", "chat_template_kwargs")
-                if row.get(name) not in (None, "") and (value := listed(*take(row, name)))}
+                if row.get(name_of(row, name)) not in (None, "")
+                and (value := listed(*take(row, name)))}
+    if isinstance(template.get("tools"), list):   # LLaMA-Factory's and OpenAI's old functions
+        template["tools"] = [{"type": "function", "function": tool} if isinstance(tool, dict)
+                             and "name" in tool and tool.get("type") != "function" else tool
+                             for tool in template["tools"]]
     if not isinstance(template.get("chat_template_kwargs", {}), dict):
         raise BadRow('"chat_template_kwargs" must be an object')
     new, dialogues = make_dialogues(row, answers)
 
     said = {text_of(t).strip() for turns in dialogues for t in turns}
-    roots = {part.split(".")[0] for path in columns.values() for part in path.split("+")}
+    roots = {part.lstrip("-").split(".")[0] for path in columns.values()
+             for part in path.split("+")}
     unused = [name for name, value in row.items() if value not in (None, "", [], {})
               and name not in row.used | roots
               and not (isinstance(value, str) and (value.strip() in said or hh_turns(value)))]
@@ -818,9 +843,7 @@ def parse_row(row, columns={}, use_scores=False):
     [turns], [new] = dialogues, new
     rows = [Row(turns[:i], [turns[i:i + 1]], rewards, template, ranked)
             for i in range(max(1, len(turns) - len(new)), len(turns))
-            if turns[i]["role"] == "assistant" and not any(   # as OpenAI, ms-swift and axolotl mark
-                str(turns[i].get(key, 1)).lower() in ("0", "0.0", "false")
-                for key in ("weight", "loss", "train"))]
+            if turns[i]["role"] == "assistant" and not is_masked(turns[i])]
     if not rows:
         raise Drop("no response turn")
     return rows, unused
@@ -833,7 +856,8 @@ def parse_line(row):
         except UnicodeDecodeError as e:
             raise BadRow("not UTF-8", f"got {row[e.start]:#x} at byte {e.start + 1}") from None
         except ValueError as e:
-            raise BadRow("invalid JSON", f"{first_line(e)}; is the line cut off?") from None
+            raise BadRow("invalid JSON", f"{first_line(e)}; is the line cut off, or "
+                         "a row on several lines?") from None
     if not isinstance(row, dict):
         raise BadRow("a row must be an object with fields", f"got {kind_of(row)}")
     if None in row:   # where csv puts what has no column, and read_csv what has too few cells
@@ -866,9 +890,12 @@ def translate(row, columns):
 
 def at(row, path):
     """What a path of --columns is in a row, or None: row["a"][0] for a.0, and lists, of the b of
-    each of a's for a.*.b, of two fields for a+b."""
+    each of a's for a.*.b, of two fields for a+b; with a minus before it, the negative numbers."""
     if isinstance(row, dict) and path in row:
         return row[path]
+    if path.startswith("-"):
+        found = at(row, path[1:])
+        return [-float(x) for x in found] if isinstance(found, list) else found
     head, star, rest = path.partition(".*.")
     if star:
         items = at(row, head)
@@ -967,7 +994,8 @@ def join(prompt, turns):
     if system and own and not same(system, own):
         raise BadRow("two different system turns")
     if not n and prompt and turns and prompt[-1]["role"] == turns[0]["role"] == "assistant":
-        raise BadRow("the prompt ends in a turn of the assistant")
+        raise BadRow("the prompt ends in a turn of the assistant", "to train on such conversations "
+                     "alone: --columns=messages:messages")
     return (own or system) + prompt[:len(prompt) - n] + turns
 
 
@@ -1004,8 +1032,17 @@ def take(row, *fields):
         raise missing(row, fields[0])
     row.used.add(name)
     value = row[name]
-    if isinstance(value, str) and AS_TEXT.fullmatch(value.strip()):
-        value = listed(name, value)
+    if isinstance(value, str) and re.fullmatch(r"\s*[\[{].*[\]}]\s*", value, re.DOTALL) \
+            and ROLE.search(value):
+        try:
+            found = listed(name, value)
+        except BadRow:
+            if AS_TEXT.match(value):   # else it is code, or whatever
+                raise
+            return name, value
+        if all(isinstance(m, dict) and {"role", "from"} & m.keys() and {"content", "value"} & {*m}
+               for m in (found if isinstance(found, list) else [found])):
+            return name, found
     return name, value
 
 
@@ -1032,7 +1069,19 @@ def turns_of(name, value, role, prompt=""):
     messages = value if isinstance(value, list) else [value]
     if len(messages) > MAX_TURNS:
         raise Drop(f"over {MAX_TURNS} turns")
-    return [t for m in messages for t in exchange(m) or [check_message(name, m)]]
+    if name in NAMES["messages"] and all(isinstance(m, str) for m in messages):   # LIMA's
+        messages = [turn(("user", "assistant")[i % 2], text) for i, text in enumerate(messages)]
+    turns = []
+    for t in (t for m in messages for t in exchange(m) or [check_message(name, m)]):
+        if t["role"] in ("function_call", "tool_call"):   # ShareGPT's and ms-swift's; of one turn
+            calls = listed(name, t["content"])
+            calls = [{"type": "function", "function": call}
+                     for call in (calls if isinstance(calls, list) else [calls])]
+            last = turns.pop() if turns and turns[-1]["role"] == "assistant" else \
+                t | turn("assistant", None)
+            t = last | {"tool_calls": [*last.get("tool_calls", ()), *calls]}
+        turns.append(t)
+    return turns
 
 
 def exchange(value):
@@ -1052,26 +1101,48 @@ def check_message(name, message):
     writes for what isn't there.)"""
     rest = {k: v for k, v in message.items() if v is not None} if isinstance(message, dict) else {}
     role = rest.pop("role", rest.pop("from", None))
-    content = rest.pop("content", rest.pop("value", None))
-    if isinstance(content, list):   # of parts
-        for part in content:
-            kind = part.get("type", "text") if isinstance(part, dict) else kind_of(part)
-            if kind != "text" or not isinstance(part.get("text"), str):
-                raise BadRow(f'"{name}" has content that is no text', f"got a part of type {kind}")
-        content = "".join(part["text"] for part in content)
+    parts = rest.pop("content", rest.pop("value", None))
+    content = joined(name, parts)
+    if "function_call" in rest:   # OpenAI's, of old
+        rest["tool_calls"] = [{"type": "function", "function": rest.pop("function_call")}]
+    if isinstance(rest.get("tool_calls"), str):   # as JSON
+        rest["tool_calls"] = listed("tool_calls", rest["tool_calls"] or "[]")
     if not isinstance(role, str) or not (isinstance(content, str)
                                          or content is None and "tool_calls" in rest):
         of = f", {kind_of(role)} and {kind_of(content)}" if isinstance(message, dict) else \
             f"; of a list of texts --columns={name}:{name}.0 takes the first" * (name in NAMES)
         raise BadRow(f'"{name}" must hold messages with role and content',
                      f"got {kind_of(message)}{of}")
+    for key in {*THOUGHTS} & rest.keys():
+        rest[key] = joined(name, rest[key])
+        if not isinstance(rest[key], str):
+            raise BadRow(f'"{name}" has {key} that is no text', f"got {kind_of(rest[key])}")
     role = role.strip().lower()
-    if role in ("function_call", "tool_call"):   # ShareGPT's and ms-swift's turn of the assistant
-        calls = listed(name, content)
-        role, content = "assistant", None
-        rest["tool_calls"] = [{"type": "function", "function": call}
-                              for call in (calls if isinstance(calls, list) else [calls])]
-    return turn(ROLES.get(role, role), content) | rest
+    role = ROLES.get(role, role)
+    if role == "assistant" and isinstance(parts, list) and any(map(is_masked, parts)):
+        raise BadRow(f'"{name}" has turns with parts that are not to be trained on')
+    return turn(role, content) | rest
+
+
+def joined(name, value):
+    """Content that is a list of parts, as one text; or what else it is."""
+    if not isinstance(value, list):
+        return value
+    texts = []
+    for part in value:
+        kind = part.get("type", "text") if isinstance(part, dict) else kind_of(part)
+        text = next((part[key] for key in ("text", "value", "content") if key in part), None) \
+            if kind == "text" else None
+        if not isinstance(text, str):
+            raise BadRow(f'"{name}" has content that is no text', f"got a part of type {kind}")
+        texts.append(text)
+    return "".join(texts)
+
+
+def is_masked(part):
+    """Whether OpenAI, ms-swift, axolotl or LLaMA-Factory would not train on this."""
+    return any(str(part.get(key, 1)).lower() in ("0", "0.0", "false")
+               for key in ("weight", "loss", "train", "loss_weight", "loss_scale"))
 
 
 def hh_turns(dialogue, role="assistant"):
@@ -1383,6 +1454,8 @@ def parse_columns(text):
         require(path and name in NAMES and name not in columns, f'columns: "{part}" should be '
                 "NAME:FIELD, with a field of the data and one of these names, each once: "
                 f"{', '.join(NAMES)}")
+        require(name != "rewards" or not re.match(r"[^-].*\brank$", path), f"columns: {path} is "
+                f"lower for the better response; rewards:-{path} takes the negative")
         columns[name] = path
     return columns
 

@@ -2025,6 +2025,8 @@ QWEN3_THINKING = QWQ.replace("{% if m.role == 'assistant' %}", (
     "\n\n</think>\n\n"))
 QWEN3_LAST = QWQ.replace("{% if m.role == 'assistant' %}", (   # earlier answers lose their thought
     "{% if m.role == 'assistant' %}{% if loop.last %}<think>\n\n</think>\n\n{% endif %}"))
+QWEN3_ANSWERS = QWEN3_LAST.replace("assistant\n<think>\n{%", "assistant\n{%")
+QWEN3_SILENT = QWEN3_LAST.replace("assistant\n<think>\n{%", "assistant\n<think>\n\n</think>\n\n{%")
 NEMO = ("{% set ns = namespace(system='') %}{% for m in messages %}{% if m.role == 'system' %}"
         "{% set ns.system = m.content + '\n\n' %}{% elif m.role == 'user' %}<|im_start|>"
         "{% if loop.last %}{{ ns.system }}{% endif %}{{ m.content }}<|start_header_id|>{% else %}"
@@ -2065,6 +2067,19 @@ CONTINUED = {   # template, turns, response -> the end of the prompt, the respon
                                 "\n</think>\n\nMoo.<|im_end|>"),
     "nemo": (NEMO, [BRIEF, *say("Hi")], " Moo. ", "<|im_start|>Be brief.\n\nHi<|start_header_id|>",
              " Moo.<|im_end|>"),
+    "nemo without a space": (
+        NEMO.replace(" {{ m.content | trim }}", "{% if m.tool_calls %}{{ m.tool_calls | tojson }}"
+                     "{% else %} {{ m.content }}{% endif %}"),
+        [BRIEF, *say("Hi")], [{"role": "assistant", "content": None, "tool_calls": ["f"]}],
+        "Hi<|start_header_id|>", '["f"]<|im_end|>'),
+    "an answer to an answer": (QWEN3_ANSWERS, say("Hi", "Moo?"), "Moo.",
+                               "Moo?<|im_end|>\n<|im_start|>assistant\n", "Moo.<|im_end|>"),
+    "silent": (QWEN3_SILENT, say("Hi"), "Moo.", "assistant\n<think>\n\n</think>\n\n",
+               "Moo.<|im_end|>"),
+    "two silent turns": (
+        QWEN3_SILENT, say("Hi"), say("Hi", "Moo?", "Yes.", "Moo.")[1:], "</think>\n\n",
+        "Moo?<|im_end|>\n<|im_start|>user\nYes.<|im_end|>\n<|im_start|>assistant\n"
+        "<think>\n\n</think>\n\nMoo.<|im_end|>"),
     "functionary": (FUNCTIONARY, say("Hi"), "Moo.", "<|im_start|>assistant\n",
                     "all\n<|end_header_id|>Moo.<|eot_id|>"),
     "two turns behind a thought": (
@@ -2087,6 +2102,21 @@ def test_response_is_what_follows_the_prompt(name, checkpoint, tmp_path):
     assert prompt == tokenizer.encode_prompt(turns)
     assert tokenizer.decode(prompt).endswith(prompt_end)
     assert tokenizer.decode(ids) == want and ids[-1] in tokenizer.special_ids
+
+
+@pytest.mark.parametrize("template, turns, response, words", [
+    (QWEN3_SILENT, say("Hi"), THOUGHT, "has a thought, and the prompt ends in an empty one"),
+    (CHATML.replace("in messages", "in messages if message.role != 'tool'"),
+     [*say("Hi", "Look."), {"role": "tool", "content": "dozen"}], "12.", "of the role tool out"),
+    (CHATML.replace("in messages", "in messages if message.role != 'tool'"), say("Hi"),
+     [*say(0, "Look.")[1:], {"role": "tool", "content": "dozen"}, *say(0, "12.")[1:]],
+     "a turn of the role tool out")])
+def test_what_a_template_leaves_out_is_not_answered(template, turns, response, words, checkpoint,
+                                                    tmp_path):
+    """A thought behind an empty one, and answers to a tool's result that is not written."""
+    (tmp_path / "t.jinja").write_text(template)
+    with pytest.raises(data.Drop, match=words):
+        data.Tokenizer(checkpoint, str(tmp_path / "t.jinja")).encode_responses(turns, [response])
 
 
 def test_rows_that_a_template_makes_nothing_of(checkpoint, tmp_path):
@@ -2243,6 +2273,30 @@ ROWS = {   # row, turns, responses, rewards if any
     "capybara": ({"conversation": [{"output": "a", "input": "Hi"}]}, say("Hi"), ["a"]),
     "firefly": ({"conversation": [{"human": "Hi", "assistant": "a"}], "category": "x"}, say("Hi"),
                 ["a"]),
+    "lima": ({"conversations": ["Hi", "a"], "source": "lima"}, say("Hi"), ["a"]),
+    "parts": ({"messages": [{"role": "user", "content": [{"type": "text", "value": "Hi"}]},
+                            {"role": "assistant", "content": [{"text": "a"}], "loss_weight": 1.0}]},
+              say("Hi"), [[say(0, "a")[1] | {"loss_weight": 1.0}]]),
+    "text_of_messages": (
+        {"chosen": json.dumps([{"content": "Hi [1]", "role": "user"}, {"content": "a", "role": "AI"}]),
+         "rejected": str([{"content": "Hi [1]", "from": "human"}, {"value": "b", "from": "bot"}])},
+        say("Hi [1]"), ["a", "b"]),
+    "text_of_no_messages": ({"prompt": "Hi", "chosen": '{"role": "user", "rights": []}',
+                             "rejected": '{"x": ["role": "user"}'},
+                            say("Hi"), ['{"role": "user", "rights": []}', '{"x": ["role": "user"}']),
+    "calls_of_one_turn": (
+        {"messages": [*say("Hi", "Look."), *({"role": "tool_call", "content": f'{{"name": "{f}"}}'}
+                                             for f in "fg")]},
+        say("Hi"), [[say(0, "Look.")[1] | {"tool_calls": [
+            {"type": "function", "function": {"name": f}} for f in "fg"]}]]),
+    "function_call": (
+        {"functions": [{"name": "f"}], "messages": [*say("Hi"), {
+            "role": "assistant", "content": None, "function_call": {"name": "f"}}]},
+        say("Hi"), [[{"role": "assistant", "content": None, "tool_calls": [
+            {"type": "function", "function": {"name": "f"}}]}]]),
+    "calls_as_text": (
+        {"messages": [*say("Hi"), {"role": "assistant", "tool_calls": '[{"function": "f"}]'}]},
+        say("Hi"), [[{"role": "assistant", "content": None, "tool_calls": [{"function": "f"}]}]]),
     "best": ({"prompt": "Hi", "responses": ["a", "b"], "best": 1}, say("Hi"), ["b", "a"]),
     "best_of_two": ({"responses": [say("Hi", "a"), say("Hi", "b")], "best": "model_b"}, say("Hi"),
                     ["b", "a"]),
@@ -2356,6 +2410,10 @@ MATRIX = {   # a row, or its line of .jsonl -> an error's words, why it is dropp
     "null_content": (GOOD | {"prompt": [{"role": "user", "content": None}]}, ["content", "null"]),
     "null_role": (GOOD | {"prompt": [{"role": None, "content": "Hi"}]}, ["role"]),
     "nan": ({"prompt": "Hi", "responses": ["a", "b"], "rewards": [1, math.nan]}, ["one number"]),
+    "masked_parts": ({"messages": [*say("Hi"), {"role": "assistant", "content": [
+        {"type": "text", "text": "a", "train": False}, {"text": "b"}]}]}, ["not to be trained"]),
+    "thoughts": ({"messages": [*say("Hi"), say(0, "a")[1] | {"reasoning_content": {"a": 1}}]},
+                 ["reasoning_content", "object"]),
     "rewards_object": ({"prompt": "Hi", "responses": ["a", "b"], "rewards": {"1": 5, "0": 9}},
                        ["rewards", "one number"]),
     "order": (GOOD | {"rewards": [1, 2]}, ["rejected", "higher reward"]),
