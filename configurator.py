@@ -79,7 +79,8 @@ class Unbreakable(io.FileIO):
 
 
 def open_streams():
-    """Give stdout and stderr a place, if they were closed, and what they can't encode an escape."""
+    """Make stdout and stderr safe to write to: closed ones lead nowhere, and characters that they
+    can't encode are escaped."""
     while (opened := os.open(os.devnull, os.O_RDWR)) <= 2:   # the lowest number that is free
         pass
     os.close(opened)
@@ -152,8 +153,8 @@ def reading(path, what):
 @contextlib.contextmanager
 def limited(seconds, what):
     """UserError about `what` unless what is inside is done in so many seconds of CPU time, and
-    MemoryError where it takes over a gigabyte more (Linux tells). It stops Python, not one long
-    call of a library, and in the main thread only. Of one inside another the outer one counts."""
+    MemoryError where it takes over a gigabyte more (on Linux). It can't stop one long call of a
+    library, works in the main thread only, and does nothing inside another limited()."""
     def stop(*_):
         raise UserError(f"{what} takes over {seconds} s of CPU time; does it end?")
 
@@ -339,7 +340,7 @@ def read_run_settings(folder):
 
 
 def is_finished(folder):
-    """Whether a run that train.py started in this folder also ended there."""
+    """Whether the run of this folder, if there is one, has ended."""
     path = os.path.join(folder, "train_config.json")
     return os.path.exists(path) and read_json(path).get("finished", False)
 
@@ -482,14 +483,14 @@ def beside_the_checkout(path):
     return there if path and not os.path.exists(path) and os.path.exists(there) else path
 
 
-# what TRL, nanoGPT or this project's past call a setting, and what to give here
+# what TRL or nanoGPT call a setting, and what to give here
 BATCH = ("batch_size, the global batch in pairs, on however many GPUs; pack_tokens bounds the "
          "memory, so nothing is accumulated by hand")
 ELSEWHERE = {
     "lr": "learning_rate", "bf16": "dtype=bfloat16", "fp16": "dtype=bfloat16",
     "torch_dtype": "dtype", "per_device_train_batch_size": BATCH, "micro_batch_size": BATCH,
-    "gradient_accumulation_steps": BATCH, "row_tokens": "pack_tokens",
-    "num_train_epochs": "epochs", "max_steps": "max_iters", "warmup_ratio": "warmup",
+    "gradient_accumulation_steps": BATCH, "num_train_epochs": "epochs",
+    "max_steps": "max_iters", "warmup_ratio": "warmup",
     "warmup_steps": "warmup, a share of the steps", "warmup_iters": "warmup, a share of the steps",
     "output_dir": "out_dir", "model": "init_from", "model_name_or_path": "init_from",
     "dataset_name": "dataset", "logging_steps": "log_interval", "eval_steps": "eval_interval",
@@ -606,8 +607,8 @@ def torchrun_ranks():
 
 
 def join_ranks(backend, device_id=None):
-    """Meet the other ranks. They have minutes to come. Once there, they wait longer for one that
-    tokenizes."""
+    """Meet the other ranks, which have five minutes to come. After that a rank waits two hours for
+    another, which may be tokenizing."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     _, rank, _, ranks = torchrun_ranks()
     by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

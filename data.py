@@ -1021,6 +1021,11 @@ def name_of(row, *fields):
     return next((name for name in there if row[name] not in (None, "")), (there or [None])[0])
 
 
+def field_of(name):
+    """The field that data sets call so."""
+    return next((field for field, names in NAMES.items() if name in names), name)
+
+
 def has(row, *fields):
     return row.get(name_of(row, *fields)) is not None
 
@@ -1110,7 +1115,8 @@ def check_message(name, message):
     if not isinstance(role, str) or not (isinstance(content, str)
                                          or content is None and "tool_calls" in rest):
         of = f", {kind_of(role)} and {kind_of(content)}" if isinstance(message, dict) else \
-            f"; of a list of texts --columns={name}:{name}.0 takes the first" * (name in NAMES)
+            f"; of a list of texts --columns={field_of(name)}:{name}.0 takes the first, and " \
+            f"responses:{name} all, the best first"
         raise BadRow(f'"{name}" must hold messages with role and content',
                      f"got {kind_of(message)}{of}")
     for key in {*THOUGHTS} & rest.keys():

@@ -2,7 +2,7 @@
 The method, as pure functions of tensors: MMPO and the objectives it is compared with.
 
 MMPO treats the response z as a latent variable and maximizes the marginal likelihood of what was
-preferred, with the responses at hand as the samples (Najafi and Fyshe, EACL 2026, arXiv
+preferred. The sum over z runs over the responses at hand (Najafi and Fyshe, EACL 2026, arXiv
 2510.22881):
 
     s_i  = log pi_theta(z_i|x) + R_i          R_i = r_i + beta log pi_ref(z_i|x)
@@ -12,8 +12,8 @@ R carries no gradient: it is the reward of a response plus the reference's opini
 before training. No reference model runs beside the policy.
 
 Three things are called reward. r_i is an input, one number a response. R_i adds the reference to it
-and is what the loss takes. The "implicit reward" of DPO and SimPO is beta times a log-ratio of the
-policy, which is only logged here (rewards/*).
+and is what the loss takes. The "implicit reward" is beta (log pi - log pi_ref) in DPO, and beta
+times the mean log pi in SimPO. It is only logged here (rewards/*).
 
 Shapes: B pairs, n responses each, the chosen one first (n = 2, or more). Log-probs are
 summed over a response's tokens unless a docstring says mean; `lengths` counts those tokens.
@@ -40,8 +40,9 @@ def normalize(R, group=0):
     R <- (R - min + 1e-6) / (max - min + 1e-6). The authors' group is a micro-batch of 2 pairs.
     """
     out = torch.empty_like(R)
-    for i in range(0, len(R), group or len(R) or 1):
-        g = R[i:i + (group or len(R))]
+    group = group or max(1, len(R))
+    for i in range(0, len(R), group):
+        g = R[i:i + group]
         out[i:i + len(g)] = (g - g.min() + 1e-6) / (g.max() - g.min() + 1e-6)
     return out
 
@@ -63,8 +64,9 @@ def mmpo_loss(logps, R, pref_weight=0.0):
 
         loss = -s_w + (1 - pref_weight) log sigmoid(s_w - s_l)
 
-    pref_weight 0 is MMPO; 1 is likelihood of the chosen response alone (R and the rejected response
-    have no gradient at all); above 1 adds a contrastive term. Pass means as logps for length_norm.
+    pref_weight 0 is MMPO; 1 is likelihood of the chosen response alone (neither R nor the rejected
+    response changes the gradient); above 1 adds a contrastive term. Pass means as logps for
+    length_norm.
     """
     s = logps + R
     J = s.logsumexp(-1)
@@ -75,7 +77,7 @@ def entropy_bonus(per_token_logps, per_token_entropy, response, lengths, length_
     """The authors' entropy ablation.
 
     H = sum_t [stopgrad(h_t) log pi(z_1..t) + h_t], mean over responses. per_token_logps,
-    per_token_entropy, response: (R,), a response's tokens in order, responses end to end.
+    per_token_entropy, response: (T,), a response's tokens in order, responses end to end.
     lengths (B, n) in the same order. Returns (B,); divided by each length with length_norm.
     """
     counts = lengths.flatten()
@@ -162,8 +164,9 @@ def preference_metrics(logps, lengths, ref_logps=None, R=None, *, beta=0.05, len
 
     rewards/*: implicit rewards, beta (log pi - log ref), or beta mean log pi without a reference;
     accuracies don't depend on beta, which may be 0.
-    weights/*: q of the chosen response, with R; upweighted is q > 1/n. accuracy/*: likelier chosen,
-    by mean and by sum. All but weights/* compare the first response with the last.
+    weights/*: q of the chosen response, with R; upweighted is the share with q > 1/n. accuracy/*:
+    the share whose chosen response is the likelier one, by mean and by sum. All but weights/*
+    compare the first response with the last.
     """
     metrics = {"logps/chosen": logps[:, 0].mean()}
     if logps.size(1) > 1:
@@ -187,10 +190,10 @@ def preference_metrics(logps, lengths, ref_logps=None, R=None, *, beta=0.05, len
 def measure(objective, logps, lengths, ref_logps, R, *, beta, length_norm, **knobs):
     """The mean loss of B pairs, without the entropy term, and their metrics, as a dict of floats.
 
-    knobs: the others of preference_loss. Implicit rewards are relative to the reference where the
-    objective reads it. R may be None where it doesn't; then there are no weights/*.
+    knobs: the others of preference_loss. Where the objective doesn't read the reference, implicit
+    rewards are not relative to it, and there are no weights/*.
     """
-    ref_logps = ref_logps if OBJECTIVES[objective] else None
+    ref_logps, R = (ref_logps, R) if OBJECTIVES[objective] else (None, None)
     shared = dict(beta=beta, length_norm=length_norm)
     losses = preference_loss(objective, logps, lengths, ref_logps, R, **shared, **knobs)
     return {"loss": losses.mean().item(),

@@ -3,7 +3,7 @@ Align a Llama-family language model on preference pairs, with MMPO or with a bas
 
 $ python train.py config/smollm2_135m.py --beta=0.1              # on one GPU, or on a CPU
 $ torchrun --nproc_per_node=4 train.py config/smollm2_135m.py    # on four GPUs of one machine
-$ torchrun --nnodes=2 --node_rank=0 --nproc_per_node=8 --master_addr=10.0.0.1 train.py config/x.py
+$ torchrun --nnodes=2 --node_rank=0 --nproc_per_node=8 --master_addr=10.0.0.1 train.py CONFIG
                          # on two machines of eight GPUs; on the second one with --node_rank=1
 
 `python train.py --help` lists every setting below.
@@ -76,7 +76,7 @@ columns = ""                      # other names of fields: prompt:question_text,
 use_scores = False                # score_chosen and score_rejected of a row are its rewards
 # objective
 objective = "mmpo"                # the loss, one of OBJECTIVES in mmpo.py: dpo, simpo, sft, ..
-beta = 0.05                       # weight of the reference in R; the scale in DPO, IPO and SimPO
+beta = 0.05                       # of the reference in R; DPO's, IPO's and SimPO's beta
 reward_chosen = 0.9               # r of the chosen response
 reward_rejected = 0.1             # r of the rejected response
 length_norm = True                # mean log-probs over a response's tokens, not sums (MMPO, SFT)
@@ -113,7 +113,7 @@ activation_checkpointing = False  # compute activations again in backward: slowe
 device = "auto"                   # auto | cuda | cpu | mps
 dtype = "auto"                    # auto | bfloat16 | float32: of products and of frozen weights
 compile = "auto"                  # auto | true | false: torch.compile; auto does on a GPU only
-seed = 42                         # of the order of the pairs, of dropout and samples
+seed = 42                         # of what is held out, of order, adapters, dropout, samples
 # -----------------------------------------------------------------------------
 one_line_errors()   # a user's mistake ends in one line, a bug in a traceback
 settings, overrides = configure(
@@ -170,7 +170,8 @@ if dtype == "auto":   # a dry run predicts what a GPU would need, so it assumes 
 settings["dtype"] = dtype   # recorded, since a run must resume in the same dtype
 compile = on_gpu if compile == "auto" else compile == "true"
 autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
-# The gradient of a pair that is decided can be so small that a CPU takes 40 times as long for it.
+# Pairs that are decided have tiny gradients. With numbers below 1e-38, which become 0 here, a CPU
+# takes 40 times as long.
 torch.set_flush_denormal(True)
 torch.manual_seed(seed)     # on all ranks alike, for they must start with the same adapters
 
@@ -225,7 +226,7 @@ if checkpoint and is_finished(out_dir) and start_iter >= max_iters:
     sys.exit()
 
 # --- model: shapes first, then adapters and shards, then memory and weights.
-# Trained weights are always fp32. Those that LoRA freezes need no more than the products' dtype.
+# Trained weights are always fp32. Those that LoRA freezes have the dtype of the matrix products.
 frozen_dtype = torch.bfloat16 if lora_rank and dtype == "bfloat16" else torch.float32
 raw_model, hf_config = llama.build(folder, frozen_dtype)
 require(tokenizer.n_vocab <= raw_model.config.vocab_size,
@@ -311,7 +312,7 @@ def constants_of(pairs, ref_logps):
 
 ref_logps = torch.zeros(len(train_pairs), train_pairs.n_responses)
 if mmpo.OBJECTIVES[objective]:   # its loss reads the reference
-    # of the pairs that the run reaches: a part of the first epoch, or all
+    # the pairs that the run will visit: all, or fewer if it ends within the first epoch
     visited = np.sort(data.batch_indices(len(train_pairs), max_iters * batch_size, seed, 0))
     t0 = time.time()
     ref_logps[visited] = reference_logps(train_pairs, visited)
@@ -321,8 +322,8 @@ train_constants = constants_of(train_pairs, ref_logps)
 # --- the run's records; nothing of an earlier run has been touched so far
 if master_process:
     os.makedirs(out_dir, exist_ok=True)
-    if not checkpoint:   # those of a finished run that this one replaces
-        remove_checkpoints(out_dir)
+    if not checkpoint:
+        remove_checkpoints(out_dir)   # of a finished run that this one replaces
     write_json(os.path.join(out_dir, "train_config.json"), settings)
     metrics_file = open_metrics(os.path.join(out_dir, "metrics.jsonl"), start_iter)
     if wandb_log:
@@ -455,8 +456,8 @@ for iter_num in tqdm(range(start_iter, max_iters + 1), "steps", max_iters, initi
 
     # The update. The CPU waits for the GPU here, since a gradient that is NaN or infinite must not
     # reach the weights.
-    norm = torch.nn.utils.clip_grad_norm_(trained, grad_clip or math.inf)
-    grad_norm = llama.whole(norm).item()
+    grad_norm = llama.whole(
+        torch.nn.utils.clip_grad_norm_(trained, grad_clip or math.inf)).item()
     finite = math.isfinite(grad_norm)
     if ddp and (not finite or iter_num % log_interval == 0):
         dist.all_reduce(batch_logps)   # every rank filled in the pairs that it computed
@@ -474,7 +475,7 @@ for iter_num in tqdm(range(start_iter, max_iters + 1), "steps", max_iters, initi
 
     if iter_num % log_interval == 0:
         metrics = mmpo.measure(objective, batch_logps, lengths, ref_logps,
-                               R if objective == "mmpo" else None, **loss_knobs)
+                               R, **loss_knobs)
         left = (time.time() - started) / (iter_num - start_iter or 1) * (max_iters - iter_num - 1)
         metrics |= {"grad_norm": grad_norm, "lr": lr, "seconds_left": left}
         metrics |= cost.throughput(raw_model, tree_lengths, packs, pad_to, time.time() - t0)

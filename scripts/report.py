@@ -14,7 +14,7 @@ from configurator import (
     HERE, one_line_errors, read_json, read_metrics, read_settings, reading, require,
     write_text)
 
-FAR_KL = 0.3       # nats a token; the short recipe of assets/results.md ends at half of it or less
+FAR_KL = 0.3       # nats a token; assets/results.md's short recipe ends at half of it, mostly
 FAR_CHOSEN = 0.1   # share by which the chosen response's log-prob fell; there it rises
 CLIPPED = 10       # times grad_clip
 
