@@ -19,7 +19,6 @@ modules, define functions, and use names that begin with an underscore: those ar
 import ast
 import contextlib
 import difflib
-import errno
 import hashlib
 import io
 import json
@@ -65,7 +64,6 @@ def require(condition, message):
         raise UserError(message)
 
 
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)   # the system names no file with these
 LONGEST = 300   # characters of an error
 
 
@@ -105,11 +103,14 @@ def one_line_errors():
     def hook(kind, error, trace):
         if issubclass(kind, UserError):
             message = f"error: {error}"
-        elif issubclass(kind, OSError) and (error.filename or error.errno in DISK_FULL):
+        elif issubclass(kind, OSError) and error.strerror:
             where = f"{error.filename}: " if error.filename else ""
             message = f"error: {where}{error.strerror}"
         elif issubclass(kind, KeyboardInterrupt):
             message = "interrupted"
+        elif issubclass(kind, RuntimeError) and dist.is_initialized() and re.search(
+                "by peer|remote process|Broken pipe", str(error)):
+            message = "error: another rank ended; its error says why"
         elif issubclass(kind, MemoryError) or re.search("out of|allocate", str(error)) and \
                 "memory" in str(error):   # torch's, of a GPU and of a CPU
             message = (f"error: not enough memory ({first_line(error)}); lower pack_tokens, or see "
@@ -280,7 +281,7 @@ def cache_path(kind, key, code):
     digest = hashlib.sha256(json.dumps(key).encode())
     for file in code:
         digest.update(sha256(os.path.join(HERE, file)).encode())
-    folder = os.environ.get("NANOMMPO_CACHE") or os.path.expanduser("~/.cache/nanommpo")
+    folder = os.path.expanduser(os.environ.get("NANOMMPO_CACHE") or "~/.cache/nanommpo")
     return os.path.join(folder, f"{kind}-{digest.hexdigest()[:24]}.npz")
 
 
@@ -340,7 +341,7 @@ def read_run_settings(folder):
 
 
 def is_finished(folder):
-    """Whether the run of this folder, if there is one, has ended."""
+    """At which step the run of this folder has ended, if there is one and it has."""
     path = os.path.join(folder, "train_config.json")
     return os.path.exists(path) and read_json(path).get("finished", False)
 
@@ -397,20 +398,28 @@ def read_settings(source):
     return settings
 
 
-def configure(namespace, argv, source, choices={}, above_zero="", at_least_zero="", below_one=""):
+# what numbers may be, and the settings that are such numbers
+BOUNDS = (("above 0, and below 2 ** 31", lambda x: 0 < x < 2 ** 31, """
+              log_interval eval_interval sample_tokens kl_tokens eval_pairs max_length
+              max_prompt_length lora_alpha batch_size epochs pack_tokens keep_checkpoints"""),
+          ("0 or more", lambda x: x >= 0, """
+              save_interval kl_samples beta reward_norm_group pref_weight entropy_coef
+              gamma_beta_ratio orpo_lambda lora_rank learning_rate weight_decay grad_clip
+              max_iters min_lr seed skip_nonfinite"""),
+          ("from 0 to 1", lambda x: 0 <= x <= 1, "warmup"),
+          ("from 0 to below 1", lambda x: 0 <= x < 1, "lora_dropout beta1 beta2"))
+
+
+def configure(namespace, argv, source, choices={}):
     """Override the defaults in `namespace` (a script's globals()) by argv -> (settings, overrides).
 
     argv: config files, applied in order, and --key=value, which win wherever they stand.
     source: the script's path. choices: {name: allowed words} where the comment doesn't list them.
-    The last three are names of settings, separated by spaces, whose numbers are bounded.
     `--help` prints every setting and exits; `--debug` keeps tracebacks.
     Raises UserError that says where the mistake is.
     """
     known = read_settings(source)
     defaults = {name: setting.value for name, setting in known.items()}
-    bounds = (("above 0, and below 2 ** 31", above_zero.split(), lambda x: 0 < x < 2 ** 31),
-              ("0 or more", at_least_zero.split(), lambda x: x >= 0),
-              ("from 0 to below 1", below_one.split(), lambda x: 0 <= x < 1))
     if "--help" in argv or "-h" in argv:
         print(help_text(known, source))
         sys.exit(0)
@@ -426,8 +435,8 @@ def configure(namespace, argv, source, choices={}, above_zero="", at_least_zero=
             words = choices.get(key) or (words_of(known[key].comment)
                                          if isinstance(known[key].value, str) else [])
             value = coerce(key, value, known[key].value, words, where)
-            for bound, names, holds in bounds:
-                require(key not in names or holds(value),
+            for bound, holds, names in BOUNDS:
+                require(key not in names.split() or holds(value),
                         f"{where}: {key} must be {bound} (got {value})")
             overrides[key] = value
     namespace.update(overrides)
@@ -541,7 +550,7 @@ def coerce(key, value, default, words, where):
         require(value in words, f'{where}: {key} must be one of {", ".join(words)} (got "{value}")'
                 + (f'; did you mean "{near[0]}"?' if near else ""))
         return value
-    problem = UserError(f"{where}: {key} must be {KINDS[want]} (got {value!r})")
+    problem = UserError(f"{where}: {key} must be {KINDS[want]} (got {shown(value)})")
     if want is bool:
         value = {"true": True, "1": True, "false": False, "0": False}.get(str(value).lower())
         if value is None:
@@ -561,6 +570,13 @@ def coerce(key, value, default, words, where):
     elif not isinstance(value, str) or "\0" in value:
         raise problem
     return value
+
+
+def shown(value):
+    try:
+        return f"{value!r:.99}"
+    except Exception as e:   # as of a number of over 4300 digits
+        return f"a {type(value).__name__} that can't be shown, {first_line(e)}"
 
 
 def help_text(known, source):
@@ -654,6 +670,18 @@ def first_on_each_node(function, *args):
     if wait and first:
         dist.barrier()
     return result
+
+
+def same_on_all_ranks(settings):
+    """UserError unless all ranks were given the same, but for paths, whose content counts."""
+    if not dist.is_initialized():
+        return
+    everywhere = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, settings)
+    for name, value in settings.items():
+        other = next((found[name] for found in everywhere if found[name] != value), value)
+        require(name in PATHS or other == value, f"{name}: {value!r:.60} on rank {dist.get_rank()} "
+                f"and {other!r:.60} on another; start all ranks with the same")
 
 
 def once_on_each_node(function, *args):

@@ -22,6 +22,7 @@ import tempfile
 import zlib
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -82,7 +83,7 @@ HONOURED = {
     "model_type": (tuple(ARCHITECTURES), ", ".join(ARCHITECTURES)),
     "hidden_act": (("silu", "swish", None), "silu"),
     "rope_type": (tuple(ROPE), ", ".join(ROPE)),
-    "partial_rotary_factor": ((1.0, None), "1.0"),
+    "partial_rotary_factor": ((1.0, None), "1.0"), "is_causal": ((True, None), "true"),
     "mscale": ((None,), "yarn without it"),
     "truncate": ((True, None), "yarn with true"),
     "layer_types": ((None,), "full_attention, or sliding_attention with a sliding_window"),
@@ -872,6 +873,12 @@ def on_its_base(adapter):
     return made.name
 
 
+def files_beside_weights(folder):
+    """{name: content} of a model's tokenizer and generation_config.json."""
+    return {file: Path(folder, file).read_bytes() for file in model_files(folder)
+            if file in (*TOKENIZER_FILES, "generation_config.json")}
+
+
 def read_config(folder):
     require("config.json" in model_files(folder),
             f"{folder}: no config.json; give a Hugging Face checkpoint folder")
@@ -891,8 +898,12 @@ def merge(weight, name, adapter, config):
     parts, layer = [adapter.pop(name, weight)], name.removesuffix(".weight")
     if f"{layer}.lora_A.weight" in adapter:
         A, B = (adapter.pop(f"{layer}.lora_{x}.weight").float() for x in "AB")
+        if not config.get("rank_pattern") and len(A) != config.get("r", len(A)):
+            raise ValueError(f"rank {len(A)}, but adapter_config.json has r = {config['r']!r:.20}")
         rank = math.sqrt(len(A)) if config.get("use_rslora") else len(A)
         parts = [parts[0].float(), config["lora_alpha"] / rank * (B @ A)]
+        if not all_finite(parts[1]):
+            raise ValueError("NaN or infinite")
     for part in parts:   # else addition would broadcast some that don't fit
         if part.shape != weight.shape:
             raise ValueError(f"shape {tuple(part.shape)}, not {tuple(weight.shape)}")
@@ -1023,14 +1034,14 @@ def from_pretrained(name, device="cpu", dtype=torch.float32):
 
 
 @torch.no_grad()
-def export(model, folder, hf_config, base_folder="", dtype=torch.bfloat16, adapter_of=None,
+def export(model, folder, hf_config, files={}, dtype=torch.bfloat16, adapter_of=None,
            chat_template=None, stop_ids=(), max_shard_bytes=5 * 1000 ** 3):
     """Write a folder that transformers, vLLM and llama.cpp's converter open, with LoRA merged.
 
-    hf_config: the start checkpoint's config.json. base_folder: where the tokenizer's files and
-    generation_config.json are copied from. adapter_of: the base model's name; the LoRA adapters are
-    then written alone, for peft.PeftModel.from_pretrained. chat_template: the text trained with.
-    stop_ids: what ends a turn, for generation_config.json.
+    hf_config, files: the start checkpoint's config.json, and its `files_beside_weights`.
+    adapter_of: the base model's name; the LoRA adapters are then written alone, for
+    peft.PeftModel.from_pretrained. chat_template: the text trained with. stop_ids: what ends a
+    turn, for generation_config.json.
 
     Every rank calls it, since a sharded tensor is put together by all; the first rank writes. Files
     are written into a folder of their own, then moved, so that each is whole or not there.
@@ -1075,14 +1086,14 @@ def export(model, folder, hf_config, base_folder="", dtype=torch.bfloat16, adapt
     if shards.is_sharded:
         write_json(os.path.join(temporary, f"{kind}model.safetensors.index.json"),
                    {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename})
-    for file in model_files(base_folder):
-        if file in TOKENIZER_FILES:
-            shutil.copyfile(os.path.join(base_folder, file), os.path.join(temporary, file))
-        elif file == "generation_config.json":
-            generation = read_json(os.path.join(base_folder, file))
+    for file, content in files.items():
+        Path(temporary, file).write_bytes(content)
+    path = os.path.join(temporary, "generation_config.json")
+    if os.path.exists(path):
+        generation = read_json(path)
     if stop_ids:
         generation["eos_token_id"] = sorted(stop_ids) if len(stop_ids) > 1 else max(stop_ids)
-    write_json(os.path.join(temporary, "generation_config.json"), generation)
+    write_json(path, generation)
     if chat_template is not None:
         write_template(temporary, chat_template)
     replace_export(folder, temporary)

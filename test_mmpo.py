@@ -8,7 +8,6 @@ References are independent: transformers, tokenizers, a formula in float64, neve
 Whoever adds a loss adds its formula to FORMULAS, and nothing else here.
 Real tokenizers and chat templates are looked for in $MMPO_SHARED (../shared), and skipped without.
 """
-import ast
 import copy
 import csv
 import glob
@@ -104,6 +103,9 @@ def grads(model):
 def assert_same_grads(got, want, tolerance):
     assert got.keys() == want.keys()
     assert not {n for n in want if not gap(got[n], want[n]) <= tolerance}
+
+
+files_of = llama.files_beside_weights
 
 
 def tokens_of(*shape, seed=0):
@@ -713,7 +715,7 @@ def test_export_without_side_files(checkpoint, tmp_path):
     model, config = llama.from_pretrained(base)
     llama.export(model, str(out), config)
     assert (out / "tokenizer.json").read_text() == "mine"
-    llama.export(model, str(out), config, base, stop_ids={2, 7})
+    llama.export(model, str(out), config, files_of(base), stop_ids={2, 7})
     assert read_json(out / "generation_config.json") == {"bos_token_id": 1, "eos_token_id": [2, 7]}
     assert read_json(out / "tokenizer.json") == read_json(f"{base}/tokenizer.json")
 
@@ -725,7 +727,7 @@ def test_export_opens_in_transformers(checkpoint, tmp_path):
     model.compile_blocks()   # must leave no trace in the names
     out, tokens = str(tmp_path / "out"), tokens_of(2, 30)
     del config["architectures"]
-    llama.export(model, out, config | {"my": {"a": [1]}}, checkpoint, torch.float32)
+    llama.export(model, out, config | {"my": {"a": [1]}}, files_of(checkpoint), torch.float32)
     reopened, _ = llama.from_pretrained(out)
     assert gap(transformers_logits(out, tokens), reopened.logits(tokens)) <= 1e-6
     before, after = (load_file(f"{f}/model.safetensors") for f in (checkpoint, out))
@@ -742,12 +744,13 @@ def test_export_has_one_template(checkpoint, tmp_path):
     """No file of an export keeps another chat template than the one trained with."""
     model, config = llama.from_pretrained(checkpoint)
     base, out = shutil.copytree(checkpoint, str(tmp_path / "base")), str(tmp_path / "out")
-    llama.export(model, out, config, base, chat_template="new {{ bos_token }}")
+    llama.export(model, out, config, files_of(base), chat_template="new {{ bos_token }}")
     assert read_json(f"{out}/tokenizer_config.json")["chat_template"] == "new {{ bos_token }}"
     with open(f"{out}/chat_template.jinja") as f:
         assert f.read() == "new {{ bos_token }}"
     assert data.Tokenizer(out).template_text == "new {{ bos_token }}"
-    llama.export(model, out, config, base, chat_template=CHATML)   # its own: files as they came
+    # its own: the files stay as they came
+    llama.export(model, out, config, files_of(base), chat_template=CHATML)
     assert not os.path.exists(f"{out}/chat_template.jinja")
     assert read_json(f"{out}/tokenizer_config.json") == read_json(f"{base}/tokenizer_config.json")
 
@@ -758,7 +761,7 @@ def test_export_shards(checkpoint, tmp_path):
     model, config = llama.from_pretrained(checkpoint)
     out, tokens = str(tmp_path), tokens_of(1, 20)
     for shard_bytes, least in ((20_000, 3), (60_000, 2), (10 ** 9, 1)):
-        llama.export(model, out, config, checkpoint, torch.bfloat16, max_shard_bytes=shard_bytes)
+        llama.export(model, out, config, files_of(checkpoint), max_shard_bytes=shard_bytes)
         shards = glob.glob(f"{out}/*.safetensors")
         assert len(shards) > 1 if least > 1 else len(shards) == 1
         assert os.path.exists(f"{out}/model.safetensors.index.json") == (len(shards) > 1)
@@ -793,7 +796,8 @@ def test_export_leaves_whole_files_that_others_can_read(checkpoint, tmp_path):
     (tmp_path / "export.tmp" / "model-7.safetensors").touch()
     umask = os.umask(0o022)
     for shard_bytes in (20_000, 10 ** 9):
-        llama.export(model, str(tmp_path), config, checkpoint, max_shard_bytes=shard_bytes)
+        llama.export(model, str(tmp_path), config, files_of(checkpoint),
+                     max_shard_bytes=shard_bytes)
         files = os.listdir(tmp_path)
         assert {stat.S_IMODE((tmp_path / f).stat().st_mode) for f in files} == {0o644}
         assert not [f for f in files if "tmp" in f or "-7" in f]
@@ -810,7 +814,7 @@ def test_export_deletes_what_an_export_wrote(checkpoint, tmp_path):
     elsewhere."""
     model, config = llama.from_pretrained(checkpoint)
     out, mine = str(tmp_path / "out"), {"notes.txt": b"mine", "spare.bin": b"mine"}
-    llama.export(model, out, config, checkpoint, max_shard_bytes=20_000)
+    llama.export(model, out, config, files_of(checkpoint), max_shard_bytes=20_000)
     first = read_json(f"{out}/exported_files.json")["files"]
     assert set(first) == set(os.listdir(out)) - {"exported_files.json"}
     for file, content in mine.items():
@@ -818,7 +822,7 @@ def test_export_deletes_what_an_export_wrote(checkpoint, tmp_path):
     (tmp_path / "x.safetensors").write_text("mine")
     write_json(f"{out}/exported_files.json", {"files": [*first, "../x.safetensors", "notes.txt"]})
     llama.check_target(out, checkpoint, False, overwrite=True)
-    llama.export(model, out, config, checkpoint)
+    llama.export(model, out, config, files_of(checkpoint))
     there = snapshot(out)
     assert there.keys() == {"exported_files.json", "model.safetensors", *mine} | {
         file for file in first if "model-" not in file} - {"model.safetensors.index.json"}
@@ -844,13 +848,15 @@ def test_killed_export(shards, checkpoint, tmp_path, monkeypatch):
         return call
     for n in range(99):
         out = str(tmp_path / str(n))
-        llama.export(old, out, config, checkpoint, torch.float32, max_shard_bytes=shards[0])
+        llama.export(old, out, config, files_of(checkpoint), torch.float32,
+                     max_shard_bytes=shards[0])
         left[0] = n
         with monkeypatch.context() as m:
             m.setattr(os, "remove", counted(remove))
             m.setattr(os, "replace", counted(replace))
             try:
-                llama.export(new, out, config, checkpoint, torch.float32, max_shard_bytes=shards[1])
+                llama.export(new, out, config, files_of(checkpoint), torch.float32,
+                             max_shard_bytes=shards[1])
             except InterruptedError:
                 pass
         if os.path.exists(f"{out}/config.json"):
@@ -869,7 +875,7 @@ def test_check_target(checkpoint, tmp_path):
     model, config = llama.from_pretrained(checkpoint)
     out = str(tmp_path / "out")
     llama.check_target(out, checkpoint, False)
-    llama.export(model, out, config, checkpoint)
+    llama.export(model, out, config, files_of(checkpoint))
     with pytest.raises(UserError, match=f"{out} holds a finished model; --overwrite=True"):
         llama.check_target(out, checkpoint, False)
     llama.check_target(out, checkpoint, False, overwrite=True)
@@ -901,7 +907,7 @@ def test_export_of_what_fp16_can_not_hold(checkpoint, tmp_path):
     model, config = llama.from_pretrained(checkpoint)
     model.model.norm.weight[0] = 1e5
     with pytest.raises(UserError, match="model.norm.weight is not finite in torch.float16"):
-        llama.export(model, str(tmp_path), config, checkpoint, torch.float16)
+        llama.export(model, str(tmp_path), config, files_of(checkpoint), torch.float16)
 
 
 def damage_tensors(change, file="model.safetensors"):
@@ -990,6 +996,7 @@ DAMAGE = {
     "mscale": (damage_config(rope_scaling=YARN_ROPE | {"mscale": 0.7}), "config.json", "mscale"),
     "nested": (damage_config(rope_parameters=NESTED), "config.json", "rope parameters"),
     "partial": (damage_config(partial_rotary_factor=0.5), "config.json", "partial_rotary_factor"),
+    "bidirectional": (damage_config(is_causal=False), "config.json", "is_causal false"),
     "gemma": (damage_config(model_type="gemma"), "config.json", "gemma", "not supported"),
     "gelu": (damage_config(hidden_act="gelu"), "config.json", "gelu"),
     "smollm3": (damage_config(model_type="smollm3", no_rope_layers=[1]), "no_rope_layers [1]"),
@@ -1220,9 +1227,10 @@ def test_lora_without_its_adapters_is_the_base(lora):
 def exports(lora, checkpoint, tmp_path_factory):
     """The trained model's two exports: merged, and adapters alone over a copy of the former."""
     folder = tmp_path_factory.mktemp("exports")
-    llama.export(lora.model, str(folder / "merged"), lora.config, checkpoint, torch.float32)
+    llama.export(lora.model, str(folder / "merged"), lora.config, files_of(checkpoint),
+                 torch.float32)
     shutil.copytree(folder / "merged", folder / "adapter")
-    llama.export(lora.model, str(folder / "adapter"), lora.config, checkpoint,
+    llama.export(lora.model, str(folder / "adapter"), lora.config, files_of(checkpoint),
                  adapter_of=checkpoint)
     return folder
 
@@ -1331,7 +1339,8 @@ BAD_ADAPTERS = {   # the damage, words of the error
     "magnitude": (change_tensors(lambda t: t.update({LORA_A.replace("A.w", "m.w"): t[LORA_A] + 1})),
                   "lora_m"),
     "shape": (change_tensors(lambda t: t.update({LORA_B: torch.ones(7, 4)})), "shape (7, 32)"),
-    "nan": (change_tensors(lambda t: t[LORA_A].fill_(math.nan)), "q_proj.weight holds NaN"),
+    "nan": (change_tensors(lambda t: t[LORA_A].fill_(math.nan)), "the adapter's part of", "NaN"),
+    "rank": (change_adapter(r=3), "rank 4, but adapter_config.json has r = 3"),
     "bin": (lambda f: os.remove(f"{f}/adapter_model.safetensors"), "no adapter_model.safetensors"),
     "alpha": (change_adapter(lora_alpha="6"), "lora_alpha", "'6'"),
     "alphas": (change_adapter(alpha_pattern={"q_proj": 3}), "alpha_pattern"),
@@ -2274,7 +2283,7 @@ ROWS = {   # row, turns, responses, rewards if any
     "firefly": ({"conversation": [{"human": "Hi", "assistant": "a"}], "category": "x"}, say("Hi"),
                 ["a"]),
     "lima": ({"conversations": ["Hi", "a"], "source": "lima"}, say("Hi"), ["a"]),
-    "parts": ({"messages": [{"role": "user", "content": [{"type": "text", "value": "Hi"}]},
+    "parts_by_value": ({"messages": [{"role": "user", "content": [{"type": "text", "value": "Hi"}]},
                             {"role": "assistant", "content": [{"text": "a"}], "loss_weight": 1.0}]},
               say("Hi"), [[say(0, "a")[1] | {"loss_weight": 1.0}]]),
     "text_of_messages": (
@@ -2289,7 +2298,7 @@ ROWS = {   # row, turns, responses, rewards if any
                                              for f in "fg")]},
         say("Hi"), [[say(0, "Look.")[1] | {"tool_calls": [
             {"type": "function", "function": {"name": f}} for f in "fg"]}]]),
-    "function_call": (
+    "old_function_call": (
         {"functions": [{"name": "f"}], "messages": [*say("Hi"), {
             "role": "assistant", "content": None, "function_call": {"name": "f"}}]},
         say("Hi"), [[{"role": "assistant", "content": None, "tool_calls": [
@@ -2989,8 +2998,11 @@ DEFAULTS = dict(out_dir="out", objective="mmpo", resume=False, max_iters=10, lea
 
 
 @pytest.fixture
-def configure(tmp_path):
+def configure(tmp_path, monkeypatch):
     (tmp_path / "script.py").write_text(SCRIPT)
+    names = "learning_rate", "max_iters", "", "dropout"
+    monkeypatch.setattr(configurator, "BOUNDS", [
+        (*bound[:2], name) for bound, name in zip(configurator.BOUNDS, names)])
 
     def call(*argv, **files):
         for name, text in files.items():
@@ -2998,8 +3010,7 @@ def configure(tmp_path):
         argv = [str(tmp_path / arg) if arg.endswith(".py") else arg for arg in argv]
         namespace = dict(DEFAULTS)
         settings, overrides = configurator.configure(
-            namespace, argv, str(tmp_path / "script.py"), above_zero="learning_rate",
-            at_least_zero="max_iters", below_one="dropout")
+            namespace, argv, str(tmp_path / "script.py"))
         assert settings == DEFAULTS | overrides == namespace
         return overrides
     return call
@@ -3115,24 +3126,20 @@ def test_help(configure, capsys):
 # --- the settings of train.py
 
 TRAIN = os.path.join(ROOT, "train.py")
-with open(TRAIN, encoding="utf-8") as f:
-    [CALL] = [node for node in ast.walk(ast.parse(f.read()))
-              if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "configure"]
-# choices and bounds, as train.py gives them to configure
-KEYWORDS = {keyword.arg: eval(compile(ast.Expression(keyword.value), TRAIN, "eval"), {"mmpo": mmpo})
-            for keyword in CALL.keywords}
 BOUNDS = {
-    "above_zero": "log_interval eval_interval sample_tokens kl_tokens eval_pairs max_length "
-                  "max_prompt_length lora_alpha batch_size epochs pack_tokens keep_checkpoints",
-    "at_least_zero": "save_interval kl_samples beta reward_norm_group pref_weight entropy_coef "
-                     "gamma_beta_ratio orpo_lambda lora_rank learning_rate weight_decay grad_clip "
-                     "max_iters warmup min_lr seed skip_nonfinite",
-    "below_one": "lora_dropout beta1 beta2"}
+    "above 0, and below 2 ** 31":
+        "log_interval eval_interval sample_tokens kl_tokens eval_pairs max_length "
+        "max_prompt_length lora_alpha batch_size epochs pack_tokens keep_checkpoints",
+    "0 or more": "save_interval kl_samples beta reward_norm_group pref_weight entropy_coef "
+                 "gamma_beta_ratio orpo_lambda lora_rank learning_rate weight_decay grad_clip "
+                 "max_iters min_lr seed skip_nonfinite",
+    "from 0 to 1": "warmup",
+    "from 0 to below 1": "lora_dropout beta1 beta2"}
 
 
 def configure_train(*argv):
     """As train.py does -> what is set."""
-    return configurator.configure({}, argv, TRAIN, **KEYWORDS)[1]
+    return configurator.configure({}, argv, TRAIN, {"objective": mmpo.OBJECTIVES})[1]
 
 
 def test_train_defaults_are_settings():
@@ -3146,16 +3153,17 @@ def test_train_defaults_are_settings():
 
 def test_bounds_are_those_listed_here():
     assert {kind: sorted(names.split()) for kind, names in BOUNDS.items()} == {
-        kind: sorted(names.split()) for kind, names in KEYWORDS.items() if kind != "choices"}
+        kind: sorted(names.split()) for kind, _, names in configurator.BOUNDS}
 
 
 @pytest.mark.parametrize("kind, name", [(k, name) for k in BOUNDS for name in BOUNDS[k].split()])
 def test_bounds(kind, name):
     """A value just outside is refused, the boundary value just inside is taken."""
     step = 1 if isinstance(configurator.read_settings(TRAIN)[name].value, int) else 1e-9
-    edges = {"above_zero": [(0, step)], "at_least_zero": [(-step, 0)],
-             "below_one": [(-step, 0), (1, 1 - step)]}
-    for outside, inside in edges[kind]:
+    edges = {"above 0": [(0, step)], "0 or more": [(-step, 0)],
+             "from 0 to 1": [(-step, 0), (1 + step, 1)],
+             "from 0 to below 1": [(-step, 0), (1, 1 - step)]}
+    for outside, inside in edges[kind.split(",")[0]]:
         assert configure_train(f"--{name}={inside}") == {name: inside}
         with pytest.raises(UserError, match=f"--{name}: {name} must be "):
             configure_train(f"--{name}={outside}")
@@ -3590,7 +3598,10 @@ def test_scripts(command, runs, tmp_path):
     pytest.importorskip("matplotlib")
     write_rows(tmp_path / "n.jsonl", [{"prompt": "x", "responses": ["a", "b c", "d"]}] * 3)
     write_rows(tmp_path / "i.jsonl", [{"instruction": "fox"}] * 2)
-    assert_done(run_process(command.format(runs=runs, folder=tmp_path).split()))
+    command = command.format(runs=runs, folder=tmp_path).split()
+    assert_done(run_process(command))
+    if "--instructions" in " ".join(command):   # a person's file stays
+        assert_one_line(run_process(command), "o.json exists already")
     if "plot" in command:
         assert (tmp_path / "c.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
@@ -3964,7 +3975,9 @@ def test_compare_arguments(tmp_path, monkeypatch, capsys):
     """What can't work is told before anything runs."""
     pytest.importorskip("matplotlib")
     from scripts import compare
-    for args, words in ((["--grid", "beta=1", "beta=2"], "--grid: a key twice in beta=1 beta=2"),
+    for args, words in ((["--grid", "beta=1", "beta=2"], "--grid: a key twice, .* in beta=1 beta=2"),
+                        (["--grid", "out_dir=a,b"], "one of out_dir, .* in out_dir=a,b"),
+                        (["--grid", "beta=1,-1"], "--beta: beta must be 0 or more"),
                         (["--grid", "beta=1,2", "--beside=beta=3"], "--beside: one of beta=1, beta=2"),
                         (["--evaluate='open"], "--evaluate: not arguments")):
         monkeypatch.setattr(sys, "argv", ["compare", "config/demo.py", f"--out={tmp_path}/a", *args])
@@ -4117,7 +4130,7 @@ def resumed(interrupted):
     moved = shutil.copytree(folder / "run-lora", folder / "run-moved") / "checkpoint-0000003"
     moved.symlink_to(shutil.move(moved, folder / "bigger-disk"))
     (folder / "run-torn" / "README.md").write_text("mine")
-    for name in ("longer", "again", "anew"):
+    for name in ("longer", "unsaved", "other", "again", "anew"):
         shutil.copytree(folder / "run-lora-whole", folder / f"run-{name}")
     base = shutil.copytree(interrupted.base, folder / "elsewhere")
     pairs = shutil.copy(interrupted.pairs, base / "rows.jsonl")
@@ -4126,6 +4139,8 @@ def resumed(interrupted):
     jobs |= {"alone": [*args["two-ddp"], "--resume"], "torn": [*args["torn"], "--resume"],
              "lora-whole": [*args["lora"], "--resume"], "again": args["lora"],
              "longer": [*args["lora"], "--max_iters=9", "--resume"],
+             "unsaved": [*args["lora"], "--max_iters=9", "--save_interval=0", "--resume"],
+             "other": [*args["lora"], "--beta=0.3", "--resume"],
              "anew": [*args["lora"], "--save_interval=0", "--overwrite"],
              "moved": [*args["lora"], f"--init_from={base}", f"--dataset={pairs}", "--resume"]}
     return train_all(interrupted.base, folder, jobs)
@@ -4191,6 +4206,12 @@ def test_resume_of_a_finished_run(interrupted, resumed):
     weights, start = (weights_of(interrupted.folder / f"run-{n}") for n in ("longer", "lora-whole"))
     assert not all(weights[n].equal(start[n]) for n in start)
     assert os.listdir(interrupted.folder / "run-longer").count("checkpoint-0000009") == 1
+    assert_done(resumed["unsaved"])   # its checkpoint is older than its end
+    assert "step     8" in resumed["unsaved"].stdout
+    unsaved = train(interrupted.base, f"{interrupted.folder}/run-unsaved", *interrupted.args["lora"],
+                    "--max_iters=9", "--save_interval=0", "--resume")
+    assert "stays as it is" in unsaved.stdout
+    assert_one_line(resumed["other"], "resume: the run has beta=", "not 0.3")
     assert_one_line(resumed["again"], "holds a finished model; --overwrite=True replaces it")
     assert_done(resumed["anew"])
     assert "step     0" in resumed["anew"].stdout
@@ -4565,6 +4586,16 @@ mmpo.preference_loss = counted
     _, path = checkpoints.last_checkpoint(f"{tmp_path}/two")
     assert process.returncode and f"ended by SIGTERM: {path} is saved" in process.stderr
     assert checkpoints.check_checkpoint(path) and len(checkpoints.parts_of(path)) == 2
+
+
+def test_ranks_with_other_settings(checkpoint, tmp_path):
+    """A run whose ranks were not given the same ends before it trains."""
+    (tmp_path / "odd.py").write_text("import os\nbeta = 0.1 * (1 + int(os.environ['RANK']))")
+    pairs = write_rows(tmp_path / "pairs.jsonl", word_rows(6))
+    process = train(checkpoint, f"{tmp_path}/two", f"--dataset={pairs}", "--eval_pairs=2",
+                    "--max_iters=1", str(tmp_path / "odd.py"))
+    assert process.returncode and "Traceback" not in process.stderr.split("torch/distributed")[0]
+    assert "error: beta: 0.1 on rank 0 and 0.2 on another" in process.stderr
 
 
 def test_an_interrupt_while_importing(tmp_path):

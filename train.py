@@ -30,8 +30,8 @@ import mmpo
 import model as llama
 from configurator import (
     cache_path, configure, first_on_each_node, is_finished, join_ranks, load_cache,
-    once_on_each_node, one_line_errors, printable, require, save_cache, torchrun_ranks, write_json,
-    writing)
+    once_on_each_node, one_line_errors, printable, read_run_settings, require, same_on_all_ranks,
+    save_cache, torchrun_ranks, write_json, writing)
 from scripts import cost, report
 from scripts.checkpoints import (
     check_checkpoint, check_same_run, end_on_signals, finish_saving, hold, interrupted,
@@ -116,14 +116,8 @@ compile = "auto"                  # auto | true | false: torch.compile; auto doe
 seed = 42                         # of what is held out, of order, adapters, dropout, samples
 # -----------------------------------------------------------------------------
 one_line_errors()   # a user's mistake ends in one line, a bug in a traceback
-settings, overrides = configure(
-    globals(), sys.argv[1:], __file__, choices={"objective": mmpo.OBJECTIVES},
-    above_zero="log_interval eval_interval sample_tokens kl_tokens eval_pairs max_length "
-               "max_prompt_length lora_alpha batch_size epochs pack_tokens keep_checkpoints",
-    at_least_zero="save_interval kl_samples beta reward_norm_group pref_weight entropy_coef "
-                  "gamma_beta_ratio orpo_lambda lora_rank learning_rate weight_decay grad_clip "
-                  "max_iters warmup min_lr seed skip_nonfinite",
-    below_one="lora_dropout beta1 beta2")
+settings, overrides = configure(globals(), sys.argv[1:], __file__,
+                                choices={"objective": mmpo.OBJECTIVES})
 
 # one process, or one of those that torchrun started
 ddp, ddp_rank, ddp_local_rank, ddp_world_size = torchrun_ranks()
@@ -134,8 +128,9 @@ device = next(name for name in usable if usable[name]) if device == "auto" else 
 out_dir = os.path.expanduser(out_dir)
 
 # --- settings that can't work, alone or together, told before anything is loaded
-require(out_dir and (os.path.isdir(out_dir) or not os.path.lexists(out_dir)),
-        f'out_dir: "{out_dir}" is no folder; give another')
+require(out_dir and (os.path.isdir(out_dir) or not os.path.lexists(out_dir))
+        and out_dir == out_dir.encode("utf-8", "replace").decode(),
+        f'out_dir: "{out_dir}" is no folder, or no UTF-8; give another')
 require(dataset, "dataset: empty; give files, folders or hub ids, separated by commas")
 require(usable[device], f"device: no {device} on this machine; try --device=auto")
 require(device != "cuda" or ddp_local_rank < torch.cuda.device_count(),
@@ -145,7 +140,6 @@ require(optimizer_state == "fp32" or not fsdp and find_spec("bitsandbytes"),
         "optimizer_state: 8bit takes pip install bitsandbytes, and parallel=ddp")
 require(not wandb_log or find_spec("wandb"), "wandb_log: it takes pip install wandb")
 require(objective != "ipo" or beta > 0, "beta: IPO divides by it; give a value above 0")
-require(warmup <= 1, f"warmup: {warmup} is more than all steps; it is a share, from 0 to 1")
 require(min_lr <= learning_rate, f"min_lr: {min_lr} is above learning_rate, {learning_rate}")
 require(lora_rank or not export_adapter, "export_adapter: no adapters without LoRA; set lora_rank")
 
@@ -168,6 +162,7 @@ if not resume:
 if dtype == "auto":   # a dry run predicts what a GPU would need, so it assumes bf16
     dtype = "bfloat16" if dry_run or llama.fast_bfloat16(device) else "float32"
 settings["dtype"] = dtype   # recorded, since a run must resume in the same dtype
+same_on_all_ranks(settings)
 compile = on_gpu if compile == "auto" else compile == "true"
 autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 # Pairs that are decided have tiny gradients. With numbers below 1e-38, which become 0 here, a CPU
@@ -183,6 +178,7 @@ def log(text):
 
 if resume and not checkpoint:
     if is_finished(out_dir):
+        check_same_run(settings, read_run_settings(out_dir))
         log(f"resume: the run in {out_dir} is finished, and stays as it is")
         sys.exit()
     log(f"resume: no checkpoint in {out_dir}, so the run starts")
@@ -220,7 +216,8 @@ iters_per_epoch = math.ceil(len(train_pairs) / batch_size)
 max_iters = max_iters or math.ceil(epochs * iters_per_epoch)
 log(f"{len(train_pairs):,} pairs, {len(held_out):,} held out; {max_iters} steps of {batch_size} "
     f"pairs, {iters_per_epoch} an epoch")
-if checkpoint and is_finished(out_dir) and start_iter >= max_iters:
+if checkpoint and is_finished(out_dir) and max(start_iter, is_finished(out_dir)) >= max_iters:
+    check_same_run(settings, before)
     log(f"resume: the run in {out_dir} is finished, and stays as it is; with more max_iters or "
         "epochs it would go on")
     sys.exit()
@@ -229,6 +226,7 @@ if checkpoint and is_finished(out_dir) and start_iter >= max_iters:
 # Trained weights are always fp32. Those that LoRA freezes have the dtype of the matrix products.
 frozen_dtype = torch.bfloat16 if lora_rank and dtype == "bfloat16" else torch.float32
 raw_model, hf_config = llama.build(folder, frozen_dtype)
+files = llama.files_beside_weights(folder)   # for the export, as they are now
 require(tokenizer.n_vocab <= raw_model.config.vocab_size,
         f"{folder}: tokenizer.json has {tokenizer.n_vocab} ids, config.json "
         f"{raw_model.config.vocab_size}; do they belong together?")
@@ -253,6 +251,7 @@ if dry_run:
 settings |= {"dataset_sha256": train_pairs.fingerprint(), "eval_dataset_sha256":
              held_out.fingerprint(), "init_from_sha256":
              once_on_each_node(llama.weights_fingerprint, folder), "held_out": len(held_out)}
+same_on_all_ranks(settings)
 if checkpoint:
     check_same_run(settings, before)
     require(start_iter <= max_iters, f"max_iters: {max_iters}, and {checkpoint} is past that")
@@ -486,13 +485,13 @@ for iter_num in tqdm(range(start_iter, max_iters + 1), "steps", max_iters, initi
 # --- the aligned model, in Hugging Face layout, and what to know about it
 if signal_number:
     sys.exit(128 + signal_number)
-llama.export(raw_model, out_dir, hf_config, folder, llama.DTYPES[export_dtype],
+llama.export(raw_model, out_dir, hf_config, files, llama.DTYPES[export_dtype],
              adapter_of=init_from if export_adapter else None, stop_ids=stop_ids,
              chat_template=tokenizer.template_text)
 answer("sample after")
 if master_process:
     report.write_model_card(out_dir)
-    write_json(os.path.join(out_dir, "train_config.json"), settings | {"finished": True})
+    write_json(os.path.join(out_dir, "train_config.json"), settings | {"finished": max_iters})
     remove_checkpoints(out_dir, keep=1)   # from which it goes on if there are more epochs
     log(report.closing_lines(out_dir))
     log(f"aligned model, its card and metrics.jsonl: {out_dir}" +

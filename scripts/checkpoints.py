@@ -441,7 +441,8 @@ def until_interrupted(device, function, *args):
 
 
 def main():
-    require(len(sys.argv) == 2, "give one folder that train.py wrote")
+    require(len(sys.argv) == 2 and os.path.isdir(sys.argv[1]),
+            "give one folder that train.py wrote")
     folder = sys.argv[1]
     records = read_metrics(os.path.join(folder, "metrics.jsonl"))
     print(f"{folder}: {'finished' if is_finished(folder) else 'not finished'}, at step "

@@ -7,7 +7,8 @@ $ python -m scripts.compare config/smollm2_135m.py --jobs=2 --evaluate="--choice
       -- --epochs=2
 
 A --grid is all combinations of its values; several are put together. Its keys are settings of
-train.py, and `config`: a file that is applied after CONFIG. What follows `--` is for every run.
+train.py, and `config`: a file that is applied after CONFIG, as for a value with a comma in it. What
+follows `--` is for every run.
 
 Called again, the same command goes on where it was stopped: a finished run is not repeated, an
 interrupted one goes on from its last checkpoint. A folder that holds another run is refused. Each
@@ -36,7 +37,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))   # for `python scripts/compare.py`
 import mmpo
 from configurator import (
-    HERE, configure, is_finished, one_line_errors, read_json, read_settings, reading, require)
+    HERE, UserError, configure, is_finished, one_line_errors, read_json, read_settings, reading,
+    require)
 from scripts import evaluate, plot
 from scripts.checkpoints import last_checkpoint
 
@@ -44,6 +46,7 @@ TRAIN, EVALUATE = os.path.join(HERE, "train.py"), evaluate.__file__
 COLUMNS = "accuracy", "logps", "choices", "text", "kl", "answers"   # of the table: beginnings
 # train_config.json has others of these than were asked for
 RECORDED = ("out_dir", "overwrite", "resume", "dtype")
+NO_AXES = ("out_dir", "overwrite", "resume", "dry_run", "debug")
 
 
 def plan(configs, grids, more):
@@ -54,7 +57,8 @@ def plan(configs, grids, more):
         axes = [[(key, value) for value in values.split(",")]
                 for key, _, values in (axis.partition("=") for axis in grid)]
         keys = [axis[0][0] for axis in axes]
-        require(len({*keys}) == len(keys), f"--grid: a key twice in {' '.join(grid)}")
+        require(len({*keys}) == len(keys) and not {*keys} & {*NO_AXES},
+                f"--grid: a key twice, or one of {', '.join(NO_AXES)}, in {' '.join(grid)}")
         for point in itertools.product(*axes):
             files = [*configs, *(value for key, value in point if key == "config")]
             name = "_".join(Path(value).stem if key == "config" else f"{key}={value}"
@@ -208,7 +212,10 @@ def main():
     print("\n" + table(runs, args.out, beside))
     folders = [os.path.join(args.out, name) for name in runs]
     for draw, name in ((plot.plot, "curves"), (plot.tradeoff, "tradeoff"), (plot.by_beta, "beta")):
-        print(draw(folders, os.path.join(args.out, f"{name}.png")))
+        try:
+            print(draw(folders, os.path.join(args.out, f"{name}.png")))
+        except UserError as e:
+            print(f"no {name}.png: {e}")
 
 
 if __name__ == "__main__":

@@ -39,8 +39,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))   # for `python scripts/evalu
 import data
 import model as llama
 from configurator import (
-    cache_path, check_numbers, load_cache, one_line_errors, printable, read_run_settings,
-    read_text, reading, require, save_cache, write_json)
+    beside_the_checkout, cache_path, check_numbers, load_cache, one_line_errors, printable,
+    read_run_settings, read_text, reading, require, save_cache, write_json)
 
 BRANCHES = 16   # continuations of a tree, at most
 
@@ -318,7 +318,7 @@ def main():
     with_pairs = args.pairs or run and args.pairs is None
     require(with_pairs or args.choices or args.text, f"{first}: no run's train_config.json there, "
             "so say what to evaluate: --pairs, --choices or --text")
-    reference = args.reference or run.get("init_from")
+    reference = args.reference or beside_the_checkout(run.get("init_from", "")) or None
     folders = {name: llama.checkpoint_folder(name)   # the others are compared with the first
                for name in dict.fromkeys([reference or first, *args.models])}
     template = os.path.join(folders[first], "chat_template.jinja")   # the base may have none

@@ -124,7 +124,7 @@ def random_llama(folder, vocab_size):
     for p in model.parameters():
         if p.dim() == 2:
             torch.nn.init.normal_(p, std=0.02)
-    llama.export(model, folder, config, folder, torch.float32,
+    llama.export(model, folder, config, llama.files_beside_weights(folder), torch.float32,
                  chat_template=data.TEMPLATES["chatml"])
 
 

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))   # for `python scripts/plot.
 import data
 import model as llama
 from configurator import (
-    one_line_errors, read_json, read_metrics, read_settings, reading, require)
+    one_line_errors, printable, read_json, read_metrics, read_settings, reading, require)
 
 PANELS = {"loss": "loss", "accuracy/mean": "chosen likelier, mean log-probs",   # metric: title
           "accuracy/sum": "chosen likelier, summed log-probs",
@@ -60,6 +60,7 @@ def read_methods(paths, others=""):
               name not in ["objective", "beta", *METHOD] and len({r.get(name) for r in runs}) > 1]
     for path, run in zip(paths, runs):
         _, curves = read_run(path)
+        require("eval/kl" in curves, f"{path}: a run without KL; set kl_samples above 0")
         file = os.path.abspath(path) + ".evaluation.json"
         found = read_json(file) if os.path.exists(file) else {}
         with reading(path, "a run with accuracy and KL"):
@@ -205,7 +206,8 @@ def main():
     folder = args.runs[0] if len(args.runs) == 1 else ""
     folder = folder if os.path.isdir(folder) else os.path.dirname(folder)
     with reading(", ".join(args.runs), "runs of train.py and their evaluations"):
-        print(pictures[args.name](args.runs, args.out or os.path.join(folder, f"{args.name}.png")))
+        out = args.out or os.path.join(folder, f"{args.name}.png")
+        print(printable(pictures[args.name](args.runs, out)))
 
 
 if __name__ == "__main__":

@@ -39,6 +39,9 @@ def main():
     parser.add_argument("--batch_size", type=int, default=16, help="instructions at a time")
     args = parser.parse_args()
     check_numbers(args, max_new_tokens=1, batch_size=1, temperature=0, top_k=0, seed=0)
+    require(not args.instructions or not os.path.lexists(args.out) and os.path.basename(args.out),
+            f"--out: {args.out} exists already, or is a folder; give another file")
+    require(args.prompt is None or args.prompt.strip(), "--prompt: empty; give a question")
     require(0 < args.top_p <= 1, f"--top_p must be above 0 and at most 1 (got {args.top_p})")
 
     questions = []
