@@ -576,7 +576,7 @@ def shown(value):
     try:
         return f"{value!r:.99}"
     except Exception as e:   # as of a number of over 4300 digits
-        return f"a {type(value).__name__} that can't be shown, {first_line(e)}"
+        return f"what can't be shown: {first_line(e)}"
 
 
 def help_text(known, source):

@@ -37,8 +37,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))   # for `python scripts/compare.py`
 import mmpo
 from configurator import (
-    HERE, UserError, configure, is_finished, one_line_errors, read_json, read_settings, reading,
-    require)
+    HERE, UserError, configure, is_finished, one_line_errors, read_json, read_settings, read_text,
+    reading, require)
 from scripts import evaluate, plot
 from scripts.checkpoints import last_checkpoint
 
@@ -104,17 +104,21 @@ def run(folder, arguments, settings, evaluation, devices, references):
                             os.path.exists(metrics) and os.path.getmtime(metrics) > started
                             and os.path.getsize(metrics)):
                         time.sleep(1)
-                require(training.wait() == 0, f"{folder}: failed; {folder}.log says why")
+                require(training.wait() == 0, f"{folder}: failed ({last_line(f'{folder}.log')})")
             result, asked = f"{folder}.evaluation.json", [folder, *shlex.split(evaluation)]
             if not (os.path.exists(result)
                     and read_json(result).get("settings") == vars(evaluate.arguments(asked))):
                 some = glob.glob(os.path.join(os.path.dirname(folder), "*.evaluation.json"))
                 with nullcontext() if some else references:   # the first evaluates the reference
                     evaluating = start([sys.executable, EVALUATE, *asked]).wait()
-                require(evaluating == 0, f"{folder}: not evaluated; {folder}.log says why")
+                require(evaluating == 0, f"{folder}: not evaluated ({last_line(f'{folder}.log')})")
         return time.time() - started
     finally:
         devices.put(device)
+
+
+def last_line(log):
+    return f"{log}: {(read_text(log, 'a log').strip().splitlines() or ['empty'])[-1]}"
 
 
 def run_all(runs, out, evaluation, jobs):
