@@ -1,6 +1,6 @@
 # The short recipe: MMPO with a contrastive term on SmolLM2-135M, all weights, on a laptop's CPU. 60
 # steps on 480 pairs; 10 to 25 minutes on one thread of an Intel Xeon in fp32, by the pairs' length.
-# What it teaches and keeps on five sets of pairs: assets/results.md, The short recipe.
+# What it teaches and keeps on six sets of pairs: assets/results.md, The short recipe.
 # python train.py config/smollm2_135m_laptop.py --dataset=mine.jsonl
 out_dir = "out/smollm2_135m_laptop"
 init_from = "HuggingFaceTB/SmolLM2-135M-Instruct"
