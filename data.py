@@ -484,7 +484,7 @@ class Tokenizer:
             kept.append(t)
         if lost:
             full = self.render([*turns, *kept], **template)
-        mute = [t | {"content": text_of(t), "tool_calls": None} if t.get("tool_calls") else t
+        mute = [t | {"content": text_of(t)} | dict.fromkeys(CALLS) if any(map(t.get, CALLS)) else t
                 for t in [*turns, *kept]]
         alone = turns + [t | {"content": None} if t.get("tool_calls") and text_of(t).strip() else t
                          for t in kept]
@@ -723,7 +723,8 @@ NAMES = {name: names.split() for name, names in {
     "input": "input context",   # what an instruction or question is about, or the prompt itself
     "chosen": "chosen chosen_response preferred_output response_j",
     "rejected": "rejected rejected_response non_preferred_output response_k rejected_messages",
-    "completion": "completion response output answer",
+    "completion": "completion response output solution answer",
+    "thoughts": "thoughts reasoning_content thinking",   # before a completion that is text
     "responses": "responses generations",
     "rewards": "rewards ratings",
     "best": "best",   # of two responses: 0 or 1, a or b, model_a or model_b
@@ -746,7 +747,8 @@ AS_TEXT = re.compile(r"\s*\[?\s*\{[^{}\[\]]*" + ROLE.pattern, re.IGNORECASE)
 
 
 THOUGHTS = "reasoning_content", "thinking", "reasoning"   # the names of an answer's thoughts
-SAID = "tool_calls", "tool_call_id", *THOUGHTS   # what a message says beside its content
+CALLS = "tool_calls", "function_calls"   # the latter as text, in OLMo 3
+SAID = *CALLS, "tool_call_id", *THOUGHTS   # what a message says beside its content
 
 
 class Drop(UserError):
@@ -789,14 +791,18 @@ def parse_row(row, columns={}, use_scores=False):
         has(row, "completion") and name_of(row, "rejected"))
     if pair:
         answers = [take(row, "chosen", "completion"), take(row, "rejected")]
-    elif has(row, "responses") and "messages" not in columns:
+    elif has(row, "responses") and not {"messages", "completion"} & columns.keys():
         name, values = take(row, "responses")
         values = listed(name, values)
         if not values or isinstance(values, dict):
             raise BadRow(f'"{name}" must be a list of responses', f"got {values}")
         answers = [(name, value) for value in values]
-    elif has(row, "completion") and "messages" not in columns:
-        answers = [take(row, "completion")]
+    elif has(row, "completion") and "messages" not in columns and (
+            "completion" in columns or not is_answered(row)):
+        name, value = take(row, "completion")
+        if isinstance(value, str) and isinstance(row.get(name_of(row, "thoughts")), str):
+            value = turn("assistant", value) | {"reasoning_content": take(row, "thoughts")[1]}
+        answers = [(name, value)]
     elif has(row, "messages"):
         name, value = take(row, "messages")
         answers = [(name, listed(name, value))]
@@ -819,10 +825,8 @@ def parse_row(row, columns={}, use_scores=False):
     template = {name: value for name in ("tools", "documents", "chat_template_kwargs")
                 if row.get(name_of(row, name)) not in (None, "")
                 and (value := listed(*take(row, name)))}
-    if isinstance(template.get("tools"), list):   # LLaMA-Factory's and OpenAI's old functions
-        template["tools"] = [{"type": "function", "function": tool} if isinstance(tool, dict)
-                             and "name" in tool and tool.get("type") != "function" else tool
-                             for tool in template["tools"]]
+    if "tools" in template:
+        template["tools"] = tools_of(template["tools"])
     if not isinstance(template.get("chat_template_kwargs", {}), dict):
         raise BadRow('"chat_template_kwargs" must be an object')
     new, dialogues = make_dialogues(row, answers)
@@ -865,9 +869,29 @@ def parse_line(row):
     return row
 
 
+def is_answered(row):
+    """Whether the row has a conversation that ends in an answer, so that others only repeat it."""
+    value = row.get(name_of(row, "messages"))
+    turns = turns_of("messages", value, "") if isinstance(value, list) else []
+    return turns != [] and turns[-1]["role"] == "assistant"
+
+
+def tools_of(tools):
+    """A row's tools as templates want them: OpenAI's old functions and LLaMA-Factory's tools are
+    the function alone, others are JSON in a list, or lie in an object."""
+    if isinstance(tools, dict):
+        tools = listed("tools", tools.get("tools"))
+    tools = [listed("tools", tool) if isinstance(tool, str) else tool for tool in tools]
+    return [{"type": "function", "function": tool} if isinstance(tool, dict) and "name" in tool
+            and tool.get("type") != "function" else tool for tool in tools]
+
+
 def translate(row, columns):
     """The row with `columns` renamed, and with the names of NAMES where its layout lacks them."""
     found = {name: at(row, path) for name, path in columns.items() if at(row, path) is not None}
+    for name in {"prompt", "input", "system", "completion", "thoughts"} & found.keys():
+        if "+" in columns[name] and all(isinstance(text, str) for text in found[name]):
+            found[name] = "\n\n".join(found[name])
     other = ("chosen", "rejected") if "responses" in found else ()
     row = {name: value for name, value in row.items()
            if name not in columns.values() and name not in other} | found
@@ -899,7 +923,7 @@ def at(row, path):
     head, star, rest = path.partition(".*.")
     if star:
         items = at(row, head)
-        found = [at(item, rest) for item in items] if isinstance(items, list) else []
+        found = [at(item, rest) for item in items] if isinstance(items, list) else [None]
     elif "+" in path:
         found = [at(row, part) for part in path.split("+")]
     else:
@@ -908,7 +932,7 @@ def at(row, path):
                 row = row[int(key)] if isinstance(row, list) else row[key]
             return row
         return None
-    return found if found and None not in found else None
+    return found if None not in found else None
 
 
 def take_rewards(row, pair, n, use_scores):
@@ -951,8 +975,7 @@ def make_dialogues(row, answers):
     whole = all(next((t["role"] for t in turns if t["role"] != "system"), "") == "user"
                 for turns in new)
     prompt = take_prompt(row, whole)
-    past = row.get("history")
-    if isinstance(past, list) and all(map(exchange, past)):
+    if isinstance(row.get("history"), list):
         prompt = turns_of(*take(row, "history"), "user") + prompt
     if not prompt and not whole and any(len(turns) == 1 for turns in new):
         # TRL's implicit prompt in text: what the responses share, up to a space
@@ -970,7 +993,9 @@ def make_dialogues(row, answers):
 def take_prompt(row, whole):
     """The turns before the responses. Where those are whole dialogues, they repeat what stands
     beside them as text, and messages beside them may end in one of them."""
-    fields = ["prompt"] if whole or name_of(row, "prompt") == "prompt" else ["prompt", "input"]
+    alone = name_of(row, "prompt") == "prompt" and not (   # nor behind turns of the input
+        isinstance(row["prompt"], str) and isinstance(row.get(name_of(row, "input")), list))
+    fields = ["prompt"] if whole or alone else ["prompt", "input"]
     if not whole and not has(row, "prompt") and name_of(row, "messages") not in row.used:
         fields.append("messages")
     found = [take(row, name) for name in fields if has(row, name)]
@@ -1074,7 +1099,7 @@ def turns_of(name, value, role, prompt=""):
     messages = value if isinstance(value, list) else [value]
     if len(messages) > MAX_TURNS:
         raise Drop(f"over {MAX_TURNS} turns")
-    if name in NAMES["messages"] and all(isinstance(m, str) for m in messages):   # LIMA's
+    if name in (*NAMES["messages"], "history") and all(isinstance(m, str) for m in messages):
         messages = [turn(("user", "assistant")[i % 2], text) for i, text in enumerate(messages)]
     turns = []
     for t in (t for m in messages for t in exchange(m) or [check_message(name, m)]):
@@ -1106,14 +1131,14 @@ def check_message(name, message):
     writes for what isn't there.)"""
     rest = {k: v for k, v in message.items() if v is not None} if isinstance(message, dict) else {}
     role = rest.pop("role", rest.pop("from", None))
-    parts = rest.pop("content", rest.pop("value", None))
+    parts = next((rest.pop(key) for key in ("content", "value", "text") if key in rest), None)
     content = joined(name, parts)
     if "function_call" in rest:   # OpenAI's, of old
         rest["tool_calls"] = [{"type": "function", "function": rest.pop("function_call")}]
     if isinstance(rest.get("tool_calls"), str):   # as JSON
         rest["tool_calls"] = listed("tool_calls", rest["tool_calls"] or "[]")
     if not isinstance(role, str) or not (isinstance(content, str)
-                                         or content is None and "tool_calls" in rest):
+                                         or content is None and {*CALLS} & rest.keys()):
         of = f", {kind_of(role)} and {kind_of(content)}" if isinstance(message, dict) else \
             f"; of a list of texts --columns={field_of(name)}:{name}.0 takes the first, and " \
             f"responses:{name} all, the best first"
@@ -1123,7 +1148,7 @@ def check_message(name, message):
         rest[key] = joined(name, rest[key])
         if not isinstance(rest[key], str):
             raise BadRow(f'"{name}" has {key} that is no text', f"got {kind_of(rest[key])}")
-    role = role.strip().lower()
+    role = role.strip().lower().replace("-", "_")
     role = ROLES.get(role, role)
     if role == "assistant" and isinstance(parts, list) and any(map(is_masked, parts)):
         raise BadRow(f'"{name}" has turns with parts that are not to be trained on')
@@ -1469,8 +1494,8 @@ def parse_columns(text):
 def tokenize(sources, tokenizer, max_length, max_prompt_length, bad_rows, columns, use_scores):
     """load_pairs without the cache. Every row is used, or counted as dropped, by its reason."""
     pairs, rewards = [], []
-    seen, used, asked_again, ranked = 0, 0, 0, set()
-    dropped, cut, unused, left_out = (Counter() for _ in range(4))
+    seen, used, asked_again, tied, ranked = 0, 0, 0, 0, set()
+    dropped, cut, unused, ignored, left_out = (Counter() for _ in range(5))
     every = (found for source in sources for found in read_rows(*source))
     for where, line in tqdm(every, "rows", disable=None):   # None: only on a terminal
         seen += 1
@@ -1490,8 +1515,9 @@ def tokenize(sources, tokenizer, max_length, max_prompt_length, bad_rows, column
             n, first = len(rows[0].responses), len((pairs or made)[0]) - 1
             if n != first:
                 raise BadRow(f"{n} responses where the first row has {first}", "to take the first "
-                             "and the last of each, sorted from the best to the worst: "
-                             "--columns=chosen:responses.0,rejected:responses.-1")
+                             "and the last of each, where they go from the best to the worst: "
+                             "--columns=chosen:responses.0,rejected:responses.-1"
+                             if rows[0].ranked == "order" else "")
             if pairs and (rows[0].rewards is None) != (not rewards):
                 raise BadRow('some rows have "rewards" and some have not')
             ranked.add(rows[0].ranked)
@@ -1510,11 +1536,12 @@ def tokenize(sources, tokenizer, max_length, max_prompt_length, bad_rows, column
         unused.update(names)
         left_out.update(reasons)
         asked_again += any(t["role"] == "user" for turns in rows[0].responses for t in turns)
+        tied += rows[0].rewards is not None and n > 1 and len({*rows[0].rewards}) == 1
         turns, template = rows[0].turns, rows[0].template
-        for name in ("tools", "documents"):
-            if name in template:   # the chat template may not know it
-                prompt, less = tokenizer.render(turns, True, **template), template | {name: None}
-                unused[name] += tokenizer.renders_to(prompt, turns, True, **less)
+        for name in template:   # the chat template may not know it
+            prompt, less = tokenizer.render(turns, True, **template), {**template}
+            del less[name]
+            ignored[name] += tokenizer.renders_to(prompt, turns, True, **less)
         pairs += made
         rewards += [row.rewards for row in rows[:len(made)] if row.rewards is not None]
 
@@ -1522,8 +1549,10 @@ def tokenize(sources, tokenizer, max_length, max_prompt_length, bad_rows, column
     why = f" ({why})" if why else ""
     require(pairs, f"{', '.join(s for s, _ in sources)}: 0 usable pairs of {seen:,}{why}; check "
             "the data" + (", or raise max_length" if dropped["no room for a response"] else ""))
-    for path in columns.values():
+    for name, path in columns.items():
         require(unused[path] < used, f"columns: no row has a field {path}")
+        require(unused[name] < used, f"columns: {name}:{path} is not used, since the rows have "
+                "other fields that count before it")
     report = f"{seen:,} rows = {used:,} used + {sum(dropped.values()):,} dropped{why}"
     if len(pairs) != used:
         report += f"; {len(pairs):,} pairs, one for each turn of the assistant"
@@ -1532,9 +1561,11 @@ def tokenize(sources, tokenizer, max_length, max_prompt_length, bad_rows, column
     if asked_again:
         report += (f"; {asked_again:,} with the user's next turns in a response, which are trained "
                    "on too")
+    if tied:
+        report += f"; {tied:,} with equal rewards, whose first response counts as the best"
     if any(cut.values()):
         report += f"; cut to length: {', '.join(f'{n:,} {what}' for what, n in cut.items())}"
-    if unused := +unused:
+    if unused := unused + ignored:
         report += f"; fields not used: {', '.join(map(str, unused))}"
     return Pairs.from_ids(pairs, rewards, report)
 

@@ -2282,6 +2282,19 @@ ROWS = {   # row, turns, responses, rewards if any
     "capybara": ({"conversation": [{"output": "a", "input": "Hi"}]}, say("Hi"), ["a"]),
     "firefly": ({"conversation": [{"human": "Hi", "assistant": "a"}], "category": "x"}, say("Hi"),
                 ["a"]),
+    "history_of_texts": ({"query": "Q", "response": "a", "history": ["Hi", "A"]},
+                         say("Hi", "A", "Q"), ["a"]),
+    "context_of_turns": ({"prompt": "Q", "context": say("Hi", "A"), **AB}, say("Hi", "A", "Q"),
+                         ["a", "b"]),
+    "answered_already": (
+        {"instruction": "Hi", "response": "A", "conversations": [
+            *say("Hi"), say(0, "A")[1] | {"weight": 0}, *say("Q", "a")]},
+        [*say("Hi"), say(0, "A")[1] | {"weight": 0}, *say("Q")], ["a"]),
+    "thoughts_apart": ({"question": "Hi", "thinking": "Hm.", "answer": "a"}, say("Hi"),
+                       [[say(0, "a")[1] | {"reasoning_content": "Hm."}]]),
+    "solution": ({"question": "Hi", "solution": "a", "answer": "4"}, say("Hi"), ["a"]),
+    "text": ({"messages": [{"role": "user", "text": "Hi"}, {"role": "bot", "text": "a"}]},
+             say("Hi"), ["a"]),
     "lima": ({"conversations": ["Hi", "a"], "source": "lima"}, say("Hi"), ["a"]),
     "parts_by_value": ({"messages": [{"role": "user", "content": [{"type": "text", "value": "Hi"}]},
                             {"role": "assistant", "content": [{"text": "a"}], "loss_weight": 1.0}]},
@@ -2673,6 +2686,19 @@ def test_columns(tokenizer, tmp_path):
         which = write_rows(tmp_path / "d.jsonl", [read_json(scored) | which])
         with pytest.raises(UserError, match='no field "best"'):
             data.load_pairs(which, "", tokenizer, 512, 256, columns=chosen_by)
+    parts = write_rows(tmp_path / "i.jsonl", [{"a": "Hi", "b": "you", "document": "x", **AB}])
+    [[prompt, *_]] = all_ids(data.load_pairs(parts, "", tokenizer, 512, 256, columns="prompt:a+b"))
+    assert "Hi\n\nyou" in tokenizer.decode(prompt)
+    with pytest.raises(UserError, match="columns: completion:document is not used, since"):
+        data.load_pairs(parts, "", tokenizer, 512, 256, columns="prompt:a,completion:document")
+    with pytest.raises(UserError, match="columns: .* rewards:-a.*.rank takes the negative"):
+        data.load_pairs(scored, "", tokenizer, 512, 256, columns="responses:x,rewards:a.*.rank")
+    turned = data.load_pairs(scored, "", tokenizer, 512, 256,
+                             columns="responses:a.*.text,rewards:-a.*.score")
+    assert all_ids(turned) != want and turned.rewards.tolist() == [[-1, -2]]
+    tied = write_rows(tmp_path / "j.jsonl", [{"prompt": "Hi", "responses": ["a", "b"],
+                                              "rewards": [1, 1]}])
+    assert "; 1 with equal rewards" in load(tied, tokenizer).report
     mixed = data.load_pairs(f"{tmp_path}/a.jsonl,{other}", "", tokenizer, 512, 256,
                             columns="prompt:ask.text,chosen:answers.0,rejected:answers.2")
     assert all_ids(mixed) == want + want
@@ -2712,7 +2738,7 @@ def test_what_a_row_gives_the_template(checkpoint, tmp_path):
     ignorant = data.Tokenizer(checkpoint)   # its template knows no tools
     row = GOOD | {"tools": [TOOL], "chat_template_kwargs": kwargs}
     report = load(write_rows(tmp_path / "b.jsonl", [row]), ignorant).report
-    assert "1 used" in report and report.endswith("fields not used: tools")
+    assert "1 used" in report and report.endswith("not used: tools, chat_template_kwargs")
 
 
 def test_scores(tokenizer, tmp_path):
