@@ -19,6 +19,7 @@ modules, define functions, and use names that begin with an underscore: those ar
 import ast
 import contextlib
 import difflib
+import errno
 import hashlib
 import io
 import json
@@ -64,6 +65,7 @@ def require(condition, message):
         raise UserError(message)
 
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)   # the system names no file with these
 LONGEST = 300   # characters of an error
 
 
@@ -103,14 +105,14 @@ def one_line_errors():
     def hook(kind, error, trace):
         if issubclass(kind, UserError):
             message = f"error: {error}"
-        elif issubclass(kind, OSError) and error.strerror:
+        elif issubclass(kind, OSError) and (error.filename or error.errno in DISK_FULL):
             where = f"{error.filename}: " if error.filename else ""
             message = f"error: {where}{error.strerror}"
         elif issubclass(kind, KeyboardInterrupt):
             message = "interrupted"
         elif issubclass(kind, RuntimeError) and dist.is_initialized() and re.search(
                 "by peer|remote process|Broken pipe", str(error)):
-            message = "error: another rank ended; its error says why"
+            message = f"error: another rank ended ({first_line(error):.99}); its error says why"
         elif issubclass(kind, MemoryError) or re.search("out of|allocate", str(error)) and \
                 "memory" in str(error):   # torch's, of a GPU and of a CPU
             message = (f"error: not enough memory ({first_line(error)}); lower pack_tokens, or see "

@@ -122,9 +122,13 @@ def byte_level_cuts(steps, path):
 
 
 @functools.cache
-def newer_characters():
+def newer_characters(cut=""):
     """{character: one that never means anything} of those that `regex` knows and tiktoken doesn't,
-    whose Unicode is that of `tokenizers`."""
+    whose Unicode is that of `tokenizers`. Not of those that lie in a range of a cut, as in a-z."""
+    if cut:
+        ranges = re.findall(r"([^\\\[\]])-([^\\\[\]])", cut)
+        return {c: none for c, none in newer_characters().items()
+                if not any(a <= chr(c) <= b for a, b in ranges)}
     everything = "".join(chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000)
     known = tiktoken.Encoding("assigned", pat_str=r"\P{Cn}", special_tokens={},
                               mergeable_ranks={bytes([b]): b for b in range(256)})
@@ -134,7 +138,7 @@ def newer_characters():
 
 def find_pieces(cut, text):
     """The pieces of text that a regular expression finds."""
-    found = regex.finditer(cut, text.translate(newer_characters()), timeout=RENDER_SECONDS)
+    found = regex.finditer(cut, text.translate(newer_characters(cut)), timeout=RENDER_SECONDS)
     return [text[m.start():m.end()] for m in found]
 
 
@@ -296,7 +300,7 @@ class Tokenizer:
                 f"{path}: bytes that are missing, but have other tokens, are not supported")
         table |= {to_bytes(token): (vocab[token],) for token in merged
                   if not added.get(token, {}).get("special")}
-        self.cuts, self.pattern = [regex.compile(cut) for cut in cuts[:-1]], cuts[-1]
+        self.cuts, self.pattern = [regex.compile(cut).pattern for cut in cuts[:-1]], cuts[-1]
         self.ids = [*table.values()]   # tiktoken's ranks are the order of the table
         self.bpe = tiktoken.Encoding("checkpoint", pat_str=self.pattern, special_tokens={},
                                      mergeable_ranks={key: n for n, key in enumerate(table)})
@@ -521,12 +525,14 @@ class Tokenizer:
         if start is None:
             raise Drop("the chat template writes the prompt otherwise when a response follows")
         text = full[len(start):]
-        if "</" in thought and THINK.match(text.lstrip()):
-            raise Drop("the response has a thought, and the prompt ends in an empty one")
+        if "</" in thought:
+            if repeated := re.match(r"\s*" + NO_THOUGHT, text):
+                text = text[repeated.end():]
+            if THINK.match(text.lstrip()):
+                raise Drop("the response has a thought, and the prompt ends in an empty one")
+            return text if start == prompt and not repeated else text.lstrip()
         if start == prompt:
             return text
-        if "</" in thought:
-            return text.lstrip()
         if not thought:   # with the space that a template may put before an answer
             gap = before[len(before.rstrip()):][len(prompt) - len(prompt.rstrip()):]
             header = "".join(prompt.split()[-1:])
@@ -569,19 +575,21 @@ def with_arguments(turns, text):
     """The turns with a tool call's arguments as an object where the data has them as JSON and the
     template wrote that as a string, into `text`. (vLLM gives every template the objects. Some want
     the JSON.)"""
-    def parsed(value):
-        if isinstance(value, list):
-            return [*map(parsed, value)]
-        if not isinstance(value, dict):
-            return value
-        found = {k: parsed(v) for k, v in value.items()}
-        said = value.get("arguments")
+    def parsed(call):
+        if not isinstance(call, dict):
+            return call
+        said, found = call.get("arguments"), {}
         if isinstance(said, str) and json.dumps(said, ensure_ascii=False) in text:
             with contextlib.suppress(ValueError):   # else it is a string
                 found["arguments"] = parse_json(said)
-        return found
-    return [t | {"tool_calls": parsed(t["tool_calls"])} if t.get("tool_calls") else t
-            for t in turns]
+        return call | found
+
+    def with_objects(calls):
+        return [parsed(call | {"function": parsed(call["function"])}
+                       if isinstance(call, dict) and "function" in call else call)
+                for call in calls]
+    return [t | {"tool_calls": with_objects(t["tool_calls"])}
+            if isinstance(t.get("tool_calls"), list) else t for t in turns]
 
 
 def squash(text):
@@ -641,8 +649,9 @@ RENDER_SECONDS = 2   # of CPU time, for what takes a millisecond
 DATE = datetime(2024, 7, 26)   # for templates that write the day's date: not the day of the run
 SHIELD, SHIELD_END, ANSWER, HIDDEN = "\ufdd0\ufdd1\ufdd2\ufdd3"   # no valid text has these
 THINK = re.compile(r"<(/?\w*(?:think|thought|reason)\w*>)")   # around thoughts
+NO_THOUGHT = r"<(\w*(?:think|thought|reason)\w*)>\s*</\1>\s*"
 # where a prompt begins one, or has an empty one
-OPEN_THOUGHT = re.compile(r"<(\w*(?:think|thought|reason)\w*)>\s*(?:</\1>\s*)?$")
+OPEN_THOUGHT = re.compile(r"<\w*(?:think|thought|reason)\w*>\s*$|" + NO_THOUGHT + "$")
 SHIELDED = re.compile(f"{SHIELD}([0-9]{{1,4}}){SHIELD_END}")
 
 TEMPLATES = {
@@ -731,7 +740,7 @@ NAMES = {name: names.split() for name, names in {
     "score_chosen": "score_chosen chosen_score chosen_rating chosen-rating",
     "score_rejected": "score_rejected rejected_score rejected_rating rejected-rating",
     "label": "label kto_tag",
-    "history": "history", "tools": "tools functions", "documents": "documents",
+    "history": "history", "tools": "tools", "documents": "documents",
     "chat_template_kwargs": "chat_template_kwargs",
 }.items()}
 ROLES = {"human": "user", "prompter": "user"} | dict.fromkeys(
@@ -740,10 +749,12 @@ ROLES = {"human": "user", "prompter": "user"} | dict.fromkeys(
 WHO = {name: who for who, names in {   # says what a field of this name holds
     "system": NAMES["system"], "user": ["user", "human", *NAMES["prompt"], *NAMES["input"]],
     "assistant": ["assistant", "gpt", "bot", *NAMES["completion"]]}.items() for name in names}
-ROLE = re.compile(   # in messages that are kept as text, as in a CSV
-    rf"(['\"])(role|from)\1\s*:\s*(['\"])({'|'.join(['system', 'user', 'assistant', *ROLES])})\3",
-    re.IGNORECASE)
-AS_TEXT = re.compile(r"\s*\[?\s*\{[^{}\[\]]*" + ROLE.pattern, re.IGNORECASE)
+# messages kept as text, as in a CSV: a role somewhere, and one at the beginning
+ROLE = re.compile(rf"(['\"])(role|from)\1\s*:\s*(['\"])({'|'.join([*ROLES, *ROLES.values()])})\3",
+                  re.IGNORECASE)
+AS_TEXT = re.compile(r"\s*\[?\s*\{[^{}\[\]]*(['\"])(role|from)\1\s*:\s*(['\"])"
+                     r"(system|user|human|assistant|gpt)\3", re.IGNORECASE)
+
 
 
 THOUGHTS = "reasoning_content", "thinking", "reasoning"   # the names of an answer's thoughts
@@ -883,7 +894,7 @@ def tools_of(tools):
         tools = listed("tools", tools.get("tools"))
     tools = [listed("tools", tool) if isinstance(tool, str) else tool for tool in tools]
     return [{"type": "function", "function": tool} if isinstance(tool, dict) and "name" in tool
-            and tool.get("type") != "function" else tool for tool in tools]
+            and "type" not in tool else tool for tool in tools]
 
 
 def translate(row, columns):
@@ -897,6 +908,8 @@ def translate(row, columns):
            if name not in columns.values() and name not in other} | found
     if isinstance(row.get("rating"), list) and not has(row, "rewards"):   # distilabel's, of old
         row["rewards"] = row.pop("rating")
+    if isinstance(row.get("functions"), list) and not has(row, "tools"):   # OpenAI's, of old
+        row["tools"] = row.pop("functions")
     if isinstance(row.get("input"), dict):   # OpenAI's preferences
         row |= row.pop("input")
     if has(row, "rejected") and has(row, "messages") and not has(row, "chosen", "completion"):
@@ -917,10 +930,9 @@ def at(row, path):
     each of a's for a.*.b, of two fields for a+b; with a minus before it, the negative numbers."""
     if isinstance(row, dict) and path in row:
         return row[path]
-    if path.startswith("-"):
-        found = at(row, path[1:])
-        return [-float(x) for x in found] if isinstance(found, list) else found
     head, star, rest = path.partition(".*.")
+    if path.startswith("-") and (star or "+" not in path):
+        return negative(path, at(row, path[1:]))
     if star:
         items = at(row, head)
         found = [at(item, rest) for item in items] if isinstance(items, list) else [None]
@@ -933,6 +945,18 @@ def at(row, path):
             return row
         return None
     return found if None not in found else None
+
+
+def negative(path, value):
+    """Numbers with the other sign, also in a list or as text. None stays None."""
+    if isinstance(value, str) and value.strip().startswith("["):
+        value = listed(path, value)
+    if isinstance(value, list):
+        return [negative(path, x) for x in value]
+    try:
+        return None if value is None else -float(value)
+    except (TypeError, ValueError):
+        raise BadRow(f"columns: {path} must be numbers", f"got {str(value)[:50]}") from None
 
 
 def take_rewards(row, pair, n, use_scores):
@@ -975,8 +999,8 @@ def make_dialogues(row, answers):
     whole = all(next((t["role"] for t in turns if t["role"] != "system"), "") == "user"
                 for turns in new)
     prompt = take_prompt(row, whole)
-    if isinstance(row.get("history"), list):
-        prompt = turns_of(*take(row, "history"), "user") + prompt
+    if prompt and isinstance(row.get("history"), list):
+        prompt = join(turns_of(*take(row, "history"), "user"), prompt)
     if not prompt and not whole and any(len(turns) == 1 for turns in new):
         # TRL's implicit prompt in text: what the responses share, up to a space
         texts = [value for _, value in answers if isinstance(value, str) and not hh_turns(value)]
@@ -1062,17 +1086,16 @@ def take(row, *fields):
         raise missing(row, fields[0])
     row.used.add(name)
     value = row[name]
-    if isinstance(value, str) and re.fullmatch(r"\s*[\[{].*[\]}]\s*", value, re.DOTALL) \
-            and ROLE.search(value):
-        try:
+    if isinstance(value, str) and re.fullmatch(r"\s*[\[{].*[\]}]\s*", value, re.DOTALL):
+        if AS_TEXT.match(value):
             found = listed(name, value)
-        except BadRow:
-            if AS_TEXT.match(value):   # else it is code, or whatever
-                raise
-            return name, value
-        if all(isinstance(m, dict) and {"role", "from"} & m.keys() and {"content", "value"} & {*m}
-               for m in (found if isinstance(found, list) else [found])):
-            return name, found
+            if isinstance(found, list) or {"content", "value", "tool_calls"} & found.keys():
+                return name, found
+        if value.lstrip().startswith("[") and ROLE.search(value):
+            with contextlib.suppress(BadRow):   # then it is code, or whatever
+                found = listed(name, value)
+                if all(isinstance(m, dict) and {"role", "from"} & m.keys() for m in found):
+                    return name, found
     return name, value
 
 
@@ -1102,14 +1125,16 @@ def turns_of(name, value, role, prompt=""):
     if name in (*NAMES["messages"], "history") and all(isinstance(m, str) for m in messages):
         messages = [turn(("user", "assistant")[i % 2], text) for i, text in enumerate(messages)]
     turns = []
-    for t in (t for m in messages for t in exchange(m) or [check_message(name, m)]):
+    for t in (t for m in messages for t in isinstance(value, list) and exchange(m)
+              or [check_message(name, m)]):
         if t["role"] in ("function_call", "tool_call"):   # ShareGPT's and ms-swift's; of one turn
             calls = listed(name, t["content"])
             calls = [{"type": "function", "function": call}
                      for call in (calls if isinstance(calls, list) else [calls])]
-            last = turns.pop() if turns and turns[-1]["role"] == "assistant" else \
-                t | turn("assistant", None)
-            t = last | {"tool_calls": [*last.get("tool_calls", ()), *calls]}
+            joins = turns and turns[-1]["role"] == "assistant" and not {*THOUGHTS} & t.keys() \
+                and is_masked(turns[-1]) == is_masked(t)
+            t = turns.pop() if joins else t | turn("assistant", None)
+            t = t | {"tool_calls": [*t.get("tool_calls", ()), *calls]}
         turns.append(t)
     return turns
 
@@ -1117,13 +1142,18 @@ def turns_of(name, value, role, prompt=""):
 def exchange(value):
     """The turns of what a list may have in place of messages, or []: {"input": .., "output": ..} as
     in Capybara, {"human": .., "assistant": ..} as in Firefly, [asked, answered] as in a history."""
-    if isinstance(value, list) and len(value) == 2:
+    if isinstance(value, list) and len(value) == 2 and all(isinstance(x, str) for x in value):
+        role = value[0].lower()
+        if role in ROLES or role in ROLES.values():   # FastChat's [role, text]
+            return [turn(ROLES.get(role, role), value[1])]
         value = dict(zip(("user", "assistant"), value))
     if not isinstance(value, dict) or not all(
             WHO.get(name) and isinstance(text, str) for name, text in value.items()):
         return []
-    return [turn(who, text) for who in ("system", "user", "assistant")
-            for name, text in value.items() if WHO[name] == who]
+    texts = {who: [text for name, text in value.items() if WHO[name] == who and text]
+             for who in ("system", "user", "assistant")}
+    return [turn(who, "\n\n".join(said)) for who, said in texts.items() if said] \
+        if len(texts["assistant"]) < 2 else []
 
 
 def check_message(name, message):
@@ -1133,19 +1163,23 @@ def check_message(name, message):
     role = rest.pop("role", rest.pop("from", None))
     parts = next((rest.pop(key) for key in ("content", "value", "text") if key in rest), None)
     content = joined(name, parts)
-    if "function_call" in rest:   # OpenAI's, of old
-        rest["tool_calls"] = [{"type": "function", "function": rest.pop("function_call")}]
+    if call := rest.pop("function_call", None):   # OpenAI's, of old
+        call = listed("function_call", call)
+        rest["tool_calls"] = [{"type": "function", "function": call}]
     if isinstance(rest.get("tool_calls"), str):   # as JSON
         rest["tool_calls"] = listed("tool_calls", rest["tool_calls"] or "[]")
     if not isinstance(role, str) or not (isinstance(content, str)
                                          or content is None and {*CALLS} & rest.keys()):
-        of = f", {kind_of(role)} and {kind_of(content)}" if isinstance(message, dict) else \
-            f"; of a list of texts --columns={field_of(name)}:{name}.0 takes the first, and " \
-            f"responses:{name} all, the best first"
+        field, of = field_of(name), ""
+        if isinstance(message, dict):
+            of = f", {kind_of(role)} and {kind_of(content)}"
+        elif field in ("chosen", "rejected", "completion"):
+            of = (f"; of a list of texts --columns={field}:{name}.0 takes the first, and "
+                  f"responses:{name} all, the best first")
         raise BadRow(f'"{name}" must hold messages with role and content',
                      f"got {kind_of(message)}{of}")
     for key in {*THOUGHTS} & rest.keys():
-        rest[key] = joined(name, rest[key])
+        rest[key] = joined(name, rest[key] or "")
         if not isinstance(rest[key], str):
             raise BadRow(f'"{name}" has {key} that is no text', f"got {kind_of(rest[key])}")
     role = role.strip().lower().replace("-", "_")
@@ -1485,8 +1519,8 @@ def parse_columns(text):
         require(path and name in NAMES and name not in columns, f'columns: "{part}" should be '
                 "NAME:FIELD, with a field of the data and one of these names, each once: "
                 f"{', '.join(NAMES)}")
-        require(name != "rewards" or not re.match(r"[^-].*\brank$", path), f"columns: {path} is "
-                f"lower for the better response; rewards:-{path} takes the negative")
+        require(name != "rewards" or not re.search(r"^ranks?$|^[^-].*\.rank$", path), "columns: a "
+                f"rank is lower for the better response; rewards:-{path} takes the negative")
         columns[name] = path
     return columns
 

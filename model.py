@@ -864,7 +864,10 @@ def on_its_base(adapter):
                or file == "tokenizer.json" or file not in TOKENIZER_FILES}
     sources |= {file: adapter for file in own
                 if file in TOKENIZER_FILES or file.startswith("adapter_")}
-    made = tempfile.TemporaryDirectory(prefix=f"{os.path.basename(os.path.abspath(adapter))}-")
+    try:
+        made = tempfile.TemporaryDirectory(prefix=f"{os.path.basename(os.path.abspath(adapter))}-")
+    except OSError as e:
+        raise UserError(f"TMPDIR: {e.strerror:.99}; set it to a folder for temporary files") from e
     for file, source in sources.items():
         link, there = os.path.join(made.name, file), os.path.join(source, file)
         os.symlink(os.path.abspath(there), link)

@@ -2083,6 +2083,10 @@ CONTINUED = {   # template, turns, response -> the end of the prompt, the respon
         "Hi<|start_header_id|>", '["f"]<|im_end|>'),
     "an answer to an answer": (QWEN3_ANSWERS, say("Hi", "Moo?"), "Moo.",
                                "Moo?<|im_end|>\n<|im_start|>assistant\n", "Moo.<|im_end|>"),
+    "silent, and again": (
+        QWEN3_SILENT.replace("{% if loop.last %}<think>\n\n</think>\n\n{% endif %}", "").replace(
+            ".split('</think>')[-1].lstrip('\n')", ""),
+        say("Hi"), "<think>\n\n</think>\n\nMoo.", "</think>\n\n", "Moo.<|im_end|>"),
     "silent": (QWEN3_SILENT, say("Hi"), "Moo.", "assistant\n<think>\n\n</think>\n\n",
                "Moo.<|im_end|>"),
     "two silent turns": (
@@ -2198,6 +2202,8 @@ def test_template_gets_all_of_a_row(checkpoint, tmp_path):
     as_text = [CALLS[0] | {"tool_calls": [{"type": "function", "function": {
         "name": "say", "arguments": '{"what": "<|im_end|>"}'}}]}]
     assert ours.encode_responses(turns, [as_text], tools=[TOOL])[1] == [ids]
+    inner = {"function": {"name": "say", "arguments": {"arguments": '{"what": 1}'}}}
+    assert json.dumps(inner) in ours.render([as_text[0] | {"tool_calls": [inner]}])
     assert '"arguments": "{what"' in ours.render([as_text[0] | {"tool_calls": [
         {"arguments": "{what"}]}])   # no JSON
     with pytest.raises(data.Drop, match="leaves tool calls out"):
@@ -2306,6 +2312,17 @@ ROWS = {   # row, turns, responses, rewards if any
     "text_of_no_messages": ({"prompt": "Hi", "chosen": '{"role": "user", "rights": []}',
                              "rejected": '{"x": ["role": "user"}'},
                             say("Hi"), ['{"role": "user", "rights": []}', '{"x": ["role": "user"}']),
+    "text_of_a_message": ({"prompt": "Hi", "chosen": '{"to": ["x"], "from": "model", "content": ""}',
+                           "rejected": "b"}, say("Hi"),
+                          ['{"to": ["x"], "from": "model", "content": ""}', "b"]),
+    "roles_and_texts": ({"prompt": "Hi", "chosen": [["assistant", "a"]], "rejected": [["bot", "b"]]},
+                        say("Hi"), ["a", "b"]),
+    "xtuner": ({"conversation": [{"system": "", "input": "Hi", "output": "a"}]}, say("Hi"), ["a"]),
+    "history_twice": ({"history": [["Hi", "A"]], "prompt": [BRIEF, *say("Hi", "A", "Q")], **AB},
+                      [BRIEF, *say("Hi", "A", "Q")], ["a", "b"]),
+    "a_call_that_is_masked": (
+        {"messages": [*say("Hi", "a"), {"role": "tool_call", "content": "[{}]", "loss": False}]},
+        say("Hi"), ["a"]),
     "calls_of_one_turn": (
         {"messages": [*say("Hi", "Look."), *({"role": "tool_call", "content": f'{{"name": "{f}"}}'}
                                              for f in "fg")]},
@@ -2693,6 +2710,9 @@ def test_columns(tokenizer, tmp_path):
         data.load_pairs(parts, "", tokenizer, 512, 256, columns="prompt:a,completion:document")
     with pytest.raises(UserError, match="columns: .* rewards:-a.*.rank takes the negative"):
         data.load_pairs(scored, "", tokenizer, 512, 256, columns="responses:x,rewards:a.*.rank")
+    with pytest.raises(UserError, match="columns: -text_0 must be numbers"):
+        data.load_pairs(scored, "", tokenizer, 512, 256,
+                        columns="responses:text_0+text_1,rewards:-text_0+-text_1")
     turned = data.load_pairs(scored, "", tokenizer, 512, 256,
                              columns="responses:a.*.text,rewards:-a.*.score")
     assert all_ids(turned) != want and turned.rewards.tolist() == [[-1, -2]]

@@ -37,8 +37,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))   # for `python scripts/compare.py`
 import mmpo
 from configurator import (
-    HERE, UserError, configure, is_finished, one_line_errors, read_json, read_settings, read_text,
-    reading, require)
+    HERE, UserError, configure, is_finished, one_line_errors, read_json, read_settings, reading,
+    require)
 from scripts import evaluate, plot
 from scripts.checkpoints import last_checkpoint
 
@@ -118,7 +118,8 @@ def run(folder, arguments, settings, evaluation, devices, references):
 
 
 def last_line(log):
-    return f"{log}: {(read_text(log, 'a log').strip().splitlines() or ['empty'])[-1]}"
+    lines = Path(log).read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return f"{log}: {lines[-1] if lines else 'empty'}"
 
 
 def run_all(runs, out, evaluation, jobs):

@@ -245,6 +245,7 @@ def held_out(args, run, tokenizer):
         source, split = run["eval_dataset"], run["eval_split"]
     else:
         source, split = run["dataset"], run["train_split"]
+    source = ",".join(map(beside_the_checkout, source.split(",")))   # as a config file names it
     pairs = data.load_pairs(source, split, tokenizer,
                             args.max_length or run.get("max_length", 2312),
                             args.max_prompt_length or run.get("max_prompt_length", 1800),
