@@ -30,6 +30,8 @@ Row formats, one example each (a hub dataset, or a file or folder, see READERS):
     {"messages": [..]} or {"prompt": "Hi", "completion": "Hello!"}   for --objective=sft, each turn
                                                                      of the assistant, but for those
                                                                      of "weight" 0 or "loss" false
+    {"conversation": [{"human": "Hi", "assistant": "Hello!"}]}       Firefly, and so Capybara, LIMA
+    {"question": "Hi", "thoughts": "Short.", "answer": "Hello!"}     thoughts apart
 """
 import ast
 import bisect
@@ -578,17 +580,13 @@ def with_arguments(turns, text):
     def parsed(call):
         if not isinstance(call, dict):
             return call
-        said, found = call.get("arguments"), {}
+        found = {"function": parsed(call["function"])} if "function" in call else {}
+        said = call.get("arguments")
         if isinstance(said, str) and json.dumps(said, ensure_ascii=False) in text:
-            with contextlib.suppress(ValueError):   # else it is a string
+            with contextlib.suppress(ValueError):   # then they are a string
                 found["arguments"] = parse_json(said)
         return call | found
-
-    def with_objects(calls):
-        return [parsed(call | {"function": parsed(call["function"])}
-                       if isinstance(call, dict) and "function" in call else call)
-                for call in calls]
-    return [t | {"tool_calls": with_objects(t["tool_calls"])}
+    return [t | {"tool_calls": [*map(parsed, t["tool_calls"])]}
             if isinstance(t.get("tool_calls"), list) else t for t in turns]
 
 
@@ -1092,7 +1090,7 @@ def take(row, *fields):
             if isinstance(found, list) or {"content", "value", "tool_calls"} & found.keys():
                 return name, found
         if value.lstrip().startswith("[") and ROLE.search(value):
-            with contextlib.suppress(BadRow):   # then it is code, or whatever
+            with contextlib.suppress(BadRow):   # then it is a text like others
                 found = listed(name, value)
                 if all(isinstance(m, dict) and {"role", "from"} & m.keys() for m in found):
                     return name, found
@@ -1125,26 +1123,34 @@ def turns_of(name, value, role, prompt=""):
     if name in (*NAMES["messages"], "history") and all(isinstance(m, str) for m in messages):
         messages = [turn(("user", "assistant")[i % 2], text) for i, text in enumerate(messages)]
     turns = []
-    for t in (t for m in messages for t in isinstance(value, list) and exchange(m)
-              or [check_message(name, m)]):
-        if t["role"] in ("function_call", "tool_call"):   # ShareGPT's and ms-swift's; of one turn
-            calls = listed(name, t["content"])
-            calls = [{"type": "function", "function": call}
-                     for call in (calls if isinstance(calls, list) else [calls])]
-            joins = turns and turns[-1]["role"] == "assistant" and not {*THOUGHTS} & t.keys() \
-                and is_masked(turns[-1]) == is_masked(t)
-            t = turns.pop() if joins else t | turn("assistant", None)
-            t = t | {"tool_calls": [*t.get("tool_calls", ()), *calls]}
-        turns.append(t)
+    for message in messages:
+        several = exchange(message) if isinstance(value, list) else []
+        for t in several or [check_message(name, message)]:
+            if t["role"] in ("function_call", "tool_call"):
+                t = with_calls(name, t, turns)
+            turns.append(t)
     return turns
+
+
+def with_calls(name, t, turns):
+    """ShareGPT's and ms-swift's turn of a call as one of the assistant. It takes the last of the
+    turns before it along, where that is the assistant's too."""
+    calls = listed(name, t["content"])
+    calls = [{"type": "function", "function": call}
+             for call in (calls if isinstance(calls, list) else [calls])]
+    goes_on = turns and turns[-1]["role"] == "assistant" and not {*THOUGHTS} & t.keys() \
+        and is_masked(turns[-1]) == is_masked(t)
+    t = turns.pop() if goes_on else t | turn("assistant", None)
+    return t | {"tool_calls": [*t.get("tool_calls", ()), *calls]}
 
 
 def exchange(value):
     """The turns of what a list may have in place of messages, or []: {"input": .., "output": ..} as
-    in Capybara, {"human": .., "assistant": ..} as in Firefly, [asked, answered] as in a history."""
+    in Capybara, {"human": .., "assistant": ..} as in Firefly, [asked, answered] as in a history,
+    [role, text] as in FastChat."""
     if isinstance(value, list) and len(value) == 2 and all(isinstance(x, str) for x in value):
         role = value[0].lower()
-        if role in ROLES or role in ROLES.values():   # FastChat's [role, text]
+        if role in ROLES or role in ROLES.values():
             return [turn(ROLES.get(role, role), value[1])]
         value = dict(zip(("user", "assistant"), value))
     if not isinstance(value, dict) or not all(
