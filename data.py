@@ -238,6 +238,8 @@ class Tokenizer:
         with reading("chat_template_kwargs", 'an object like {"enable_thinking": false}'):
             self.template_kwargs = dict(parse_json(chat_template_kwargs or "{}"))
         self.find_markers()
+        # each turn of a conversation has those before it in its prompt
+        self.encode_plain = functools.lru_cache(256)(self.encode_plain)
         content = json.dumps([spec, config, special_map, added_tokens, self.template_text,
                               self.template_kwargs])
         flag = re.search(r'"(?!content")(\w+)": "(true|false)"', content, re.IGNORECASE)
@@ -507,11 +509,13 @@ class Tokenizer:
 
     def check_turns(self, text, turns, generation, template):
         """Drop where the template wrote a text without a tool's answer, or another role's turn."""
-        written = squash(text)
-        for i, t in enumerate(turns):
-            if i and t["role"] not in ("user", "assistant") and squash(text_of(t)) not in written \
-                    and self.renders_to(text, turns[:i] + turns[i + 1:], generation, **template):
-                raise Drop(f"the chat template leaves a turn of the role {t['role'][:20]} out")
+        others = [i for i, t in enumerate(turns) if i and t["role"] not in ("user", "assistant")]
+        written = squash(text) if others else ""
+        for i in others:
+            if squash(text_of(turns[i])) not in written and self.renders_to(
+                    text, turns[:i] + turns[i + 1:], generation, **template):
+                raise Drop("the chat template leaves a turn of the role "
+                           f"{turns[i]['role'][:20]} out")
 
     def continuation(self, prompt, before, full):
         """What is to be written after the prompt, given a whole conversation, rendered, and what
@@ -971,7 +975,7 @@ def take_rewards(row, pair, n, use_scores):
         return None
     with contextlib.suppress(ValueError):   # CSV files have text
         rewards = [float(r) if isinstance(r, str) else r for r in rewards]
-    if len(rewards) != n or not all(type(r) in (int, float) and abs(r) < 1e30 for r in rewards):
+    if len(rewards) != n or not all(isinstance(r, (int, float)) and abs(r) < 1e30 for r in rewards):
         raise BadRow(f'"{name}" must be one number a response', f"got {str(rewards)[:50]}")
     return rewards
 
