@@ -2278,6 +2278,8 @@ ROWS = {   # row, turns, responses, rewards if any
     "scored": ({"prompt": "Hi", "responses": ["a", "b"], "rewards": [3, 0.5]},
                say("Hi"), ["a", "b"], [3, 0.5]),
     "scored_pair": ({"prompt": "Hi", **AB, "rewards": [3, 0.5]}, say("Hi"), ["a", "b"], [3, 0.5]),
+    "right_or_wrong": ({"prompt": "Hi", "responses": ["a", "b"], "rewards": [False, True]},
+                       say("Hi"), ["b", "a"], [True, False]),
     "unsorted": ({"prompt": "Hi", "responses": list("abcd"), "rewards": [1, 3, 0, 3]}, say("Hi"),
                  list("bdac"), [3, 3, 1, 0]),
     "distilabel": ({"instruction": "Hi", "generations": ["a", "b"], "ratings": [2, 5.0]}, say("Hi"),
@@ -2716,6 +2718,10 @@ def test_columns(tokenizer, tmp_path):
     turned = data.load_pairs(scored, "", tokenizer, 512, 256,
                              columns="responses:a.*.text,rewards:-a.*.score")
     assert all_ids(turned) != want and turned.rewards.tolist() == [[-1, -2]]
+    signed = write_rows(tmp_path / "k.jsonl", [{"prompt": "Hi", "a": "a dog", "b": "a fox", "by": 2}])
+    pairs = data.load_pairs(signed, "", tokenizer, 512, 256,   # as HelpSteer3's preferences
+                            columns="responses:a+b,rewards:-by+by")
+    assert all_ids(pairs) == want and pairs.rewards.tolist() == [[2, -2]]
     tied = write_rows(tmp_path / "j.jsonl", [{"prompt": "Hi", "responses": ["a", "b"],
                                               "rewards": [1, 1]}])
     assert "; 1 with equal rewards" in load(tied, tokenizer).report
