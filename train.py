@@ -216,6 +216,9 @@ iters_per_epoch = math.ceil(len(train_pairs) / batch_size)
 max_iters = max_iters or math.ceil(epochs * iters_per_epoch)
 log(f"{len(train_pairs):,} pairs, {len(held_out):,} held out; {max_iters} steps of {batch_size} "
     f"pairs, {iters_per_epoch} an epoch")
+settings |= {"dataset_sha256": train_pairs.fingerprint(), "held_out": len(held_out),
+             "eval_dataset_sha256": held_out.fingerprint()}
+same_on_all_ranks(settings)
 if checkpoint and is_finished(out_dir) and max(start_iter, is_finished(out_dir)) >= max_iters:
     check_same_run(settings, before)
     log(f"resume: the run in {out_dir} is finished, and stays as it is; with more max_iters or "
@@ -248,10 +251,7 @@ if dry_run:
                     ddp_world_size, device, overrides.get("dtype", "auto")))
     sys.exit()
 # A resumed run must be the same run: the same settings, pairs and base weights, by their content.
-settings |= {"dataset_sha256": train_pairs.fingerprint(), "eval_dataset_sha256":
-             held_out.fingerprint(), "init_from_sha256":
-             once_on_each_node(llama.weights_fingerprint, folder), "held_out": len(held_out)}
-same_on_all_ranks(settings)
+settings["init_from_sha256"] = once_on_each_node(llama.weights_fingerprint, folder)
 if checkpoint:
     check_same_run(settings, before)
     require(start_iter <= max_iters, f"max_iters: {max_iters}, and {checkpoint} is past that")
