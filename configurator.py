@@ -485,13 +485,17 @@ def run_config_file(path, known):
              and (key in known or not isinstance(value, ModuleType) and not callable(value))}
     for key in found.keys() & PATHS:
         if isinstance(found[key], str):
-            found[key] = ",".join(beside_the_checkout(p.strip()) for p in found[key].split(","))
+            found[key] = all_beside_the_checkout(found[key])
     return found
 
 
 def beside_the_checkout(path):
     there = os.path.join(HERE, path)
     return there if path and not os.path.exists(path) and os.path.exists(there) else path
+
+
+def all_beside_the_checkout(paths):
+    return ",".join(beside_the_checkout(path.strip()) for path in paths.split(","))
 
 
 # what TRL or nanoGPT call a setting, and what to give here

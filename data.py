@@ -757,8 +757,6 @@ ROLE = re.compile(rf"(['\"])(role|from)\1\s*:\s*(['\"])({'|'.join([*ROLES, *ROLE
 AS_TEXT = re.compile(r"\s*\[?\s*\{[^{}\[\]]*(['\"])(role|from)\1\s*:\s*(['\"])"
                      r"(system|user|human|assistant|gpt)\3", re.IGNORECASE)
 
-
-
 THOUGHTS = "reasoning_content", "thinking", "reasoning"   # the names of an answer's thoughts
 CALLS = "tool_calls", "function_calls"   # the latter as text, in OLMo 3
 SAID = *CALLS, "tool_call_id", *THOUGHTS   # what a message says beside its content
@@ -1582,9 +1580,9 @@ def tokenize(sources, tokenizer, max_length, max_prompt_length, bad_rows, column
         asked_again += any(t["role"] == "user" for turns in rows[0].responses for t in turns)
         tied += rows[0].rewards is not None and n > 1 and len({*rows[0].rewards}) == 1
         turns, template = rows[0].turns, rows[0].template
+        prompt = tokenizer.render(turns, True, **template) if template else ""
         for name in template:   # the chat template may not know it
-            prompt, less = tokenizer.render(turns, True, **template), {**template}
-            del less[name]
+            less = {key: value for key, value in template.items() if key != name}
             ignored[name] += tokenizer.renders_to(prompt, turns, True, **less)
         pairs += made
         rewards += [row.rewards for row in rows[:len(made)] if row.rewards is not None]

@@ -473,8 +473,7 @@ for iter_num in tqdm(range(start_iter, max_iters + 1), "steps", max_iters, initi
     optimizer.zero_grad(set_to_none=True)
 
     if iter_num % log_interval == 0:
-        metrics = mmpo.measure(objective, batch_logps, lengths, ref_logps,
-                               R, **loss_knobs)
+        metrics = mmpo.measure(objective, batch_logps, lengths, ref_logps, R, **loss_knobs)
         left = (time.time() - started) / (iter_num - start_iter or 1) * (max_iters - iter_num - 1)
         metrics |= {"grad_norm": grad_norm, "lr": lr, "seconds_left": left}
         metrics |= cost.throughput(raw_model, tree_lengths, packs, pad_to, time.time() - t0)

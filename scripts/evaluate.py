@@ -39,8 +39,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))   # for `python scripts/evalu
 import data
 import model as llama
 from configurator import (
-    beside_the_checkout, cache_path, check_numbers, load_cache, one_line_errors, printable,
-    read_run_settings, read_text, reading, require, save_cache, write_json)
+    all_beside_the_checkout, beside_the_checkout, cache_path, check_numbers, load_cache,
+    one_line_errors, printable, read_run_settings, read_text, reading, require, save_cache,
+    write_json)
 
 BRANCHES = 16   # continuations of a tree, at most
 
@@ -245,7 +246,7 @@ def held_out(args, run, tokenizer):
         source, split = run["eval_dataset"], run["eval_split"]
     else:
         source, split = run["dataset"], run["train_split"]
-    source = ",".join(map(beside_the_checkout, source.split(",")))   # as a config file names it
+    source = all_beside_the_checkout(source)   # as a config file names it
     pairs = data.load_pairs(source, split, tokenizer,
                             args.max_length or run.get("max_length", 2312),
                             args.max_prompt_length or run.get("max_prompt_length", 1800),
