@@ -123,6 +123,36 @@ def byte_level_cuts(steps, path):
     return patterns or [r"[\s\S]+"]
 
 
+def metaspace_cuts(steps, merged, path):
+    """-> up to which place SentencePiece's pre_tokenizer, if it has one, puts a space before a
+    stretch of text, and the regular expression by which it cuts. merged: tokens of more than one
+    character. Raises UserError at a step of another kind."""
+    place, split = NOWHERE, False
+    for step in steps:
+        require(len(steps) == 1 and step["type"] == "Metaspace" and step["replacement"] == SPACE,
+                f"{path}: pre_tokenizer {step['type']} of SentencePiece is not supported")
+        schemes = {"never": NOWHERE, "first": AT_START, "always": AFTER_TOKEN}
+        place, split = schemes[step.get("prepend_scheme", "always")], step.get("split", True)
+    require(split or not any(re.search(f"[^{SPACE}]{SPACE}", token) for token in merged),
+            f"{path}: some tokens go on after a space, which is not supported")
+    return place, [f"{SPACE}[^{SPACE}]*|[^{SPACE}]+" if split else f"{SPACE}*[^{SPACE}]+|{SPACE}+"]
+
+
+def character_table(vocab, path):
+    """What tiktoken starts from in SentencePiece's BPE: {bytes: ids}.
+
+    Bytes come first, then the beginnings of characters, then those. So characters form before any
+    merge, and a beginning that never becomes one falls apart into byte tokens.
+    """
+    spelled = [vocab.get(f"<0x{b:02X}>") for b in range(256)]
+    require(None not in spelled, f"{path}: byte_fallback, but not all 256 byte tokens")
+    alone = [token for token in vocab if len(token) == 1]
+    parts = {c.encode()[:n] for c in alone for n in range(2, len(c.encode()))}
+    table = {bytes([b]): (i,) for b, i in enumerate(spelled)}
+    table |= {part: tuple(spelled[b] for b in part) for part in parts}
+    return table | {c.encode(): (vocab[c],) for c in alone}
+
+
 @functools.cache
 def newer_characters(cut=""):
     """{character: one that never means anything} of those that `regex` knows and tiktoken doesn't,
@@ -266,30 +296,11 @@ class Tokenizer:
         self.nfc, self.prepend = {"type": "NFC"} in normalizers, put_first in normalizers
         self.spaces = spaces in normalizers or characters and bool(steps)   # are written as SPACE
         require(self.spaces or not self.prepend, f"{path}: Prepend alone is not supported")
-        self.metaspace = NOWHERE   # up to which place Metaspace puts a space before a stretch
+        self.metaspace = NOWHERE
         merged = mergeable(model, added, path)
         if characters:
-            split = False
-            for step in steps:
-                require(len(steps) == 1 and step["type"] == "Metaspace"
-                        and step["replacement"] == SPACE,
-                        f"{path}: pre_tokenizer {step['type']} of SentencePiece is not supported")
-                schemes = {"never": NOWHERE, "first": AT_START, "always": AFTER_TOKEN}
-                self.metaspace = schemes[step.get("prepend_scheme", "always")]
-                split = step.get("split", True)
-            cuts = [f"{SPACE}[^{SPACE}]*|[^{SPACE}]+" if split else f"{SPACE}*[^{SPACE}]+|{SPACE}+"]
-            require(split or not any(re.search(f"[^{SPACE}]{SPACE}", token) for token in merged),
-                    f"{path}: some tokens go on after a space, which is not supported")
-            spelled = [vocab.get(f"<0x{b:02X}>") for b in range(256)]
-            require(None not in spelled, f"{path}: byte_fallback, but not all 256 byte tokens")
-            alone = [token for token in vocab if len(token) == 1]
-            # Bytes first, then the beginnings of characters, then those: characters form before
-            # any merge, and a beginning that never becomes one falls apart into byte tokens.
-            parts = {c.encode()[:n] for c in alone for n in range(2, len(c.encode()))}
-            table = {bytes([b]): (i,) for b, i in enumerate(spelled)}
-            table |= {part: tuple(spelled[b] for b in part) for part in parts}
-            table |= {c.encode(): (vocab[c],) for c in alone}
-            to_bytes = str.encode
+            self.metaspace, cuts = metaspace_cuts(steps, merged, path)
+            table, to_bytes = character_table(vocab, path), str.encode
         else:
             cuts, alphabet = byte_level_cuts(steps, path), byte_alphabet()
             # a byte that the vocabulary lacks has no id, and is dropped
@@ -317,7 +328,7 @@ class Tokenizer:
         self.bytes_of = {i: to_bytes(token) for i, token in token_of.items()}
         if characters:   # spaces as in a text, and byte tokens as what they stand for
             self.bytes_of = {i: b.replace(SPACE.encode(), b" ") for i, b in self.bytes_of.items()}
-            self.bytes_of |= {i: bytes([b]) for b, i in enumerate(spelled)}
+            self.bytes_of |= {vocab[f"<0x{b:02X}>"]: bytes([b]) for b in range(256)}
         self.n_vocab = max(self.bytes_of) + 1
         decoder = steps_of(spec.get("decoder"))   # SentencePiece takes the first space off again
         self.strip = any(step["type"] == "Strip" and step["start"] or step["type"] == "Metaspace"
@@ -752,10 +763,10 @@ WHO = {name: who for who, names in {   # says what a field of this name holds
     "system": NAMES["system"], "user": ["user", "human", *NAMES["prompt"], *NAMES["input"]],
     "assistant": ["assistant", "gpt", "bot", *NAMES["completion"]]}.items() for name in names}
 # messages kept as text, as in a CSV: a role somewhere, and one at the beginning
-ROLE = re.compile(rf"(['\"])(role|from)\1\s*:\s*(['\"])({'|'.join([*ROLES, *ROLES.values()])})\3",
-                  re.IGNORECASE)
-AS_TEXT = re.compile(r"\s*\[?\s*\{[^{}\[\]]*(['\"])(role|from)\1\s*:\s*(['\"])"
-                     r"(system|user|human|assistant|gpt)\3", re.IGNORECASE)
+NAMES_ROLE = r"(['\"])(role|from)\1\s*:\s*(['\"])(%s)\3"
+ROLE = re.compile(NAMES_ROLE % "|".join([*ROLES, *ROLES.values()]), re.IGNORECASE)
+AS_TEXT = re.compile(r"\s*\[?\s*\{[^{}\[\]]*" + NAMES_ROLE % "system|user|human|assistant|gpt",
+                     re.IGNORECASE)
 
 THOUGHTS = "reasoning_content", "thinking", "reasoning"   # the names of an answer's thoughts
 CALLS = "tool_calls", "function_calls"   # the latter as text, in OLMo 3
@@ -775,7 +786,42 @@ class BadRow(UserError):
 
 
 class Fields(dict):
-    """A row's fields. `used` has the names of those that were taken."""
+    """A row's fields, which are asked for by the words of NAMES. `used` has the names, as the row
+    has them, of those that were taken."""
+
+    def __init__(self, row):
+        super().__init__(row)
+        self.used = set()
+
+    def name(self, *words):
+        """What the row calls a field: the first name that holds something, or else that is there,
+        or None."""
+        there = [name for word in words for name in NAMES[word] if name in self]
+        return next((name for name in there if self[name] not in (None, "")), (there or [None])[0])
+
+    def value(self, *words):
+        return self.get(self.name(*words))
+
+    def has(self, *words):
+        return self.value(*words) is not None
+
+    def took(self, word):
+        return self.name(word) in self.used
+
+    def take(self, *words):
+        """-> a field's name in the row, its value."""
+        name = self.name(*words)
+        if name is None:
+            raise self.missing(words[0])
+        self.used.add(name)
+        return name, parse_messages(name, self[name])
+
+    def missing(self, word):
+        if self.name(word):
+            return BadRow(f'"{self.name(word)}" must not be null or empty')
+        return BadRow(f'no field "{word}"', f"got {', '.join(map(str, self)) or 'none'}; fields are"
+                      " named by --columns=prompt:question_text,chosen:good,rejected:bad, or a "
+                      "list's by responses:answers.*.text")
 
 
 @dataclass
@@ -796,61 +842,12 @@ def parse_row(row, columns={}, use_scores=False):
     becomes a Row for each turn of the assistant in it. Raises Drop, BadRow.
     """
     given = parse_line(row)
-    row = Fields(translate(given, columns))
-    row.used = set()
-    pair = has(row, "chosen") or has(row, "rejected") or (
-        has(row, "completion") and name_of(row, "rejected"))
-    if pair:
-        answers = [take(row, "chosen", "completion"), take(row, "rejected")]
-    elif has(row, "responses") and not {"messages", "completion"} & columns.keys():
-        name, values = take(row, "responses")
-        values = listed(name, values)
-        if not values or isinstance(values, dict):
-            raise BadRow(f'"{name}" must be a list of responses', f"got {values}")
-        answers = [(name, value) for value in values]
-    elif has(row, "completion") and "messages" not in columns and (
-            "completion" in columns or not is_answered(row)):
-        name, value = take(row, "completion")
-        if isinstance(value, str) and isinstance(row.get(name_of(row, "thoughts")), str):
-            value = turn("assistant", value) | {"reasoning_content": take(row, "thoughts")[1]}
-        answers = [(name, value)]
-    elif has(row, "messages"):
-        name, value = take(row, "messages")
-        answers = [(name, listed(name, value))]
-    else:
-        raise missing(row, "chosen")
-    texts = [row.get(name_of(row, "prompt")), *(value for _, value in answers)]
-    if len(texts) > 2 and all(isinstance(text, str) and re.fullmatch(
-            r'\s*\[".*"\]\s*', text, re.DOTALL) for text in texts):   # as in the Arena's 55k
-        raise BadRow("prompt and responses are lists kept as text; make them texts or turns")
-    rewards = take_rewards(row, pair, len(answers), use_scores)
-    ranked = "" if name_of(row, "responses") not in row.used else "rewards" if rewards else \
-        "best" if "best" in columns or name_of(row, "best") else "order"
-    if rewards:   # the best first; ties stay in order
-        order = sorted(range(len(answers)), key=lambda i: -rewards[i])
-        if pair and order != [0, 1]:
-            raise BadRow("the rejected response has the higher reward", f"got {rewards}")
-        answers, rewards = [answers[i] for i in order], [rewards[i] for i in order]
-    elif ranked == "best":
-        answers = best_first(row, answers)
-    template = {name: value for name in ("tools", "documents", "chat_template_kwargs")
-                if row.get(name_of(row, name)) not in (None, "")
-                and (value := listed(*take(row, name)))}
-    if "tools" in template:
-        template["tools"] = tools_of(template["tools"])
-    if not isinstance(template.get("chat_template_kwargs", {}), dict):
-        raise BadRow('"chat_template_kwargs" must be an object')
+    row = translate(given, columns)
+    answers = take_answers(row, columns)
+    answers, rewards, ranked = best_first(row, answers, columns, use_scores)
+    template = take_template(row)
     new, dialogues = make_dialogues(row, answers)
-
-    said = {text_of(t).strip() for turns in dialogues for t in turns}
-    roots = {part.lstrip("-").split(".")[0] for path in columns.values()
-             for part in path.split("+")}
-    unused = [name for name, value in row.items() if value not in (None, "", [], {})
-              and name not in row.used | roots
-              and not (isinstance(value, str) and (value.strip() in said or hh_turns(value)))]
-    unused += [path for path in columns.values() if at(given, path) is None]
-    unused += {key for turns in new for t in turns for key in ("score", "rating", "rank")
-               if key in t}
+    unused = not_used(row, given, columns, new, dialogues)
     if len(dialogues) > 1:
         n = shared_turns(dialogues, new)
         return [Row(dialogues[0][:n], [d[n:] for d in dialogues], rewards, template,
@@ -862,6 +859,76 @@ def parse_row(row, columns={}, use_scores=False):
     if not rows:
         raise Drop("no response turn")
     return rows, unused
+
+
+def take_answers(row, columns):
+    """What is trained on: [(a field's name, its value), ..]. Chosen and rejected come before a list
+    of responses, that before a completion, that before a conversation, but for --columns."""
+    if row.has("chosen") or row.has("rejected") or row.has("completion") and row.name("rejected"):
+        answers = [row.take("chosen", "completion"), row.take("rejected")]
+    elif row.has("responses") and not {"messages", "completion"} & columns.keys():
+        name, values = row.take("responses")
+        values = listed(name, values)
+        if not values or isinstance(values, dict):
+            raise BadRow(f'"{name}" must be a list of responses', f"got {values}")
+        answers = [(name, value) for value in values]
+    elif row.has("completion") and "messages" not in columns and (
+            "completion" in columns or not is_answered(row)):
+        name, value = row.take("completion")
+        if isinstance(value, str) and isinstance(row.value("thoughts"), str):
+            value = turn("assistant", value) | {"reasoning_content": row.take("thoughts")[1]}
+        answers = [(name, value)]
+    elif row.has("messages"):
+        name, value = row.take("messages")
+        answers = [(name, listed(name, value))]
+    else:
+        raise row.missing("chosen")
+    texts = [row.value("prompt"), *(value for _, value in answers)]
+    if len(texts) > 2 and all(isinstance(text, str) and re.fullmatch(
+            r'\s*\[".*"\]\s*', text, re.DOTALL) for text in texts):   # as in the Arena's 55k
+        raise BadRow("prompt and responses are lists kept as text; make them texts or turns")
+    return answers
+
+
+def best_first(row, answers, columns, use_scores):
+    """-> the answers with the best first; r of each, or None; by what they are ranked (Row)."""
+    pair = row.took("rejected")
+    rewards = take_rewards(row, pair, len(answers), use_scores)
+    if rewards:   # ties stay in order
+        order = sorted(range(len(answers)), key=lambda i: -rewards[i])
+        if pair and order != [0, 1]:
+            raise BadRow("the rejected response has the higher reward", f"got {rewards}")
+        return [answers[i] for i in order], [rewards[i] for i in order], \
+            "rewards" * row.took("responses")
+    if not row.took("responses"):
+        return answers, None, ""
+    if "best" not in columns and not row.name("best"):
+        return answers, None, "order"
+    return (answers if first_is_best(row, answers) else answers[::-1]), None, "best"
+
+
+def take_template(row):
+    """What the chat template gets beside the turns."""
+    template = {name: value for name in ("tools", "documents", "chat_template_kwargs")
+                if row.value(name) not in (None, "") and (value := listed(*row.take(name)))}
+    if "tools" in template:
+        template["tools"] = tools_of(template["tools"])
+    if not isinstance(template.get("chat_template_kwargs", {}), dict):
+        raise BadRow('"chat_template_kwargs" must be an object')
+    return template
+
+
+def not_used(row, given, columns, new, dialogues):
+    """The names of fields, and paths of --columns, that hold something and made no difference."""
+    said = {text_of(t).strip() for turns in dialogues for t in turns}
+    roots = {part.lstrip("-").split(".")[0] for path in columns.values()
+             for part in path.split("+")}
+    unused = [name for name, value in row.items() if value not in (None, "", [], {})
+              and name not in row.used | roots
+              and not (isinstance(value, str) and (value.strip() in said or hh_turns(value)))]
+    unused += [path for path in columns.values() if at(given, path) is None]
+    return unused + [*{key for turns in new for t in turns for key in ("score", "rating", "rank")
+                       if key in t}]
 
 
 def parse_line(row):
@@ -882,7 +949,7 @@ def parse_line(row):
 
 def is_answered(row):
     """Whether the row has a conversation that ends in an answer, so that others only repeat it."""
-    value = row.get(name_of(row, "messages"))
+    value = row.value("messages")
     turns = turns_of("messages", value, "") if isinstance(value, list) else []
     return turns != [] and turns[-1]["role"] == "assistant"
 
@@ -904,22 +971,22 @@ def translate(row, columns):
         if "+" in columns[name] and all(isinstance(text, str) for text in found[name]):
             found[name] = "\n\n".join(found[name])
     other = ("chosen", "rejected") if "responses" in found else ()
-    row = {name: value for name, value in row.items()
-           if name not in columns.values() and name not in other} | found
-    if isinstance(row.get("rating"), list) and not has(row, "rewards"):   # distilabel's, of old
+    row = Fields({name: value for name, value in row.items()
+                  if name not in columns.values() and name not in other} | found)
+    if isinstance(row.get("rating"), list) and not row.has("rewards"):   # distilabel's, of old
         row["rewards"] = row.pop("rating")
-    if isinstance(row.get("functions"), list) and not has(row, "tools"):   # OpenAI's, of old
+    if isinstance(row.get("functions"), list) and not row.has("tools"):   # OpenAI's, of old
         row["tools"] = row.pop("functions")
     if isinstance(row.get("input"), dict):   # OpenAI's preferences
         row |= row.pop("input")
-    if has(row, "rejected") and has(row, "messages") and not has(row, "chosen", "completion"):
-        name = name_of(row, "messages")      # ms-swift's, of which the last is the chosen one
+    if row.has("rejected") and row.has("messages") and not row.has("chosen", "completion"):
+        name = row.name("messages")      # ms-swift's, of which the last is the chosen one
         *before, chosen = turns_of(name, row.pop(name), "user") or [None]
-        whole = name_of(row, "rejected") == "rejected_messages"
+        whole = row.name("rejected") == "rejected_messages"
         row |= {"chosen": [*before, chosen]} if whole else {name: before, "chosen": chosen}
-    good = row.get(name_of(row, "label"))
-    if not has(row, "rejected", "responses") and (isinstance(good, bool) or has(
-            row, "completion") and str(good).lower() in ("true", "false", "0", "1")):
+    good = row.value("label")
+    says = str(good).lower() in ("true", "false", "0", "1") and row.has("completion")
+    if (isinstance(good, bool) or says) and not row.has("rejected", "responses"):
         raise BadRow('unpaired: "label" says whether one response is good, and here responses are '
                      'compared; to train on the good ones, leave "label" out, --objective=sft')
     return row
@@ -961,11 +1028,11 @@ def negative(path, value):
 
 def take_rewards(row, pair, n, use_scores):
     """r of each of the n responses, or None."""
-    if pair and use_scores and not has(row, "rewards"):
-        (name, a), (_, b) = take(row, "score_chosen"), take(row, "score_rejected")
+    if pair and use_scores and not row.has("rewards"):
+        (name, a), (_, b) = row.take("score_chosen"), row.take("score_rejected")
         rewards = [a, b]
-    elif has(row, "rewards") and not (pair and has(row, "responses")):   # or they are of those
-        name, rewards = take(row, "rewards")
+    elif row.has("rewards") and not (pair and row.has("responses")):   # or they are of those
+        name, rewards = row.take("rewards")
         rewards = listed(name, rewards)
         if isinstance(rewards, dict):
             raise BadRow(f'"{name}" must be one number a response', "got object")
@@ -978,9 +1045,9 @@ def take_rewards(row, pair, n, use_scores):
     return rewards
 
 
-def best_first(row, answers):
-    """Two answers, the one first that the field `best` names. Raises Drop at a tie."""
-    name, value = take(row, "best")
+def first_is_best(row, answers):
+    """Whether the field `best` names the first of two answers. Raises Drop at a tie."""
+    name, value = row.take("best")
     found = re.fullmatch(r"(?:model_)?([ab])|([01])(?:\.0)?", str(value).strip().lower())
     if re.match(r"tie|both|neither", str(value).strip().lower()):
         raise Drop("no response is the better one")
@@ -988,41 +1055,41 @@ def best_first(row, answers):
         # no BadRow: where some rows count from 1, those that would not be dropped are wrong too
         raise UserError(f'"{name}" must say which of two responses is the better one: 0 or 1, a or '
                         f"b, model_a or model_b (got {str(value)[:30]}, {len(answers)} responses)")
-    return answers if (found[1] or found[2]) in "a0" else answers[::-1]
+    return (found[1] or found[2]) in "a0"
 
 
 def make_dialogues(row, answers):
     """-> the turns that each answer brings, and the same behind the turns of the prompt."""
-    asked = row.get(name_of(row, "prompt", "input"))
+    asked = row.value("prompt", "input")
     new = [turns_of(name, value, "assistant", asked if isinstance(asked, str) else "")
            for name, value in answers]
     whole = all(next((t["role"] for t in turns if t["role"] != "system"), "") == "user"
                 for turns in new)
     prompt = take_prompt(row, whole)
     if prompt and isinstance(row.get("history"), list):
-        prompt = join(turns_of(*take(row, "history"), "user"), prompt)
+        prompt = join(turns_of(*row.take("history"), "user"), prompt)
     if not prompt and not whole and any(len(turns) == 1 for turns in new):
         # TRL's implicit prompt in text: what the responses share, up to a space
         texts = [value for _, value in answers if isinstance(value, str) and not hh_turns(value)]
         shared = re.match(r"(.*\S)\s+\S*$", os.path.commonprefix(texts), re.DOTALL)
-        if len(texts) < max(2, len(answers)) or not shared or name_of(row, "prompt"):
-            raise missing(row, "prompt")
+        if len(texts) < max(2, len(answers)) or not shared or row.name("prompt"):
+            raise row.missing("prompt")
         prompt = [turn("user", shared[1])]
         new = [[turn("assistant", text[len(shared[1]):])] for text in texts]
-    if row.get(name_of(row, "system")):
-        prompt = join(turns_of(*take(row, "system"), "system"), prompt)
+    if row.value("system"):
+        prompt = join(turns_of(*row.take("system"), "system"), prompt)
     return new, [join(prompt, turns) for turns in new]
 
 
 def take_prompt(row, whole):
     """The turns before the responses. Where those are whole dialogues, they repeat what stands
     beside them as text, and messages beside them may end in one of them."""
-    alone = name_of(row, "prompt") == "prompt" and not (   # nor behind turns of the input
-        isinstance(row["prompt"], str) and isinstance(row.get(name_of(row, "input")), list))
+    alone = row.name("prompt") == "prompt" and not (   # nor behind turns of the input
+        isinstance(row["prompt"], str) and isinstance(row.value("input"), list))
     fields = ["prompt"] if whole or alone else ["prompt", "input"]
-    if not whole and not has(row, "prompt") and name_of(row, "messages") not in row.used:
+    if not whole and not row.has("prompt") and not row.took("messages"):
         fields.append("messages")
-    found = [take(row, name) for name in fields if has(row, name)]
+    found = [row.take(name) for name in fields if row.has(name)]
     texts = [value for _, value in found if isinstance(value, str)]
     if whole and texts:
         row.used.discard(found[0][0])
@@ -1064,47 +1131,24 @@ def shared_turns(dialogues, new):
 # --- fields and turns
 
 
-def name_of(row, *fields):
-    """What the row calls a field: the first name that holds something, or else that is there."""
-    there = [name for f in fields for name in NAMES[f] if name in row]
-    return next((name for name in there if row[name] not in (None, "")), (there or [None])[0])
+def parse_messages(name, value):
+    """A field's value. Messages that it keeps as text, as a CSV does, are parsed."""
+    if isinstance(value, str) and re.fullmatch(r"\s*[\[{].*[\]}]\s*", value, re.DOTALL):
+        if AS_TEXT.match(value):
+            found = listed(name, value)
+            if isinstance(found, list) or {"content", "value", "tool_calls"} & found.keys():
+                return found
+        if value.lstrip().startswith("[") and ROLE.search(value):
+            with contextlib.suppress(BadRow):   # then it is a text like others
+                found = listed(name, value)
+                if all(isinstance(m, dict) and {"role", "from"} & m.keys() for m in found):
+                    return found
+    return value
 
 
 def field_of(name):
     """The field that data sets call so."""
     return next((field for field, names in NAMES.items() if name in names), name)
-
-
-def has(row, *fields):
-    return row.get(name_of(row, *fields)) is not None
-
-
-def take(row, *fields):
-    """-> a field's name in the row, its value."""
-    name = name_of(row, *fields)
-    if name is None:
-        raise missing(row, fields[0])
-    row.used.add(name)
-    value = row[name]
-    if isinstance(value, str) and re.fullmatch(r"\s*[\[{].*[\]}]\s*", value, re.DOTALL):
-        if AS_TEXT.match(value):
-            found = listed(name, value)
-            if isinstance(found, list) or {"content", "value", "tool_calls"} & found.keys():
-                return name, found
-        if value.lstrip().startswith("[") and ROLE.search(value):
-            with contextlib.suppress(BadRow):   # then it is a text like others
-                found = listed(name, value)
-                if all(isinstance(m, dict) and {"role", "from"} & m.keys() for m in found):
-                    return name, found
-    return name, value
-
-
-def missing(row, name):
-    if name_of(row, name):
-        return BadRow(f'"{name_of(row, name)}" must not be null or empty')
-    return BadRow(f'no field "{name}"', f"got {', '.join(map(str, row)) or 'none'}; fields are "
-                  "named by --columns=prompt:question_text,chosen:good,rejected:bad, or a list's "
-                  "by responses:answers.*.text")
 
 
 def turn(role, content):
@@ -1535,36 +1579,27 @@ def parse_columns(text):
 
 def tokenize(sources, tokenizer, max_length, max_prompt_length, bad_rows, columns, use_scores):
     """load_pairs without the cache. Every row is used, or counted as dropped, by its reason."""
-    pairs, rewards = [], []
-    seen, used, asked_again, tied, ranked = 0, 0, 0, 0, set()
-    dropped, cut, unused, ignored, left_out = (Counter() for _ in range(5))
+    pairs, rewards, ranked = [], [], set()
+    seen, used, asked_again, tied = 0, 0, 0, 0
+    dropped, left_out, cut, unused, ignored = (Counter() for _ in range(5))
     every = (found for source in sources for found in read_rows(*source))
     for where, line in tqdm(every, "rows", disable=None):   # None: only on a terminal
         seen += 1
         try:
             with reading(where, "a row of a known layout"):
                 rows, names = parse_row(line, columns, use_scores)
-            made, reasons = [], []
+            made, good, reasons = [], [], []
             for row in rows:   # one, or the turns of a conversation
                 try:
                     made.append(tokenize_row(row, tokenizer, max_length, max_prompt_length, cut))
+                    good.append(row)
                 except Drop as reason:
                     reasons.append(str(reason))
-                except RecursionError:
-                    raise BadRow("nested too deeply") from None
             if not made:
                 raise Drop(reasons[0])
-            n, first = len(rows[0].responses), len((pairs or made)[0]) - 1
-            if n != first:
-                raise BadRow(f"{n} responses where the first row has {first}", "to take the first "
-                             "and the last of each, where they go from the best to the worst: "
-                             "--columns=chosen:responses.0,rejected:responses.-1"
-                             if rows[0].ranked == "order" else "")
-            if pairs and (rows[0].rewards is None) != (not rewards):
-                raise BadRow('some rows have "rewards" and some have not')
-            ranked.add(rows[0].ranked)
-            if {"best", "order"} <= ranked:
-                raise BadRow('some rows have "best" and some have not')
+            row = good[0]
+            check_alike(row, pairs, rewards, ranked)
+            ignored.update(ignored_fields(tokenizer, row))
         except Drop as reason:
             dropped[str(reason)] += 1
             continue
@@ -1577,39 +1612,53 @@ def tokenize(sources, tokenizer, max_length, max_prompt_length, bad_rows, column
         used += 1
         unused.update(names)
         left_out.update(reasons)
-        asked_again += any(t["role"] == "user" for turns in rows[0].responses for t in turns)
-        tied += rows[0].rewards is not None and n > 1 and len({*rows[0].rewards}) == 1
-        turns, template = rows[0].turns, rows[0].template
-        prompt = tokenizer.render(turns, True, **template) if template else ""
-        for name in template:   # the chat template may not know it
-            less = {key: value for key, value in template.items() if key != name}
-            ignored[name] += tokenizer.renders_to(prompt, turns, True, **less)
+        ranked.add(row.ranked)
+        asked_again += any(t["role"] == "user" for turns in row.responses for t in turns)
+        tied += row.rewards is not None and len({*row.rewards}) == 1 < len(row.rewards)
         pairs += made
-        rewards += [row.rewards for row in rows[:len(made)] if row.rewards is not None]
+        rewards += [row.rewards for row in good if row.rewards is not None]
 
-    why = ", ".join(f"{n:,} {reason}" for reason, n in dropped.most_common())
-    why = f" ({why})" if why else ""
+    why = f" ({counted(dropped)})" if dropped else ""
     require(pairs, f"{', '.join(s for s, _ in sources)}: 0 usable pairs of {seen:,}{why}; check "
             "the data" + (", or raise max_length" if dropped["no room for a response"] else ""))
     for name, path in columns.items():
         require(unused[path] < used, f"columns: no row has a field {path}")
         require(unused[name] < used, f"columns: {name}:{path} is not used, since the rows have "
                 "other fields that count before it")
-    report = f"{seen:,} rows = {used:,} used + {sum(dropped.values()):,} dropped{why}"
-    if len(pairs) != used:
-        report += f"; {len(pairs):,} pairs, one for each turn of the assistant"
-    if left_out:
-        report += f"; turns left out: {', '.join(f'{n:,} {why}' for why, n in left_out.items())}"
-    if asked_again:
-        report += (f"; {asked_again:,} with the user's next turns in a response, which are trained "
-                   "on too")
-    if tied:
-        report += f"; {tied:,} with equal rewards, whose first response counts as the best"
-    if any(cut.values()):
-        report += f"; cut to length: {', '.join(f'{n:,} {what}' for what, n in cut.items())}"
-    if unused := unused + ignored:
-        report += f"; fields not used: {', '.join(map(str, unused))}"
-    return Pairs.from_ids(pairs, rewards, report)
+    return Pairs.from_ids(pairs, rewards, "; ".join(filter(None, [
+        f"{seen:,} rows = {used:,} used + {sum(dropped.values()):,} dropped{why}",
+        len(pairs) != used and f"{len(pairs):,} pairs, one for each turn of the assistant",
+        left_out and f"turns left out: {counted(left_out)}",
+        asked_again and f"{asked_again:,} with the user's next turns in a response, which are "
+                        "trained on too",
+        tied and f"{tied:,} with equal rewards, whose first response counts as the best",
+        counted(cut) and f"cut to length: {counted(cut)}",
+        unused + ignored and f"fields not used: {', '.join(map(str, unused + ignored))}"])))
+
+
+def counted(reasons):
+    return ", ".join(f"{n:,} {reason}" for reason, n in reasons.most_common() if n)
+
+
+def check_alike(row, pairs, rewards, ranked):
+    """BadRow unless a row can be trained on together with those before it: their pairs, rewards,
+    and by what their responses are ranked."""
+    n, first = len(row.responses), len(pairs[0]) - 1 if pairs else len(row.responses)
+    if n != first:
+        raise BadRow(f"{n} responses where the first row has {first}", "to take the first and the "
+                     "last of each, where they go from the best to the worst: --columns=chosen:"
+                     "responses.0,rejected:responses.-1" if row.ranked == "order" else "")
+    if pairs and (row.rewards is None) != (not rewards):
+        raise BadRow('some rows have "rewards" and some have not')
+    if {"best", "order"} <= ranked | {row.ranked}:
+        raise BadRow('some rows have "best" and some have not')
+
+
+def ignored_fields(tokenizer, row):
+    """The names in row.template that the chat template makes no use of."""
+    prompt = tokenizer.render(row.turns, True, **row.template) if row.template else ""
+    return [name for name in row.template if tokenizer.renders_to(
+        prompt, row.turns, True, **{k: v for k, v in row.template.items() if k != name})]
 
 
 def tokenize_row(row, tokenizer, max_length, max_prompt_length, cut):
@@ -1621,7 +1670,10 @@ def tokenize_row(row, tokenizer, max_length, max_prompt_length, cut):
     values = [value for turns in parts for t in turns for value in t.values()]
     if max(len(str(value)) for value in [*values, *row.template.values()]) > MAX_CHARS:
         raise Drop(f"over {MAX_CHARS:,} characters")
-    prompt, encoded = tokenizer.encode_responses(row.turns, row.responses, **row.template)
+    try:
+        prompt, encoded = tokenizer.encode_responses(row.turns, row.responses, **row.template)
+    except RecursionError:
+        raise BadRow("nested too deeply") from None
     room = max_length - min(len(prompt), max_prompt_length)
     if room < 1:
         raise Drop("no room for a response")
