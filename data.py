@@ -739,7 +739,7 @@ def compile_template(text, where):
 # A field, and what data sets call it; the first of the names that a row has counts. Another name is
 # a word here. A layout that takes more than names is a few lines in `translate`.
 NAMES = {name: names.split() for name, names in {
-    "system": "system system_prompt system_message",
+    "system": "system system_prompt system_message system_instruction systemInstruction",
     "messages": "messages conversations conversation trajectory",
     "prompt": "prompt instruction question query",
     "input": "input context",   # what an instruction or question is about, or the prompt itself
@@ -977,6 +977,9 @@ def translate(row, columns):
         row["rewards"] = row.pop("rating")
     if isinstance(row.get("functions"), list) and not row.has("tools"):   # OpenAI's, of old
         row["tools"] = row.pop("functions")
+    if isinstance(row.get("contents"), list) and not row.has("messages") and all(
+            isinstance(m, dict) and "parts" in m for m in row["contents"]):   # Gemini's
+        row["messages"] = row.pop("contents")
     if isinstance(row.get("input"), dict):   # OpenAI's preferences
         row |= row.pop("input")
     if row.has("rejected") and row.has("messages") and not row.has("chosen", "completion"):
@@ -1212,8 +1215,9 @@ def check_message(name, message):
     """A message with its role and content by these names, and what else it has. (Null is what Arrow
     writes for what isn't there.)"""
     rest = {k: v for k, v in message.items() if v is not None} if isinstance(message, dict) else {}
-    role = rest.pop("role", rest.pop("from", None))
-    parts = next((rest.pop(key) for key in ("content", "value", "text") if key in rest), None)
+    role = rest.pop("role", rest.pop("from", "system" if name in NAMES["system"] else None))
+    parts = next((rest.pop(key) for key in ("content", "value", "text", "parts") if key in rest),
+                 None)
     content = joined(name, parts)
     if call := rest.pop("function_call", None):   # OpenAI's, of old
         call = listed("function_call", call)
@@ -1251,7 +1255,8 @@ def joined(name, value):
         text = next((part[key] for key in ("text", "value", "content") if key in part), None) \
             if kind == "text" else None
         if not isinstance(text, str):
-            raise BadRow(f'"{name}" has content that is no text', f"got a part of type {kind}")
+            got = f"of type {kind}" if kind != "text" else f"with the fields {', '.join(part)}"
+            raise BadRow(f'"{name}" has content that is no text', f"got a part {got}")
         texts.append(text)
     return "".join(texts)
 

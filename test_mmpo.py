@@ -2369,6 +2369,14 @@ ROWS = {   # row, turns, responses, rewards if any
     "csv": ({"prompt": json.dumps([BRIEF, *say("Hi")]), "chosen": str(say("Hi", "a")),
              "rejected": str(say("Hi", "b"))}, [BRIEF, *say("Hi")], ["a", "b"]),
     "ms_swift": ({"messages": say("Hi", "a"), "rejected_response": "b"}, say("Hi"), ["a", "b"]),
+    "gemini": ({"systemInstruction": {"parts": [{"text": "Be brief."}]}, "contents": [
+        {"role": "user", "parts": [{"text": "H"}, {"text": "i"}]}], "chosen": {
+            "role": "model", "parts": [{"text": "a"}]}, "rejected": "b"},
+        [BRIEF, *say("Hi")], ["a", "b"]),
+    "bedrock": ({"system": [{"text": "Be brief."}], "messages": [
+        {"role": "user", "content": [{"text": "Hi"}]}], **AB}, [BRIEF, *say("Hi")], ["a", "b"]),
+    "contents_of_another_kind": ({"question": "Hi", "contents": ["x", "y"], **AB}, say("Hi"),
+                                 ["a", "b"]),
     # turns that are there twice, or in one of two places
     "system_apart": ({"prompt": [BRIEF, *say("Hi")], "chosen": say("Hi", "a"),
                       "rejected": say("Hi", "b")}, [BRIEF, *say("Hi")], ["a", "b"]),
@@ -2472,6 +2480,8 @@ MATRIX = {   # a row, or its line of .jsonl -> an error's words, why it is dropp
     "responses_object": ({"prompt": "Hi", "responses": {"a": 1}}, ["responses", "list"]),
     "image": (GOOD | {"prompt": [{"role": "user", "content": [{"type": "image_url"}]}]},
               ["prompt", "no text", "image_url"]),
+    "call": ({"contents": [{"role": "user", "parts": [{"text": "Hi"}]}, {
+        "role": "model", "parts": [{"functionCall": {"name": "f"}}]}]}, ["no text", "functionCall"]),
     "unknown": ({"question_text": "Hi", "answer_0": "a", "answer_1": "b", "score_0": 1},
                 ["question_text, answer_0, answer_1, score_0", "--columns=prompt:"]),
     "unpaired": ({"prompt": "Hi", "completion": "a", "label": False}, ["unpaired", "label"]),
