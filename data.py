@@ -768,6 +768,10 @@ ROLE = re.compile(NAMES_ROLE % "|".join([*ROLES, *ROLES.values()]), re.IGNORECAS
 AS_TEXT = re.compile(r"\s*\[?\s*\{[^{}\[\]]*" + NAMES_ROLE % "system|user|human|assistant|gpt",
                      re.IGNORECASE)
 
+# two speakers in one text, as in BELLE ("Human: ..") and HelpSteer2 ("<extra_id_1>User")
+SPEAKERS = [re.compile(rf"^(?:.{{0,4}}\b(?:{who})\s?[:\uff1a]|<extra_id_1>(?:{who})$)",
+                       re.IGNORECASE | re.MULTILINE) for who in ("human|user", "assistant|ai|bot")]
+
 THOUGHTS = "reasoning_content", "thinking", "reasoning"   # the names of an answer's thoughts
 CALLS = "tool_calls", "function_calls"   # the latter as text, in OLMo 3
 SAID = *CALLS, "tool_call_id", *THOUGHTS   # what a message says beside its content
@@ -1585,7 +1589,7 @@ def parse_columns(text):
 def tokenize(sources, tokenizer, max_length, max_prompt_length, bad_rows, columns, use_scores):
     """load_pairs without the cache. Every row is used, or counted as dropped, by its reason."""
     pairs, rewards, ranked = [], [], set()
-    seen, used, asked_again, tied = 0, 0, 0, 0
+    seen, used, asked_again, tied, transcripts = 0, 0, 0, 0, 0
     dropped, left_out, cut, unused, ignored = (Counter() for _ in range(5))
     every = (found for source in sources for found in read_rows(*source))
     for where, line in tqdm(every, "rows", disable=None):   # None: only on a terminal
@@ -1619,6 +1623,8 @@ def tokenize(sources, tokenizer, max_length, max_prompt_length, bad_rows, column
         left_out.update(reasons)
         ranked.add(row.ranked)
         asked_again += any(t["role"] == "user" for turns in row.responses for t in turns)
+        transcripts += any(all(who.search(text_of(t)) for who in SPEAKERS) for t in row.turns
+                           if t["role"] == "user")
         tied += row.rewards is not None and len({*row.rewards}) == 1 < len(row.rewards)
         pairs += made
         rewards += [row.rewards for row in good if row.rewards is not None]
@@ -1636,6 +1642,9 @@ def tokenize(sources, tokenizer, max_length, max_prompt_length, bad_rows, column
         left_out and f"turns left out: {counted(left_out)}",
         asked_again and f"{asked_again:,} with the user's next turns in a response, which are "
                         "trained on too",
+        transcripts and f"{transcripts:,} with what looks like a dialogue in one turn of the user, "
+                        "which it stays; messages, or turns at \\n\\nHuman: and \\n\\nAssistant:, "
+                        "are turns of their own",
         tied and f"{tied:,} with equal rewards, whose first response counts as the best",
         counted(cut) and f"cut to length: {counted(cut)}",
         unused + ignored and f"fields not used: {', '.join(map(str, unused + ignored))}"])))

@@ -2699,6 +2699,10 @@ def test_columns(tokenizer, tmp_path):
     again = write_rows(tmp_path / "h.jsonl", [{"chosen": say("Hi", "a", "B", "b"),
                                                "rejected": say("Hi", "c", "B", "d")}])
     assert "; 1 with the user's next turns in a response" in load(again, tokenizer).report
+    dialogue = write_rows(tmp_path / "j.jsonl", [   # BELLE's and HelpSteer2's, and one that is none
+        {"prompt": text, **AB} for text in ("Human:Hi\nAssistant:A\nHuman:B", "Is AI: a user's bot?",
+                                            "Hi\n<extra_id_1>Assistant\nA\n<extra_id_1>User\nB")])
+    assert "; 2 with what looks like a dialogue in one turn" in load(dialogue, tokenizer).report
     chosen_by = "responses:text_0+text_1,best:which"   # as in PKU-SafeRLHF or the Chatbot Arena
     for which in (1, "1", "1.0", "b", " Model_B"):
         which = write_rows(tmp_path / "d.jsonl", [read_json(scored) | {"which": which}])
