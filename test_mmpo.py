@@ -4666,6 +4666,28 @@ def test_ranks_with_other_settings(checkpoint, tmp_path):
     assert "error: beta: 0.1 on rank 0 and 0.2 on another" in process.stderr
 
 
+def test_machines_with_files_in_other_places(checkpoint, tmp_path):
+    """The same pairs and template lie elsewhere on each rank's machine: the run saves, and goes on.
+    Where the ranks don't see the same checkpoints, all of them end with a line that says so."""
+    for rank in "01":
+        os.makedirs(tmp_path / rank)
+        write_rows(tmp_path / rank / "pairs.jsonl", word_rows(8))
+        (tmp_path / rank / "t.jinja").write_text(data.TEMPLATES["chatml"])
+    (tmp_path / "here.py").write_text(
+        f"import os\n_here = f'{tmp_path}/' + os.environ['RANK']\ndataset = _here + '/pairs.jsonl'\n"
+        "chat_template = _here + '/t.jinja'\nos.chdir(_here)")
+    args = [str(tmp_path / "here.py"), "--eval_pairs=2", "--save_interval=1", "--resume"]
+    for steps in (1, 2):
+        process = train(checkpoint, f"{tmp_path}/two", *args, f"--max_iters={steps}")
+        assert process.returncode == 0, process.stderr
+    assert f"going on from {tmp_path}/two/checkpoint-0000001" in process.stdout
+    shutil.move(f"{tmp_path}/two", tmp_path / "0" / "two")
+    process = train(checkpoint, "two", *args, "--max_iters=3")
+    assert process.returncode
+    assert len(re.findall(r"error: resume \(machines must share out_dir\), from step: (?:2 on rank 0 "
+                          r"and 0|0 on rank 1 and 2) on another", process.stderr)) == 2
+
+
 def test_an_interrupt_while_importing(tmp_path):
     """Ctrl-C in the first seconds ends without a traceback."""
     with subprocess.Popen([sys.executable, TRAIN], stderr=subprocess.PIPE, text=True) as process:

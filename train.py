@@ -162,7 +162,8 @@ if not resume:
 if dtype == "auto":   # a dry run predicts what a GPU would need, so it assumes bf16
     dtype = "bfloat16" if dry_run or llama.fast_bfloat16(device) else "float32"
 settings["dtype"] = dtype   # recorded, since a run must resume in the same dtype
-same_on_all_ranks(settings)
+same_on_all_ranks(settings | {"resume (machines must share out_dir), from step":
+                              resume and max(start_iter, is_finished(out_dir))})
 compile = on_gpu if compile == "auto" else compile == "true"
 autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 # Pairs that are decided have tiny gradients. With numbers below 1e-38, which become 0 here, a CPU
@@ -466,7 +467,8 @@ for iter_num in tqdm(range(start_iter, max_iters + 1), "steps", max_iters, initi
         skipped += 1
         wrong = (f"step {iter_num}: the gradient is not finite, and the weights are not updated; "
                  + report.name_pairs(batch, batch_logps))
-        lower = "learning_rate" if iter_num else "beta, pref_weight or what else scales the loss"
+        lower = "learning_rate" if iter_num >= skipped else (   # else no step was taken yet
+            "beta, pref_weight or what else scales the loss")
         require(skipped <= skip_nonfinite, f"{wrong}; lower {lower}"
                 + ", or --dtype=float32" * (dtype == "bfloat16"))
         log(f"warning: {wrong}")

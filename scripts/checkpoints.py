@@ -28,8 +28,8 @@ from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))   # for `python scripts/checkpoints.py`
 from configurator import (
-    UserError, first_line, is_finished, one_line_errors, publish, rank_and_size, read_metrics,
-    reading, require, sha256, write_text, writing)
+    PATHS, UserError, first_line, is_finished, one_line_errors, publish, rank_and_size,
+    read_metrics, reading, require, sha256, write_text, writing)
 
 # -----------------------------------------------------------------------------
 # one run in one folder
@@ -252,7 +252,8 @@ def check_checkpoint(path):
             settings = settings or dict(about["settings"])
             require(about["ranks"] == len(files),
                     f"{path}: a rank's part is missing; delete the checkpoint")
-            require(about["settings"] == settings,
+            require(all(settings.get(key) == value for key, value in about["settings"].items()
+                        if key not in PATHS),   # machines may have the same files elsewhere
                     f"{path}: {name} is of another run; delete the checkpoint")
             require(about["step"] == int(path[-7:]),
                     f"{path}: made at another step; was it renamed?")
@@ -361,19 +362,19 @@ RESUME_MAY_CHANGE = (
     "out_dir", "resume", "dry_run", "debug", "max_iters", "epochs", "export_", "wandb_", "sample_",
     "log_", "eval_interval", "save_", "keep_", "skip_", "device", "parallel", "compile",
     "pack_tokens", "activation_", "overwrite")
-COMPARED_BY_CONTENT = ("init_from", "dataset", "eval_dataset")   # by their .._sha256
 
 
 def check_same_run(settings, before):
-    """UserError unless a run resumes with the settings it had `before`, but for RESUME_MAY_CHANGE.
-    """
+    """UserError unless a run resumes with the settings it had `before`, but for RESUME_MAY_CHANGE
+    and for PATHS, whose content counts: it is in the .._sha256."""
     for key, value in settings.items():
-        if (before.get(key, value) == value or key in COMPARED_BY_CONTENT
+        if (before.get(key, value) == value or key in PATHS
                 or key.startswith(RESUME_MAY_CHANGE)):
             continue
         wrong = f"the run has {key}={before[key]!r}, not {value!r}; give that"
         if key.endswith("_sha256"):
-            wrong = f"{key.removesuffix('_sha256')} has changed; bring the old one back"
+            wrong = (f"{key.removesuffix('_sha256')} has changed" + ", or the chat_template" *
+                     ("dataset" in key) + "; bring the old one back")
         raise UserError(f"resume: {wrong}, or start anew in another out_dir")
 
 
