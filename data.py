@@ -224,7 +224,7 @@ class Tokenizer:
     """
 
     def __init__(self, folder, chat_template="", chat_template_kwargs=""):
-        path = os.path.join(folder, "tokenizer.json")
+        path, self.folder = os.path.join(folder, "tokenizer.json"), folder
         require(os.path.exists(path), f"{folder}: no tokenizer.json; for a model that has only "
                 "tokenizer.model, AutoTokenizer.from_pretrained and save_pretrained write one")
         files = [os.path.join(folder, f"{name}.json") for name in (
@@ -384,7 +384,8 @@ class Tokenizer:
         """Markers: special tokens, and others that the template writes around turns. They stay
         text where data spells them. Thoughts have tokens too, and data may spell those."""
         chat = ""
-        for roles in (("user", "assistant", "user"), ("user", "assistant")):
+        for roles in (("user", "assistant", "user"), ("user", "assistant")) * bool(
+                self.template_text):
             with contextlib.suppress(Drop):   # rows will tell
                 chat = chat or self.render([turn(role, "a") for role in roles])
         markers = {*self.special, *(self.named.values() & self.added.keys()),
@@ -408,6 +409,7 @@ class Tokenizer:
         turns: [{"role", "content", and what else a message has}]. Raises Drop where the template
         refuses them, or fails at them.
         """
+        self.require_template()
         variables = self.named | self.template_kwargs | (chat_template_kwargs or {}) | dict(
             tools=tools, documents=documents, add_generation_prompt=add_generation_prompt)
         turns = with_reasoning(turns)
@@ -427,6 +429,11 @@ class Tokenizer:
             except Exception as e:   # a template is a program, and may fail in any way
                 error = e
         raise Drop(f"chat template: {type(error).__name__}: {first_line(error)}") from error
+
+    def require_template(self):
+        require(self.template_text, f"{self.folder}: no chat template (a base model?); give --chat_"
+                f"template={' or '.join(TEMPLATES)} if it has their markers, or else a .jinja file "
+                "whose turns end in {{ eos_token }}")
 
     def renders_to(self, text, *args, **template):
         """Whether such a conversation, of which something was taken away, is the same text."""
@@ -680,7 +687,8 @@ TEMPLATES = {
 
 
 def find_chat_template(folder, config, override):
-    """The text of the template: a named one, a .jinja file, or else the checkpoint's own."""
+    """The text of the template: a named one, a .jinja file, or else the checkpoint's own, "" where
+    it has none."""
     if override in TEMPLATES:
         return TEMPLATES[override]
     path = os.path.expanduser(override) or os.path.join(folder, "chat_template.jinja")
@@ -691,10 +699,7 @@ def find_chat_template(folder, config, override):
     template = config.get("chat_template")
     if isinstance(template, list):   # several, by name
         template = {t["name"]: t["template"] for t in template}.get("default")
-    require(template, f"{folder}: no chat template (a base model?); give --chat_template="
-            f"{' or '.join(TEMPLATES)} if it has their markers, or else a .jinja file whose turns "
-            "end in {{ eos_token }}")
-    return template
+    return template or ""
 
 
 def compile_template(text, where):
@@ -1588,6 +1593,7 @@ def parse_columns(text):
 
 def tokenize(sources, tokenizer, max_length, max_prompt_length, bad_rows, columns, use_scores):
     """load_pairs without the cache. Every row is used, or counted as dropped, by its reason."""
+    tokenizer.require_template()
     pairs, rewards, ranked = [], [], set()
     seen, used, asked_again, tied, transcripts = 0, 0, 0, 0, 0
     dropped, left_out, cut, unused, ignored = (Counter() for _ in range(5))

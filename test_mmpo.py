@@ -3660,6 +3660,7 @@ def test_sentencepiece_model_trains(tmp_path):
     "-m scripts.sample {runs}/run-mmpo --prompt=fox --max_new_tokens=5",
     "-m scripts.sample {runs}/run-mmpo --instructions={folder}/i.jsonl --max_new_tokens=5 "
     "--out={folder}/o.json",
+    "-m scripts.bench --model={runs}/run-mmpo --only=ablation --pairs=2 --batch=2",
     "-m scripts.weights {runs}/run-mmpo {folder}/n.jsonl"])   # of three responses a row
 def test_scripts(command, runs, tmp_path):
     """They run, as modules and as files, and plot draws a PNG."""
@@ -3680,10 +3681,11 @@ def test_scripts(command, runs, tmp_path):
     (["--temperature=inf"], "--temperature must"), (["--max_new_tokens=0"], "--max_new_tokens"),
     (["--batch_size=0"], "--batch_size must be 1 or more"), (["--seed=-1"], "--seed must"),
     (["--max_new_tokens=3000000000"], "--max_new_tokens must be 1 or more, and below 2 ** 31"),
+    (["--prompt="], "--prompt: empty"), (["--instructions="], "--instructions: empty"),
     (["--instructions={file}"], "row 2: \"instruction\" must be text (got None)")])
 def test_sample_arguments(args, words, tmp_path, monkeypatch):
     """What scripts.sample can't do with its arguments is an error that names the argument."""
-    write_json(tmp_path / "i.json", [{"instruction": "Hi"}, {"instruction": None}])
+    write_json(tmp_path / "i.json", [{"instruction": "Hi"}, {}])
     monkeypatch.setattr(sys, "argv", ["sample", "model", *(
         arg.format(file=tmp_path / "i.json") for arg in args)])
     with pytest.raises(UserError, match=re.escape(words)):
@@ -3864,8 +3866,39 @@ def test_evaluate_a_run(evaluated):
     assert "sign test" in process.stdout and process.stdout.count(", answer ") == 6
 
 
+def test_evaluate_a_base_model(checkpoint, tmp_path, monkeypatch, capsys):
+    """Multiple choice needs no chat template. Pairs do, and the error says which there are."""
+    base = shutil.copytree(checkpoint, tmp_path / "base")
+    config = read_json(base / "tokenizer_config.json")
+    del config["chat_template"]
+    write_json(base / "tokenizer_config.json", config)
+    items = write_rows(tmp_path / "i.jsonl", [{"pairs": [["a", " b"], ["a", " c"]], "gold": 0}])
+    pairs = write_rows(tmp_path / "p.jsonl", word_rows(3))
+    for args in (["--choices", items], [f"--pairs={pairs}", "--prompts=0", "--chat_template=chatml"]):
+        monkeypatch.setattr(sys, "argv", ["evaluate", str(base), *args])
+        evaluate.main()
+    assert "| choices/i/acc |" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["evaluate", str(base), f"--pairs={pairs}"])
+    with pytest.raises(UserError, match="base: no chat template .* --chat_template=chatml or llama3"):
+        evaluate.main()
+
+
+def test_evaluate_two_runs(evaluated, tmp_path, monkeypatch):
+    """Without --pairs both runs must have held out the same, since the other may have trained on
+    what the first one held out."""
+    out, *_ = evaluated
+    other = shutil.copytree(out, tmp_path / "other")
+    settings = read_json(f"{out}/train_config.json")
+    assert settings["eval_dataset"] == ""
+    write_json(other / "train_config.json", settings | {"eval_dataset_sha256": "0"})
+    monkeypatch.setattr(sys, "argv", ["evaluate", out, str(other)])
+    with pytest.raises(UserError, match="other: its run held out other pairs .* give --pairs"):
+        evaluate.main()
+
+
 @pytest.mark.parametrize("content, words", [
     ("", ["no items"]), ('{"pairs": [["a", " b"]], "gold": 1}', [":1", "gold"]), ("[1]", [":1"]),
+    ('{"pairs": [["a", " b"], ["a", " c"]], "gold": true}', [":1", "gold"]),
     ('{"pairs": [["a", ""]], "gold": 0}', [":1", "empty"]), ('{"gold": 0}', [":1"]),
     ('{"pairs": [["a", " "]], "gold": 0}', [":1", "empty"]),
     (f'{{"pairs": [["a", "{" b" * 600}"]], "gold": 0}}', [":1", "1 to 512"]),
@@ -3884,7 +3917,7 @@ def test_bad_items(content, words, checkpoint, tmp_path):
     (["--limit=-1"], "--limit must be 0 or more"), (["--prompts=-1"], "--prompts must"),
     (["--max_new_tokens=0"], "--max_new_tokens must be 1 or more"),
     (["--temperature=nan"], "--temperature must"),
-    ([], "no run's train_config.json there"), (["--pairs="], "say what to evaluate"),
+    ([], "say what to evaluate.* no run's train_config.json there"), (["--pairs="], "say what to evaluate"),
     (["--text={folder}/one.txt"], "one.txt: too short"), (["--text={folder}"], "{folder}"),
     (["--choices", "{folder}/a.jsonl", "{folder}/b/a.jsonl"], "two files of one name")])
 def test_evaluate_refuses(args, words, checkpoint, tmp_path, monkeypatch):
@@ -4055,8 +4088,12 @@ def test_compare_arguments(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         compare.main()
     assert "unrecognized arguments: --nonsense" in capsys.readouterr().err
-    one, other = ({"margins": {"implicit": [1.0] * n}, "prompts": [*range(n)]} for n in (2, 3))
-    assert compare.difference([one], [one]) and compare.difference([one], [other]) == ""
+    one = {"margins": {"implicit": [1.0, 1.0, -1.0]}, "prompts": [0, 1, 1], "pairs": [*"abc"]}
+    turned = {"margins": {"implicit": [-1.0, -1.0, 1.0]}, "prompts": [0, 0, 1], "pairs": [*"cba"]}
+    other = one | {"pairs": [*"abd"]}   # of as many pairs and prompts
+    assert compare.difference([one], [one, turned]).startswith("+0.167 (")   # 2 and 1 of 3 gained
+    assert compare.difference([one], [one]).startswith("+0.000 (+0.000 to")
+    assert compare.difference([one], [other]) == compare.difference([one | {"pairs": []}], [one]) == ""
 
 
 def test_labels_of_a_picture(tmp_path):

@@ -38,7 +38,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))   # for `python scripts/bench
 import data
 import mmpo
 import model as llama
-from configurator import HERE, one_line_errors, read_settings, require, write_json
+from configurator import (
+    HERE, check_numbers, one_line_errors, read_settings, require, write_json)
 from scripts import cost
 
 BETA, LEARNING_RATE = 0.1, 1e-5
@@ -161,7 +162,8 @@ def packs_of(idea, pairs, batch):
         pairs, batch = data.Pairs.from_ids(copies), np.arange(len(copies))
     lengths = pairs.lengths[batch].sum(1)
     if idea in (PADDED, SCORED, SHARED):
-        rows = [data.collate(pairs, batch, [i], pad_to=lengths.max()) for i in range(len(batch))]
+        rows = [data.collate(pairs, batch, np.array([i]), pad_to=lengths.max())
+                for i in range(len(batch))]
         return [stack(rows, everything)]
     [plan] = data.plan_packs(lengths, PACK_TOKENS)
     packs = [data.collate(pairs, batch, members, PAD_TO) for members in plan]
@@ -386,6 +388,7 @@ def main():
     parser.add_argument("--only", choices=PARTS)
     parser.add_argument("--json", metavar="FILE", help="all numbers, for a program")
     args = parser.parse_args()
+    check_numbers(args, pairs=1, batch=1, max_length=8, repeats=1)
     parts = [args.only] if args.only else PARTS
     require("trl" not in parts or find_spec("trl"),
             "bench: pip install trl, or give --only=ablation, which needs none")

@@ -5,6 +5,7 @@ $ python -m scripts.checkpoints out/mine      # what is in a run's folder, and w
 
 train.py imports this; only `main` is a program.
 """
+import argparse
 import atexit
 import contextlib
 import glob
@@ -442,9 +443,10 @@ def until_interrupted(device, function, *args):
 
 
 def main():
-    require(len(sys.argv) == 2 and os.path.isdir(sys.argv[1]),
-            "give one folder that train.py wrote")
-    folder = sys.argv[1]
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("folder", help="a run's out_dir")
+    folder = parser.parse_args().folder
     records = read_metrics(os.path.join(folder, "metrics.jsonl"))
     print(f"{folder}: {'finished' if is_finished(folder) else 'not finished'}, at step "
           f"{records[-1]['iter'] if records else 0}")

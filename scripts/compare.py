@@ -175,19 +175,27 @@ def cell(values):
     if None in values:
         return ""
     mean, low, high = np.mean(values, axis=0)
-    text = f"{mean:.3g} ± {(high - low) / 2:.2g}"
+    text = f"{mean:.3g}" + f" ± {(high - low) / 2:.2g}" * (high > low)
     seeds = sorted(value for value, *_ in values)
     return text + (f" (seeds {seeds[0]:.3g} to {seeds[-1]:.3g})" if len(seeds) > 1 else "")
 
 
 def difference(group, base):
     """Of the implicit reward accuracies of two groups of runs, with its 95% interval. "" where the
-    evaluations had no pairs, or others than each other."""
-    if not all(e["margins"] and e["prompts"] == group[0]["prompts"] for e in [*group, *base]):
+    evaluations had no pairs, or others than each other. Their order may differ, as by seed."""
+    if not all(e.get("pairs") for e in [*base, *group]):
         return ""
-    a, b = (np.mean([np.array(e["margins"]["implicit"]) > 0 for e in found], axis=0)
-            for found in (base, group))
-    value, low, high = evaluate.ratio(b - a, groups=group[0]["prompts"])
+    found = []   # of each evaluation, its pairs in one order: what they are, their prompts, margins
+    for e in [*base, *group]:
+        order = np.argsort(e["pairs"], kind="stable")
+        found.append([np.array(x)[order] for x in (e["pairs"], e["prompts"],
+                                                   e["margins"]["implicit"])])
+    pairs, prompts, margins = zip(*found)
+    if not all(np.array_equal(some, pairs[0]) for some in pairs):
+        return ""
+    gained = np.array(margins) > 0
+    a, b = gained[:len(base)].mean(0), gained[len(base):].mean(0)
+    value, low, high = evaluate.ratio(b - a, groups=prompts[0])
     return f"{value:+.3f} ({low:+.3f} to {high:+.3f})"
 
 

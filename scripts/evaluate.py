@@ -1,7 +1,7 @@
 """
 What a model learned, what it forgot and how it talks: a table, and a JSON file beside each folder.
 
-$ python -m scripts.evaluate out/mine                # on the held-out pairs of its run
+$ python -m scripts.evaluate out/mine                # on what its run (the first one's) held out
 $ python -m scripts.evaluate out/mine --pairs= --choices arc_easy.jsonl.gz      # on these alone
 $ python -m scripts.evaluate out/mmpo out/dpo --reference=HuggingFaceTB/SmolLM2-135M-Instruct \
       --pairs=test.jsonl --choices arc_easy.jsonl.gz lambada.jsonl.gz --text=book.txt
@@ -20,9 +20,11 @@ one tree of a pack (data.Pack), where it is computed once. Multiple-choice numbe
 lm-evaluation-harness: acc by summed log-probs, acc_norm by log-probs a character; an item with one
 choice (LAMBADA) counts where the likeliest tokens spell it, and has a perplexity.
 
-Intervals are 95%, from a bootstrap that draws prompts with all their pairs.
+Intervals are 95%, from a bootstrap that draws prompts with all their pairs, or multiple-choice
+items, or windows of the text. There is none where that is one alone.
 """
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -112,7 +114,7 @@ share = partial(ratio, rate=True)
 
 def preference(pairs, model, base):
     """Which response of data.Pairs is likelier. Also returns the margins for paired tests, {how:
-    (N,)} in nats, and the number of each pair's prompt."""
+    (N,)} in nats, the number of each pair's prompt, and what tells pairs apart, a hash."""
     ids = [[tuple(x.tolist()) for x in pairs.ids(i)] for i in range(len(pairs))]
     logps = score(model, [(x[0], x[j]) for x in ids for j in (1, -1)], "pairs")[0].reshape(-1, 2)
     number = {prompt: n for n, prompt in enumerate(dict.fromkeys(x[0] for x in ids))}
@@ -130,6 +132,7 @@ def preference(pairs, model, base):
                     f"margin/{how}": ratio(margin, groups=prompts)}
     metrics["logps/chosen"] = ratio(logps[:, 0], groups=prompts)
     return {"metrics": metrics, "logps": logps.tolist(), "prompts": prompts,
+            "pairs": [hashlib.sha256(str(x).encode()).hexdigest()[:16] for x in ids],
             "margins": {how: margin.round(5).tolist() for how, margin in margins.items()}}
 
 
@@ -158,7 +161,8 @@ def read_items(file, tokenizer, limit, room):
     for where, row in data.read_objects(file):
         with reading(where, "a multiple-choice item"):
             texts = [text.removeprefix(" ") for _, text in row["pairs"]]
-            require(all(map(str.strip, texts)) and row["gold"] in range(len(texts)),
+            require(all(map(str.strip, texts)) and type(row["gold"]) is int
+                    and row["gold"] in range(len(texts)),
                     f"{where}: gold must be the index of a choice, and no choice may be empty")
             choices = [encode(tokenizer, *pair) for pair in row["pairs"]]
             require(all(c and 0 < len(ids) <= room for c, ids in choices),
@@ -274,8 +278,9 @@ def print_table(results):
     print(f"\n| | {' | '.join(results)} |\n" + "|---" * (len(results) + 1) + "|")
     *_, last = results.values()
     for metric in last["metrics"]:
-        cells = ("{:.4g} ({:.4g} to {:.4g})".format(*result["metrics"][metric])
-                 if metric in result["metrics"] else "" for result in results.values())
+        found = (result["metrics"].get(metric) for result in results.values())
+        cells = ("" if not x else f"{x[0]:.4g} ({x[1]:.4g} to {x[2]:.4g})" if x[1] < x[2] else
+                 f"{x[0]:.4g}" for x in found)
         print(f"| {metric} | {' | '.join(cells)} |")
     (first, base), *others = results.items()
     for name, result in others:
@@ -297,6 +302,7 @@ def arguments(argv=None):
     parser.add_argument("--pairs", help="preference pairs, as train.py's dataset; default: what\n"
                                         "the run held out; --pairs= takes none")
     parser.add_argument("--split", default="test_prefs", help="of a hub dataset")
+    parser.add_argument("--chat_template", default="", help="as in train.py, for a base model")
     parser.add_argument("--choices", nargs="+", default=[], metavar="FILE")
     parser.add_argument("--limit", type=int, default=0, help="items of each such file; 0: all")
     parser.add_argument("--text", metavar="FILE", help="a text whose perplexity to measure")
@@ -318,13 +324,19 @@ def main():
     run_folder = os.path.expanduser(first)
     run = read_run_settings(run_folder)
     with_pairs = args.pairs or run and args.pairs is None
-    require(with_pairs or args.choices or args.text, f"{first}: no run's train_config.json there, "
-            "so say what to evaluate: --pairs, --choices or --text")
+    require(with_pairs or args.choices or args.text, f"{first}: say what to evaluate, --pairs, "
+            "--choices or --text" + " (a run's held-out pairs need none of these, but there is no run's "
+            "train_config.json there)" * (not run))
+    for other in args.models[1:] if with_pairs and not args.pairs else []:
+        theirs = read_run_settings(os.path.expanduser(other))
+        require(not theirs or any(run[key] and run[key] == theirs[key] for key in (
+            "eval_dataset", "eval_dataset_sha256")), f"{other}: its run held out other pairs than "
+            f"that of {first}, and may have trained on these; give --pairs")
     reference = args.reference or beside_the_checkout(run.get("init_from", "")) or None
     folders = {name: llama.checkpoint_folder(name)   # the others are compared with the first
                for name in dict.fromkeys([reference or first, *args.models])}
     template = os.path.join(folders[first], "chat_template.jinja")   # the base may have none
-    template = template if os.path.exists(template) else ""
+    template = args.chat_template or (template if os.path.exists(template) else "")
     tokenizer = data.Tokenizer(folders[first], template, run.get("chat_template_kwargs", ""))
     room = llama.config_from_dict(llama.read_config(folders[first])).max_position_embeddings
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -376,7 +388,8 @@ def main():
     for name, folder in folders.items():
         results[name] = answer(name, folder, results.get(reference))
         if name in args.models:
-            kept = {k: results[name].get(k) for k in ("metrics", "prompts", "margins", "answers")}
+            kept = {k: results[name].get(k) for k in (
+                "metrics", "pairs", "prompts", "margins", "answers")}
             here = os.path.expanduser(name)   # a folder of LoRA adapters is not what `folder` is
             beside = here.rstrip("/") if os.path.isdir(here) else name.replace("/", "_")
             write_json(f"{beside}.evaluation.json", {

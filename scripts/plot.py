@@ -60,16 +60,17 @@ def read_methods(paths, others=""):
               name not in ["objective", "beta", *METHOD] and len({r.get(name) for r in runs}) > 1]
     for path, run in zip(paths, runs):
         _, curves = read_run(path)
-        require("eval/kl" in curves, f"{path}: a run without KL; set kl_samples above 0")
         file = os.path.abspath(path) + ".evaluation.json"
         found = read_json(file) if os.path.exists(file) else {}
         with reading(path, "a run with accuracy and KL"):
             names = [name for name in METHOD if run[name] != known[name].value] + differ
             told = [run["objective"], *(f"{n} {run[n]}".removesuffix(".0") for n in names)]
             methods.setdefault(plain(", ".join(told)), {}).setdefault(run["beta"], []).append(
-                (curves["eval/kl"][1], curves["eval/accuracy/mean"][1], found))
-    every = [found for some in methods.values() for runs in some.values() for *_, found in runs]
-    evaluated = all({IMPLICIT, "kl"} <= found.get("metrics", {}).keys() for found in every)
+                (curves.get("eval/kl", [[], []])[1], curves["eval/accuracy/mean"][1], found))
+    every = [run for some in methods.values() for runs in some.values() for run in runs]
+    evaluated = all({IMPLICIT, "kl"} <= found.get("metrics", {}).keys() for *_, found in every)
+    require(evaluated or all(kls for kls, *_ in every), "a run without KL; set kl_samples above 0, "
+            "or run scripts.evaluate on all of them, with --reference")
     return methods, sorted({beta for some in methods.values() for beta in some}), evaluated
 
 

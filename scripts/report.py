@@ -3,6 +3,7 @@ What a run does and did, in words: the lines of its log, and its model card, out
 
 $ python -m scripts.report out/mine      # the last lines and the card again, from what it recorded
 """
+import argparse
 import math
 import os
 import re
@@ -11,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))   # for `python scripts/report.py`
 from configurator import (
-    HERE, one_line_errors, read_json, read_metrics, read_settings, reading, require,
+    HERE, is_finished, one_line_errors, read_json, read_metrics, read_settings, reading, require,
     write_text)
 
 FAR_KL = 0.3       # nats a token; assets/results.md's short recipe ends at half of it, mostly
@@ -65,21 +66,21 @@ def closing_lines(out_dir):
     settings, first, last, norms = read_run(out_dir)
     n_pairs = settings.get("held_out", settings["eval_pairs"])   # runs of old lack the number
     before, after = first["eval/logps/chosen"], last["eval/logps/chosen"]
-    kl, fell = last.get("eval/kl", 0), (before - after) / abs(before)
+    kl, fell = last.get("eval/kl", 0), (before - after) / max(abs(before), 1e-9)
     moved = f"; KL from the start: {kl:.3f} nats a token" if "eval/kl" in last else ""
     lines = [f"log-prob of the chosen response: {before:.1f} before, {after:.1f} after{moved}"]
     if learned := "eval/accuracy/mean" in last:
         accuracy, start = last["eval/accuracy/mean"], first["eval/accuracy/mean"]
-        implicit, error = last["eval/accuracy/implicit"], math.sqrt(0.5 / n_pairs)
+        implicit, error = last["eval/accuracy/implicit"], 0.5 / math.sqrt(n_pairs)   # of a share
         lines.insert(0, f"held-out preference accuracy: {start:.3f} before, {accuracy:.3f} after "
                         f"(mean log-probs); {implicit:.3f} by implicit rewards")
-        learned = accuracy - start > error or implicit - 0.5 > error
+        learned = accuracy - start > math.sqrt(2) * error or implicit - 0.5 > error
     why = [f"KL is {kl:.2f}"] * (not kl <= FAR_KL) + [   # NaN is far too
         f"the chosen response became {before - after:.1f} nats less likely"] * (
         not fell <= FAR_CHOSEN)
     if why:
         lines.append(f"WARNING: the model has moved far from its start: {' and '.join(why)}. Its "
-                     "accuracy then says little about its answers; read the sample above. Gentler: "
+                     "accuracy then says little about its answers; read its sample. Gentler: "
                      + gentler(settings, fell))
     elif not learned and "eval/accuracy/mean" in last:
         lines.append(f"note: {n_pairs} held-out pairs show no preference learned beyond their "
@@ -151,10 +152,15 @@ def shown(value):
 
 
 def main():
-    require(len(sys.argv) == 2, "give one folder that train.py wrote")
-    with reading(sys.argv[1], "a run of train.py"):
-        write_model_card(sys.argv[1])
-        print(closing_lines(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("folder", help="a finished run's out_dir")
+    folder = parser.parse_args().folder
+    with reading(folder, "a run of train.py"):
+        require(is_finished(folder), f"{folder}: no run that is finished; its step lines and "
+                "metrics.jsonl say how far it is")
+        write_model_card(folder)
+        print(closing_lines(folder))
 
 
 if __name__ == "__main__":

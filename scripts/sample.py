@@ -21,16 +21,18 @@ sys.path.insert(0, str(Path(__file__).parents[1]))   # for `python scripts/sampl
 import data
 import model as llama
 from configurator import (
-    check_numbers, one_line_errors, printable, read_run_settings, reading, require, write_json)
+    check_numbers, one_line_errors, printable, read_run_settings, require, write_json)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("model", help="a Hugging Face folder (train.py's out_dir) or a hub id")
-    parser.add_argument("--prompt", help="one question")
-    parser.add_argument("--instructions", metavar="FILE", help="many questions")
+    asked = parser.add_mutually_exclusive_group()
+    asked.add_argument("--prompt", help="one question")
+    asked.add_argument("--instructions", metavar="FILE", help="many questions")
     parser.add_argument("--out", default="outputs.json", help="the file of their answers")
+    parser.add_argument("--chat_template", default="", help="as in train.py, for a base model")
     parser.add_argument("--max_new_tokens", type=int, default=512)
     parser.add_argument("--temperature", type=float, default=0.7, help="0: the likeliest token")
     parser.add_argument("--top_k", type=int, default=0, help="0: all tokens")
@@ -39,24 +41,24 @@ def main():
     parser.add_argument("--batch_size", type=int, default=16, help="instructions at a time")
     args = parser.parse_args()
     check_numbers(args, max_new_tokens=1, batch_size=1, temperature=0, top_k=0, seed=0)
+    for name in ("prompt", "instructions"):
+        require(getattr(args, name) is None or getattr(args, name).strip(), f"--{name}: empty")
     require(not args.instructions or not os.path.lexists(args.out) and os.path.basename(args.out),
             f"--out: {args.out} exists already, or is a folder; give another file")
-    require(args.prompt is None or args.prompt.strip(), "--prompt: empty; give a question")
     require(0 < args.top_p <= 1, f"--top_p must be above 0 and at most 1 (got {args.top_p})")
 
     questions = []
     if args.instructions:
-        with reading(args.instructions, 'rows of {"instruction": ..}'):
-            questions = [row["instruction"] for _, row in data.read_objects(args.instructions)]
+        for where, row in data.read_objects(args.instructions):
+            questions.append(row.get("instruction"))
+            require(isinstance(questions[-1], str) and questions[-1].strip(),
+                    f'{where}: "instruction" must be text (got {questions[-1]!r:.50})')
         require(questions, f"{args.instructions}: no instructions")
-        for n, question in enumerate(questions, 1):
-            require(isinstance(question, str) and question.strip(),
-                    f'{args.instructions}: row {n}: "instruction" must be text (got {question!r})')
     folder = llama.checkpoint_folder(args.model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     run = read_run_settings(folder)   # whose template it goes on with
-    tokenizer = data.Tokenizer(folder, "", run.get("chat_template_kwargs", ""))
+    tokenizer = data.Tokenizer(folder, args.chat_template, run.get("chat_template_kwargs", ""))
     model, _ = llama.from_pretrained(folder, device, dtype)
     stop_ids = tokenizer.stop_ids()
 
@@ -71,7 +73,7 @@ def main():
                                  args.top_p, stop_ids, args.seed)
         return [tokenizer.decode([t for t in ids if t not in stop_ids]) for ids in answers]
 
-    if args.instructions:
+    if questions:
         os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
         answers, prompts = [], [encode([data.turn("user", question)]) for question in questions]
         for i in tqdm(range(0, len(questions), args.batch_size), "batches", disable=None):

@@ -25,7 +25,8 @@ from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))   # for `python scripts/soak.py`
-from configurator import HERE, one_line_errors, read_metrics, require, sha256
+from configurator import (
+    HERE, check_numbers, one_line_errors, read_metrics, require, sha256)
 
 SETTINGS = ["config/demo.py", "--max_iters=12", "--save_interval=2", "--eval_interval=5",
             "--batch_size=16", "--kl_samples=4", "--kl_tokens=8", "--sample_tokens=8",
@@ -101,6 +102,7 @@ def main():
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    check_numbers(args, kills=1, ranks=1, seed=0)
     random.seed(args.seed)
     counts, runs, lost, slowest = Counter(), 0, 0, 0
     folder = tempfile.mkdtemp(prefix="soak-")

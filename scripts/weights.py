@@ -5,7 +5,8 @@ $ python -m scripts.weights HuggingFaceTB/SmolLM2-135M-Instruct pairs.jsonl [mor
 
 For each data set, with summed and with mean log-probs: the share of pairs whose chosen response is
 up-weighted (q_w > 1/n; with two responses 1/2), the share that is saturated (q_w < 0.01 or > 0.99),
-the mean q_w, and the median |D|, D = s_w - s_l.
+the mean q_w, and the median |D|, D = s_w - s_l. R is taken as it is, as with --reward_norm=False;
+what a run begins with otherwise is in the first lines of its metrics.jsonl.
 """
 import argparse
 import sys
@@ -28,6 +29,7 @@ def main():
     parser.add_argument("data", nargs="+", help="files or hub datasets")
     parser.add_argument("--split", default="train_prefs", help="of a hub dataset")
     parser.add_argument("--columns", default="", help="other names of fields, as in train.py")
+    parser.add_argument("--chat_template", default="", help="as in train.py, for a base model")
     parser.add_argument("--pairs", type=int, default=210, help="random pairs of each")
     parser.add_argument("--beta", type=float, default=0.05)
     parser.add_argument("--max_length", type=int, default=1300)
@@ -37,7 +39,7 @@ def main():
 
     folder = llama.checkpoint_folder(args.model)
     model, _ = llama.from_pretrained(folder, "cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = data.Tokenizer(folder)
+    tokenizer = data.Tokenizer(folder, args.chat_template)
     print("| pairs | log-probs | up-weighted | saturated | mean q_w | median abs(D) |")
     print("|---" * 6 + "|")
     for source in args.data:
@@ -54,7 +56,7 @@ def main():
             s, q_w = logps + R, mmpo.posterior(logps, R)[:, 0]
             saturated = ((q_w < 0.01) | (q_w > 0.99)).float().mean()
             print(f"| {source} | {name} | {(q_w > 1 / n).float().mean():.2f} | {saturated:.2f} | "
-                  f"{q_w.mean():.2f} | {(s[:, 0] - s[:, -1]).abs().median():.2f} |")
+                  f"{q_w.mean():.2f} | {(s[:, 0] - s[:, -1]).abs().quantile(0.5):.2f} |")
 
 
 if __name__ == "__main__":
