@@ -3886,12 +3886,11 @@ def test_evaluate_a_base_model(checkpoint, tmp_path, monkeypatch, capsys):
 def test_evaluate_two_runs(evaluated, tmp_path, monkeypatch):
     """Without --pairs both runs must have held out the same, since the other may have trained on
     what the first one held out."""
-    out, *_ = evaluated
-    other = shutil.copytree(out, tmp_path / "other")
-    settings = read_json(f"{out}/train_config.json")
-    assert settings["eval_dataset"] == ""
+    one, other = (shutil.copytree(evaluated[0], tmp_path / name) for name in ("one", "other"))
+    settings = read_json(one / "train_config.json") | {"eval_dataset": ""}
+    write_json(one / "train_config.json", settings)
     write_json(other / "train_config.json", settings | {"eval_dataset_sha256": "0"})
-    monkeypatch.setattr(sys, "argv", ["evaluate", out, str(other)])
+    monkeypatch.setattr(sys, "argv", ["evaluate", str(one), str(other)])
     with pytest.raises(UserError, match="other: its run held out other pairs .* give --pairs"):
         evaluate.main()
 
