@@ -175,7 +175,7 @@ def cell(values):
     if None in values:
         return ""
     mean, low, high = np.mean(values, axis=0)
-    text = f"{mean:.3g}" + f" ± {(high - low) / 2:.2g}" * (high > low)
+    text = f"{mean:.3g}" + (f" ± {(high - low) / 2:.2g}" if high > low else "")
     seeds = sorted(value for value, *_ in values)
     return text + (f" (seeds {seeds[0]:.3g} to {seeds[-1]:.3g})" if len(seeds) > 1 else "")
 
