@@ -1451,6 +1451,8 @@ def read_folder(source, split):
     """Rows of a folder that `Dataset.save_to_disk` made, or of a folder's parquet files."""
     from datasets import load_dataset, load_from_disk
     saved = {"state.json", "dataset_dict.json"} & {*os.listdir(source)}
+    require(saved or glob.glob(f"{glob.escape(source)}/**/*.parquet", recursive=True),
+            f"{source}: no parquet files in this folder; of others give the names, as *.jsonl")
     found = load_from_disk(source) if saved else load_dataset("parquet", data_dir=source)
     splits = found if isinstance(found, dict) else {split: found}
     require(split in splits or len(splits) == 1, f"{source}: no split {split}; it has "
@@ -1468,9 +1470,27 @@ def read_hub(source, split):
                                data_dir="/".join(data_dir) or None, revision=revision or None)
     except Exception as e:
         raise UserError(f"{source}: no such file here, and split {split} of that hub dataset can't "
-                        f"be had ({first_line(e)}); check the name, give --train_split (or "
-                        "--eval_split), or a local file") from e
+                        f"be had ({first_line(e)}); check the name, give owner/name:config, "
+                        "--train_split (or --eval_split), or a local file") from e
+    check_revision(source, f"{owner}/{name}", revision, dataset)
     yield from numbered(f"{source}:{split}", dataset)
+
+
+def check_revision(source, name, revision, dataset):
+    """UserError if these rows are of another revision of a hub dataset than was asked for. Where it
+    can't reach the hub, `datasets` gives whichever it had last."""
+    from huggingface_hub import constants, dataset_info
+    ref = os.path.join(constants.HF_HUB_CACHE, f"datasets--{name.replace('/', '--')}", "refs",
+                       revision or "main")
+    commit = read_text(ref, "a revision") if os.path.isfile(ref) else revision
+    found = {os.path.basename(os.path.dirname(file["filename"]))   # its folder is named by a commit
+             for file in getattr(dataset, "cache_files", [])}
+    if found - {commit}:
+        try:
+            dataset_info(name, revision=revision or None)   # then the hub was reached
+        except Exception as e:
+            raise UserError(f"{source}: the hub can't be reached ({type(e).__name__}), and what "
+                            "was downloaded before is of another revision") from e
 
 
 # -----------------------------------------------------------------------------

@@ -775,6 +775,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
                    "chat_template.jinja")
 CONFIGS = "config.json", "adapter_config.json"   # by which a folder is opened
 MODEL_FILES = (*CONFIGS, "generation_config.json", *TOKENIZER_FILES)
+WEIGHT_FILES = [f"{stem}{end}" for stem in ("model", "adapter_model") for end in (
+    ".safetensors", "-*-of-*.safetensors", ".safetensors.index.json")]   # as the hub has them
 ON_A_BASE = {}   # the folders that on_its_base made; each goes when the program ends
 
 
@@ -785,10 +787,10 @@ def model_files(folder):
             or file.endswith((".safetensors", ".safetensors.index.json"))]
 
 
-def checkpoint_folder(name, base_of=""):
+def checkpoint_folder(name, weights=True, base_of=""):
     """A folder as it is; of a hub id, owner/name or owner/name@revision, the folder into which the
-    needed files are downloaded; of a LoRA adapter, what `on_its_base` makes of it. base_of: the
-    adapter_config.json that names it as its base."""
+    needed files are downloaded; of a LoRA adapter, what `on_its_base` makes of it. weights: whether
+    the weights are needed, too. base_of: the adapter_config.json that names it as its base."""
     folder, where = os.path.expanduser(name), f"{base_of}: base model " if base_of else ""
     if folder in ON_A_BASE:
         return folder
@@ -798,13 +800,15 @@ def checkpoint_folder(name, base_of=""):
         repo, _, revision = name.partition("@")
         from huggingface_hub import snapshot_download
         try:
-            folder = snapshot_download(repo, revision=revision or None, allow_patterns=[
-                "model*.safetensors*", "adapter_model*.safetensors*", *MODEL_FILES])
+            folder = snapshot_download(
+                repo, revision=revision or None, allow_patterns=[
+                    *MODEL_FILES, "train_config.json", *(WEIGHT_FILES if weights else [])])
         except Exception as e:
-            raise UserError(f"{where}{name}: no such folder here, and the hub can't be reached or "
-                            f"refuses ({type(e).__name__}: {first_line(e)}); is the name right? A "
-                            f"gated model asks you to accept its licence at huggingface.co/{repo}, "
-                            "then to run `hf auth login`") from e
+            named = f", which {base_of} names as its base" if base_of else ""
+            raise UserError(f"{name}: {type(e).__name__}, since the hub can't be reached or refuses"
+                            f" ({first_line(e)}), and no such folder here{named}; is the name right"
+                            f"? A gated model asks you to accept its licence at huggingface.co/"
+                            f"{repo}, then to run `hf auth login`") from e
     check_files(folder)
     has = [file for file in (*CONFIGS, "train_config.json")
            if os.path.exists(os.path.join(folder, file))]
@@ -812,7 +816,7 @@ def checkpoint_folder(name, base_of=""):
             "no model yet; its command with --resume=True goes on")
     adapter = "adapter_config.json" in has
     require(not (adapter and base_of), f"{base_of}: its base is an adapter too; merge that one")
-    return on_its_base(folder) if adapter else folder
+    return on_its_base(folder, weights) if adapter else folder
 
 
 def check_files(folder):
@@ -840,7 +844,7 @@ LORA_VALUES = {"peft_type": ("LORA",), "use_rslora": (True, False, None), "init_
                (True, False, None, "gaussian", "eva", "orthogonal")}   # others change the base
 
 
-def on_its_base(adapter):
+def on_its_base(adapter, weights):
     """The folder of a LoRA adapter, as peft writes it -> a folder of links to it, to its base's
     files and to its own tokenizer's. `load_weights` merges the adapter there."""
     path = os.path.join(adapter, "adapter_config.json")
@@ -855,7 +859,7 @@ def on_its_base(adapter):
             f"{path}: lora_alpha must be a number above 0 (got {alpha!r:.60})")
     name = str(config.get("base_model_name_or_path"))
     at = f"@{revision}" if revision and not os.path.isdir(name) else ""
-    base = checkpoint_folder(name + at, base_of=path)
+    base = checkpoint_folder(name + at, weights, base_of=path)
     # A tokenizer's files belong together, so an adapter's replace those of the base. But some
     # adapters have them without tokenizer.json, or a template alone.
     own = model_files(adapter)
@@ -864,6 +868,8 @@ def on_its_base(adapter):
                or file == "tokenizer.json" or file not in TOKENIZER_FILES}
     sources |= {file: adapter for file in own
                 if file in TOKENIZER_FILES or file.startswith("adapter_")}
+    if os.path.exists(os.path.join(adapter, "train_config.json")):   # of the run that made it
+        sources["train_config.json"] = adapter
     try:
         made = tempfile.TemporaryDirectory(prefix=f"{os.path.basename(os.path.abspath(adapter))}-")
     except OSError as e:
@@ -1099,6 +1105,7 @@ def export(model, folder, hf_config, files={}, dtype=torch.bfloat16, adapter_of=
     write_json(path, generation)
     if chat_template is not None:
         write_template(temporary, chat_template)
+    keep_spaces(temporary)
     replace_export(folder, temporary)
 
 
@@ -1115,6 +1122,16 @@ def write_template(folder, chat_template):
         write_text(jinja, chat_template)
     if had and not same:
         write_json(path, config | {"chat_template": chat_template})
+
+
+def keep_spaces(folder):
+    """Have transformers take SentencePiece's spaces from tokenizer.json, as this project does. For
+    the class LlamaTokenizer transformers 5 puts them where a flag, `legacy`, says."""
+    path, tokenizer = (os.path.join(folder, f"tokenizer{end}") for end in ("_config.json", ".json"))
+    if os.path.exists(path) and os.path.exists(tokenizer):
+        spec = read_json(tokenizer)
+        if re.search("Prepend|Metaspace", f"{spec.get('normalizer')} {spec.get('pre_tokenizer')}"):
+            write_json(path, read_json(path) | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def replace_export(folder, temporary):

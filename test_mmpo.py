@@ -19,6 +19,7 @@ import math
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -1113,6 +1114,7 @@ def test_hub_id(monkeypatch, tmp_path):
     hub = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json",
            "tokenizer.json", "tokenizer_config.json", "generation_config.json", "README.md",
            "adapter_config.json", "adapter_model.safetensors", "special_tokens_map.json",
+           "train_config.json", "models/old.safetensors", "model.fp16.safetensors",
            "original/consolidated.00.pth", "pytorch_model.bin"]
     taken, asked = set(), []
 
@@ -1124,7 +1126,10 @@ def test_hub_id(monkeypatch, tmp_path):
     for name in ("meta-llama/Llama-3.2-1B", "a/b@v1.0", "a/b@refs/pr/3"):
         assert llama.checkpoint_folder(name) == "folder"
     assert asked == [("meta-llama/Llama-3.2-1B", None), ("a/b", "v1.0"), ("a/b", "refs/pr/3")]
-    assert taken == set(hub) - {"README.md", *hub[-2:]}
+    assert taken == set(hub) - {"README.md", *hub[-4:]}
+    taken.clear()
+    llama.checkpoint_folder("a/b", weights=False)   # for a dry run
+    assert taken == {file for file in hub if file.endswith(".json")} - {hub[2]}
     for name in ("a/b@", "a", "a/b/c", "./a/b", "@v1"):
         with pytest.raises(UserError, match=f"{name}: no such folder; give"):
             llama.checkpoint_folder(name)
@@ -2837,6 +2842,29 @@ def test_hub_dataset(source, asked, monkeypatch):
     assert list(data.read_rows(source, "train")) == [(f"{source}:train: row 1", GOOD)]
 
 
+def test_another_revision_of_a_hub_dataset(tmp_path, monkeypatch):
+    """Without the hub `datasets` gives the revision that it had last: an error, if it isn't the one
+    that was asked for."""
+    import datasets
+    import huggingface_hub
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub, "dataset_info", lambda *args, **kwargs: 1 / 0)
+    (tmp_path / "datasets--a--b" / "refs").mkdir(parents=True)
+    (tmp_path / "datasets--a--b" / "refs" / "main").write_text("c0")
+
+    class Rows(list):
+        cache_files = [{"filename": "/cache/a___b/default/0.0.0/c0/b-train.arrow"}]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: Rows([GOOD]))
+    for source in ("a/b", "a/b@c0"):
+        assert len([*data.read_rows(source, "train")]) == 1
+    with pytest.raises(UserError, match="a/b@v2: the hub can't be reached .* another revision"):
+        list(data.read_rows("a/b@v2", "train"))
+    monkeypatch.setattr(huggingface_hub, "dataset_info", lambda *args, **kwargs: "of v2")
+    assert len([*data.read_rows("a/b@v2", "train")]) == 1   # the hub is there, and gave them
+    with pytest.raises(UserError, match="no parquet files in this folder; .* [*].jsonl"):
+        list(data.read_rows(str(tmp_path), "train"))
+
+
 def test_cache(tokenizer, tmp_path, monkeypatch):
     """Tokenized once, then read from the cache until file, limits or tokenizer change."""
     path, calls = write_rows(tmp_path / "a.jsonl", word_rows(4)), []
@@ -3653,6 +3681,26 @@ def test_sentencepiece_model_trains(tmp_path):
     assert ours.text_prefix + ours.encode("a fox") == theirs.encode("a fox")
 
 
+@pytest.mark.parametrize("legacy", [True, False, None])
+@pytest.mark.parametrize("name", ["llama2", "llama2_legacy"])
+def test_spaces_of_an_export(name, legacy, tmp_path):
+    """For LlamaTokenizer transformers 5 follows a flag, not tokenizer.json. With what an export says
+    it gives the ids of tokenizer.json."""
+    from transformers import AutoTokenizer
+    folder = f"{SHARED}/tokenizers/{name}"
+    if not os.path.isdir(folder):
+        pytest.skip("needs shared/tokenizers")
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "chat_template.jinja").write_text(PLAIN)
+    config = read_json(tmp_path / "tokenizer_config.json") | {"tokenizer_class": "LlamaTokenizer"}
+    write_json(tmp_path / "tokenizer_config.json", config | (
+        {} if legacy is None else {"legacy": legacy}))
+    llama.keep_spaces(str(tmp_path))
+    theirs, ours = AutoTokenizer.from_pretrained(str(tmp_path)), data.Tokenizer(str(tmp_path))
+    for text in ("<s>[INST] Hi [/INST] Yes</s>Well  now", "a fox", " a\n b", "</s> x <s>y", "", "  "):
+        assert theirs.encode(text, add_special_tokens=False) == ours.encode(text), text
+
+
 @pytest.mark.parametrize("command", [
     "-m scripts.plot {runs}/run-mmpo {runs}/run-dpo --out={folder}/c.png",
     "scripts/plot.py {runs}/run-mmpo --out={folder}/c.png",
@@ -3893,6 +3941,11 @@ def test_evaluate_two_runs(evaluated, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["evaluate", str(one), str(other)])
     with pytest.raises(UserError, match="other: its run held out other pairs .* give --pairs"):
         evaluate.main()
+    settings = read_json(f"{evaluated[0]}/train_config.json")
+    write_json(one / "train_config.json", settings | {"init_from_sha256": "0"})
+    monkeypatch.setattr(sys, "argv", ["evaluate", str(one)])
+    with pytest.raises(UserError, match="has changed since the run .* --reference"):
+        evaluate.main()
 
 
 @pytest.mark.parametrize("content, words", [
@@ -3990,7 +4043,8 @@ def test_model_card(evaluated, tmp_path):
     out = shutil.copytree(evaluated[0], tmp_path / "run")
     os.remove(out / "README.md")
     write_json(out / "train_config.json", read_json(out / "train_config.json") | {
-        "init_from": "owner/base", "dataset": "owner/pairs:config,mine.jsonl"})
+        "init_from": "owner/base", "dataset": "owner/pairs:config,mine.jsonl,data/*.jsonl",
+        "chat_template_kwargs": '{"a b": "$c"}'})
     report.write_model_card(str(out))
     _, header, body = (out / "README.md").read_text().split("---\n", 2)
     header = yaml.safe_load(header)
@@ -3999,6 +4053,8 @@ def test_model_card(evaluated, tmp_path):
     last = metrics_of(out)[-1]
     assert f"{last['eval/logps/chosen']:.3f} |" in body and "--batch_size=8" in body
     assert "out_dir" not in body
+    command = shlex.split(body.split("```")[1].replace("\\\n", ""))   # as a shell reads it
+    assert '--chat_template_kwargs={"a b": "$c"}' in command
     (out / "README.md").write_bytes(b"caf\xe9")
     report.write_model_card(str(out))
     assert (out / "README.md").read_bytes() == b"caf\xe9"

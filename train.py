@@ -188,7 +188,7 @@ log(f"nanoMMPO: {objective} on {ddp_world_size} x {device.type}, {dtype}; set: "
     (", ".join(f"{k}={v!r}" for k, v in overrides.items()) or "nothing"))
 
 # --- data: rows become token ids once, and are read from the cache after that
-folder = first_on_each_node(llama.checkpoint_folder, init_from)
+folder = first_on_each_node(llama.checkpoint_folder, init_from, not dry_run)
 llama.check_target(out_dir, folder, export_adapter, overwrite or dry_run or bool(checkpoint))
 tokenizer = data.Tokenizer(folder, chat_template, chat_template_kwargs)
 tokenizing = (tokenizer, max_length, max_prompt_length, bad_rows, columns, use_scores)

@@ -325,8 +325,8 @@ def main():
     run = read_run_settings(run_folder)
     with_pairs = args.pairs or run and args.pairs is None
     require(with_pairs or args.choices or args.text, f"{first}: say what to evaluate, --pairs, "
-            "--choices or --text" + " (a run's held-out pairs need none of these, but there is no run's "
-            "train_config.json there)" * (not run))
+            "--choices or --text" + " (a run's held-out pairs need none of these, but there is no "
+            "run's train_config.json there)" * (not run))
     for other in args.models[1:] if with_pairs and not args.pairs else []:
         theirs = read_run_settings(os.path.expanduser(other))
         require(not theirs or any(run[key] and run[key] == theirs[key] for key in (
@@ -337,7 +337,12 @@ def main():
                for name in dict.fromkeys([reference or first, *args.models])}
     template = os.path.join(folders[first], "chat_template.jinja")   # the base may have none
     template = args.chat_template or (template if os.path.exists(template) else "")
-    tokenizer = data.Tokenizer(folders[first], template, run.get("chat_template_kwargs", ""))
+    sums = {name: llama.weights_fingerprint(folder) for name, folder in folders.items()}
+    require(args.reference or not reference or run.get("init_from_sha256", sums[reference]) ==
+            sums[reference], f"{reference}: has changed since the run in {first} started from it; "
+            "give that one as --reference, or this one, if you mean it")
+    settings = read_run_settings(folders[first])   # also of a run on the hub
+    tokenizer = data.Tokenizer(folders[first], template, settings.get("chat_template_kwargs", ""))
     room = llama.config_from_dict(llama.read_config(folders[first])).max_position_embeddings
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -366,7 +371,7 @@ def main():
         questions.append(partial(talk, prompts[:args.prompts], tokenizer, args, bool(reference)))
 
     def answer(name, folder, base):
-        path = cache_path("evaluation", [llama.weights_fingerprint(folder), *key],
+        path = cache_path("evaluation", [sums[name], *key],
                           ["data.py", "model.py", "scripts/evaluate.py"])
         if not base and (cached := load_cache(path)):   # the reference's, of an earlier call
             return json.loads(str(cached["result"]))

@@ -7,6 +7,7 @@ import argparse
 import math
 import os
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -107,8 +108,8 @@ def gentler(settings, fell):
 def hub_ids(sources):
     """owner/name of those comma-separated sources that are no files here."""
     names = [re.split("[:@]", source.strip())[0] for source in sources.split(",")]
-    return ["/".join(name.split("/")[:2]) for name in names if "/" in name
-            and not os.path.exists(name) and not name.startswith((".", "/", "~"))]
+    return ["/".join(name.split("/")[:2]) for name in names
+            if re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)+", name) and not os.path.exists(name)]
 
 
 def write_model_card(out_dir):
@@ -134,7 +135,7 @@ def write_model_card(out_dir):
                *["- lora"] * bool(settings["lora_rank"])]
     rows = [f"| {title} | {first[key]:.3f} | {last[key]:.3f} |" for key, title in TABLE.items()
             if key in last]
-    command = " \\\n    ".join(["python train.py", *(f"--{key}={shown(value)}"
+    command = " \\\n    ".join(["python train.py", *(f"--{key}={shlex.quote(str(value))}"
                                                     for key, value in changed.items())])
     write_text(path, "\n".join([
         "---", *header, "---", "",
@@ -144,11 +145,6 @@ def write_model_card(out_dir):
         "| on held-out pairs | before | after |", "|---|---|---|", *rows, "",
         "Settings that differ from nanoMMPO's defaults (all are in train_config.json):", "",
         "```", command, "```", ""]))
-
-
-def shown(value):
-    text = str(value)
-    return f'"{text}"' if " " in text or not text else text
 
 
 def main():
