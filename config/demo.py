@@ -6,7 +6,7 @@ dataset = "assets/demo/train.jsonl"
 eval_dataset = "assets/demo/eval.jsonl"
 sample_tokens = 48
 eval_interval = 14
-kl_samples = 32
+kl_samples = 96
 kl_tokens = 32
 
 batch_size = 32          # 432 pairs / 32 = 14 steps an epoch
