@@ -25,7 +25,6 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from queue import Queue
@@ -87,8 +86,9 @@ def check_folder(folder, settings):
     return is_finished(folder)
 
 
-def run(folder, arguments, settings, evaluation, devices, references):
-    """Train and evaluate one run, unless that is done -> the seconds it took."""
+def run(folder, arguments, settings, evaluation, devices, references, first_evaluation):
+    """Train and evaluate one run, unless that is done -> the seconds it took. The two locks are
+    held while the reference's log-probs are computed, in a training and in an evaluation."""
     device = devices.get()
     environment = os.environ | ({} if device is None else {"CUDA_VISIBLE_DEVICES": device})
     started, metrics = time.time(), os.path.join(folder, "metrics.jsonl")
@@ -108,10 +108,12 @@ def run(folder, arguments, settings, evaluation, devices, references):
             result, asked = f"{folder}.evaluation.json", [folder, *shlex.split(evaluation)]
             if not (os.path.exists(result)
                     and read_json(result).get("settings") == vars(evaluate.arguments(asked))):
-                some = glob.glob(os.path.join(os.path.dirname(folder), "*.evaluation.json"))
-                with nullcontext() if some else references:   # the first evaluates the reference
-                    evaluating = start([sys.executable, EVALUATE, *asked]).wait()
-                require(evaluating == 0, f"{folder}: not evaluated ({last_line(f'{folder}.log')})")
+                others, command = os.path.dirname(folder), [sys.executable, EVALUATE, *asked]
+                with first_evaluation:   # the others wait for it, then find the reference's
+                    first = not glob.glob(os.path.join(others, "*.evaluation.json"))
+                    code = start(command).wait() if first else None
+                code = code if first else start(command).wait()
+                require(code == 0, f"{folder}: not evaluated ({last_line(f'{folder}.log')})")
         return time.time() - started
     finally:
         devices.put(device)
@@ -127,14 +129,14 @@ def run_all(runs, out, evaluation, jobs):
     for name, (_, settings) in runs.items():
         check_folder(os.path.join(out, name), settings)   # before any of them starts
     os.makedirs(out, exist_ok=True)
-    devices, references = Queue(), Lock()
+    devices, locks = Queue(), (Lock(), Lock())
     for job in range(jobs):
         devices.put(str(job % torch.cuda.device_count()) if torch.cuda.is_available() else None)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // jobs)))
     failed, seconds = [], []   # seconds: of the runs that weren't done before
     pool = ThreadPoolExecutor(jobs)
     try:
-        futures = {pool.submit(run, os.path.join(out, name), *r, evaluation, devices, references):
+        futures = {pool.submit(run, os.path.join(out, name), *r, evaluation, devices, *locks):
                    name for name, r in runs.items()}
         for done, future in enumerate(as_completed(futures), 1):
             error, left = future.exception(), len(runs) - done
