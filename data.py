@@ -1725,21 +1725,6 @@ def tokenize_row(row, tokenizer, max_length, max_prompt_length, cut):
             for ids in (prompt[-max_prompt_length:], *(r[:room] for r in encoded))]
 
 
-def describe_example(pairs, tokenizer):
-    """The first pair as text and as token ids, for a person to check before the run."""
-    def shown(ids):
-        return "| " + tokenizer.decode(ids.tolist()).replace("\n", "\n| ")
-
-    prompt, *responses = pairs.ids(0)
-    lines = [f"example: prompt of {len(prompt)} tokens, responses of {[len(r) for r in responses]}",
-             shown(prompt[-200:])]
-    names = ["chosen", *[f"response {j}" for j in range(2, len(responses))], "rejected"]
-    for name, r in zip(names, responses):
-        lines += [f"|-- {name}, starts at token {len(prompt)}: ids {prompt[-3:].tolist()} >>> "
-                  f"{r[:6].tolist()} .. {r[-2:].tolist()}", shown(r[:60]) + " ..." * (len(r) > 60)]
-    return "\n".join(lines)
-
-
 # -----------------------------------------------------------------------------
 # batches: which pairs meet in a step, on which rank, in which pack
 

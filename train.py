@@ -206,7 +206,7 @@ else:
 if leaked := data.n_leaked(train_pairs, held_out):
     log(f"warning: {leaked} of {len(held_out)} held-out pairs have a prompt that is trained on "
         "too, so their numbers flatter; give an eval_dataset of other prompts")
-log(data.describe_example(train_pairs, tokenizer))
+log(report.describe_example(train_pairs, tokenizer))
 longest = max(train_pairs.lengths.sum(1).max(), held_out.lengths.sum(1).max())
 require(longest <= pack_tokens, f"pack_tokens: {pack_tokens} is less than the longest pair "
         f"({longest} tokens); raise it, or lower max_length")

@@ -31,6 +31,21 @@ TABLE = {   # metric of an evaluation: what it is called
 }
 
 
+def describe_example(pairs, tokenizer):
+    """The first pair as text and as token ids, for a person to check before the run."""
+    def shown(ids):
+        return "| " + tokenizer.decode(ids.tolist()).replace("\n", "\n| ")
+
+    prompt, *responses = pairs.ids(0)
+    lines = [f"example: prompt of {len(prompt)} tokens, responses of {[len(r) for r in responses]}",
+             shown(prompt[-200:])]
+    names = ["chosen", *[f"response {j}" for j in range(2, len(responses))], "rejected"]
+    for name, r in zip(names, responses):
+        lines += [f"|-- {name}, starts at token {len(prompt)}: ids {prompt[-3:].tolist()} >>> "
+                  f"{r[:6].tolist()} .. {r[-2:].tolist()}", shown(r[:60]) + " ..." * (len(r) > 60)]
+    return "\n".join(lines)
+
+
 def line(iter_num, metrics):
     """A line for a step or an evaluation, with its main metrics."""
     kind, speed = "eval", ""
