@@ -187,6 +187,21 @@ def preference_metrics(logps, lengths, ref_logps=None, R=None, *, beta=0.05, len
     return {name: value.item() for name, value in metrics.items()}
 
 
+@torch.no_grad()
+def kl_estimate(gaps, lengths):
+    """KL(reference || policy) in nats a token, from S samples that the reference gave, and its
+    standard error, where S is above 1.
+
+    gaps (S, 1): log pi_ref - log pi_theta of each sample, whose mean is the KL of a response.
+    lengths (S, 1): tokens of each. The ratio of the two means varies as gaps - kl lengths does.
+    """
+    found = {"kl": gaps.sum() / lengths.sum()}
+    if len(gaps) > 1:
+        spread = (gaps - found["kl"] * lengths).std()
+        found["kl_error"] = spread * len(gaps) ** 0.5 / lengths.sum()
+    return {name: value.item() for name, value in found.items()}
+
+
 def measure(objective, logps, lengths, ref_logps, R, *, beta, length_norm, **knobs):
     """The mean loss of B pairs, without the entropy term, and their metrics, as a dict of floats.
 

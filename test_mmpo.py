@@ -1663,6 +1663,21 @@ def log_odds(means):
 
 # Each objective as TRL, or its paper, writes it. x has what preference_loss takes, and besides
 # `means` and `ref_means`, log-probs a token, and `scored`: means, or sums without length_norm.
+def test_kl_estimate():
+    """The KL of samples is near the exact one, and its standard error says how near: over many
+    draws the spread of the estimates is what they say of themselves."""
+    p, q = torch.rand(2, 9, dtype=torch.float64).softmax(-1)   # a token's, of samples of 1 to 20
+    exact, draws = (p * (p / q).log()).sum(), []
+    for _ in range(300):
+        lengths = torch.randint(1, 21, (40, 1))
+        gaps = [(p / q).log()[torch.multinomial(p, int(n), True)].sum() for n in lengths]
+        draws.append(mmpo.kl_estimate(torch.stack(gaps)[:, None], lengths))
+    found, errors = (torch.tensor([draw[name] for draw in draws]) for name in ("kl", "kl_error"))
+    assert abs(found.mean() - exact) < 4 * errors.mean() / 300 ** 0.5
+    assert found.std().item() == pytest.approx(errors.mean().item(), rel=0.2)
+    assert mmpo.kl_estimate(torch.ones(1, 1), torch.tensor([[4]])) == {"kl": 0.25}
+
+
 FORMULAS = {
     "mmpo": lambda x: -torch.log(torch.exp(x.scored + x.R).sum(1)),
     "sft": lambda x: -x.scored[:, 0],
@@ -3632,7 +3647,7 @@ def test_metrics(name, runs):
         assert all(map(math.isfinite, m.values()))
     reads_the_reference = mmpo.OBJECTIVES.get(name, True)
     common |= weights if reads_the_reference else set()
-    assert first.keys() == last.keys() >= {f"eval/{key}" for key in common | {"kl"}}
+    assert first.keys() == last.keys() >= {f"eval/{key}" for key in common | {"kl", "kl_error"}}
     assert first["eval/kl"] == 0 != last["eval/kl"]
     assert not reads_the_reference or first["eval/rewards/margins"] == 0
     assert first["eval/accuracy/implicit"] == 0 < last["eval/accuracy/implicit"]

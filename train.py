@@ -373,8 +373,8 @@ def evaluate(iter_num):
         gains = logps - eval_ref_logps
         metrics["accuracy/implicit"] = (gains[:, 0] > gains[:, -1]).float().mean().item()
     if kl_prompts:
-        kl = kl_ref_logps - score(kl_pairs, np.arange(len(kl_pairs)))
-        metrics["kl"] = (kl.sum() / kl_pairs.lengths[:, 1:].sum()).item()
+        gaps = kl_ref_logps - score(kl_pairs, np.arange(len(kl_pairs)))
+        metrics |= mmpo.kl_estimate(gaps, torch.from_numpy(kl_pairs.lengths[:, 1:]))
     record(iter_num, {f"eval/{name}": value for name, value in metrics.items()})
 
 

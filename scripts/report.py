@@ -84,6 +84,8 @@ def closing_lines(out_dir):
     before, after = first["eval/logps/chosen"], last["eval/logps/chosen"]
     kl, fell = last.get("eval/kl", 0), (before - after) / max(abs(before), 1e-9)
     moved = f"; KL from the start: {kl:.3f} nats a token" if "eval/kl" in last else ""
+    if "eval/kl_error" in last:   # not for one sample, nor in runs of old
+        moved += f" (standard error {last['eval/kl_error']:.3f})"
     lines = [f"log-prob of the chosen response: {before:.1f} before, {after:.1f} after{moved}"]
     if learned := "eval/accuracy/mean" in last:
         accuracy, start = last["eval/accuracy/mean"], first["eval/accuracy/mean"]
