@@ -1174,15 +1174,25 @@ def test_weights_fingerprint(change, differs, checkpoint, tmp_path):
 
 
 def test_checkpoint_of_several_machines(tmp_path, monkeypatch):
-    """A checkpoint that other ranks wrote to disks of their own is an error, not a surprise."""
+    """A checkpoint that other ranks wrote to disks of their own is an error, not a surprise. One
+    whose files a network's file system shows late, after all have said that they wrote, is whole."""
     model = tiny_model()
     monkeypatch.setattr(checkpoints, "rank_and_size", lambda: (0, 2))
     monkeypatch.setattr(checkpoints.dist, "barrier", lambda: None)
-    with pytest.raises(UserError, match="must share out_dir"):
+
+    def save(step):
         checkpoints.save_checkpoint(model, torch.optim.AdamW(model.parameters()), str(tmp_path),
-                                    3, {"keep_checkpoints": 1}, print)
+                                    step, {"keep_checkpoints": 1}, print)
         checkpoints.finish_saving()
+    monkeypatch.setattr(checkpoints, "LATE", 1)
+    with pytest.raises(UserError, match="must share out_dir"):
+        save(3)
     assert checkpoints.last_checkpoint(str(tmp_path)) == (0, None)
+    monkeypatch.setattr(checkpoints, "LATE", 30)
+    shown = threading.Timer(1.5, (tmp_path / "checkpoint-0000004.tmp" / "1.sha256").touch)
+    shown.start()
+    save(4)
+    assert checkpoints.last_checkpoint(str(tmp_path))[0] == 4
 
 
 # -----------------------------------------------------------------------------

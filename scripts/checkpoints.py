@@ -138,6 +138,7 @@ def first_row(tensor):
 
 
 saving = None   # the save under way
+LATE = 90       # seconds until NFS shows a file of another machine, at the latest
 
 
 def save_checkpoint(model, optimizer, folder, iter_num, settings, log):
@@ -174,11 +175,13 @@ def write_part(save, mine, about, rank, keep, log):
         save.written.set()
         if rank > 0:
             return
-        sums = [os.path.join(temporary, f"{i}.sha256") for i in range(about["ranks"])]
-        while not all(map(os.path.exists, sums)) and not save.all_written.wait(0.05):
-            pass
-        require(all(map(os.path.exists, sums)), f"{save.path}: parts of other ranks are not here; "
-                "if those don't say why, all machines must share out_dir")
+        sums, late = {f"{i}.sha256" for i in range(about["ranks"])}, 0
+        while not sums <= {*os.listdir(temporary)}:
+            require(late < LATE, f"{save.path}: parts of other ranks are not here; if those don't "
+                    "say why, all machines must share out_dir")
+            if save.all_written.wait(0.05):
+                time.sleep(1)
+                late += 1
         size = sum(map(os.path.getsize, parts_of(temporary)))
         publish(temporary, save.path)
         remove_checkpoints(os.path.dirname(save.path), keep)
