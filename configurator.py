@@ -342,6 +342,13 @@ def read_run_settings(folder):
     return found if "eval_dataset_sha256" in found else {}
 
 
+def run_sum(folder):
+    """What tells a run from another one in the same folder: the sum of its metrics.jsonl, in which
+    there are times. None without a run."""
+    path = os.path.join(folder, "metrics.jsonl")
+    return sha256(path) if os.path.exists(path) else None
+
+
 def is_finished(folder):
     """At which step the run of this folder has ended, if there is one and it has."""
     path = os.path.join(folder, "train_config.json")

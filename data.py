@@ -1435,7 +1435,8 @@ READERS = {".jsonl": read_lines, ".ndjson": read_lines, ".json": read_json_rows,
 
 
 def check_columns(source, names):
-    require(len({*names}) == len(names), f"{source}: columns with the same name; rename them")
+    twice = [name for name, n in Counter(names).items() if n > 1]
+    require(not twice, f"{source}: columns with the same name, {twice!r:.80}; rename them")
 
 
 def decoded(source, content):
@@ -1673,7 +1674,8 @@ def tokenize(sources, tokenizer, max_length, max_prompt_length, bad_rows, column
                         "are turns of their own",
         tied and f"{tied:,} with equal rewards, whose first response counts as the best",
         counted(cut) and f"cut to length: {counted(cut)}",
-        unused + ignored and f"fields not used: {', '.join(map(str, unused + ignored))}"])))
+        unused + ignored and "fields not used: " + ", ".join(
+            str(name) or '""' for name in unused + ignored)])))
 
 
 def counted(reasons):

@@ -8,6 +8,7 @@ References are independent: transformers, tokenizers, a formula in float64, neve
 Whoever adds a loss adds its formula to FORMULAS, and nothing else here.
 Real tokenizers and chat templates are looked for in $MMPO_SHARED (../shared), and skipped without.
 """
+import ast
 import copy
 import csv
 import glob
@@ -1673,6 +1674,16 @@ def log_odds(means):
 
 # Each objective as TRL, or its paper, writes it. x has what preference_loss takes, and besides
 # `means` and `ref_means`, log-probs a token, and `scored`: means, or sums without length_norm.
+def test_the_formula_gets_every_setting():
+    """train.py gives preference_loss each of its settings, none of which then keeps a default."""
+    tree = ast.parse(Path(TRAIN).read_text())
+    [knobs] = [node.value for node in tree.body if isinstance(node, ast.Assign)
+               and ast.unparse(node.targets[0]) == "loss_knobs"]
+    given = {keyword.arg: keyword.value.id for keyword in knobs.keywords}
+    takes = inspect.signature(mmpo.preference_loss).parameters.values()
+    assert given == {p.name: p.name for p in takes if p.kind is p.KEYWORD_ONLY}
+
+
 def test_kl_estimate():
     """The KL of samples is near the exact one, and its standard error says how near: over many
     draws the spread of the estimates is what they say of themselves."""
@@ -3951,6 +3962,12 @@ def test_evaluate_a_base_model(checkpoint, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["evaluate", str(base), *args])
         evaluate.main()
     assert "| choices/i/acc |" in capsys.readouterr().out
+    talk = write_rows(tmp_path / "t.jsonl", [{"prompt": "a fox", "completion": "a dog"}] * 3)
+    monkeypatch.setattr(sys, "argv", ["evaluate", str(base), f"--pairs={talk}", "--prompts=2",
+                                      "--chat_template=chatml", "--max_new_tokens=3"])
+    evaluate.main()   # of SFT: no accuracies
+    out = capsys.readouterr().out
+    assert "| logps/chosen |" in out and "| answers/tokens |" in out and "accuracy" not in out
     monkeypatch.setattr(sys, "argv", ["evaluate", str(base), f"--pairs={pairs}"])
     with pytest.raises(UserError, match="base: no chat template .* --chat_template=chatml or llama3"):
         evaluate.main()
@@ -3967,6 +3984,12 @@ def test_evaluate_two_runs(evaluated, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="other: its run held out other pairs .* give --pairs"):
         evaluate.main()
     settings = read_json(f"{evaluated[0]}/train_config.json")
+    for name, words in (("init_from", "its reference: /gone: .* --reference takes others"),
+                        ("eval_dataset", "its held-out pairs: /gone: no such .* --pairs takes others")):
+        write_json(one / "train_config.json", settings | {name: "/gone"})
+        monkeypatch.setattr(sys, "argv", ["evaluate", str(one)])
+        with pytest.raises(UserError, match=words):
+            evaluate.main()
     write_json(one / "train_config.json", settings | {"init_from_sha256": "0"})
     monkeypatch.setattr(sys, "argv", ["evaluate", str(one)])
     with pytest.raises(UserError, match="has changed since the run .* --reference"):
@@ -4174,6 +4197,36 @@ def test_compare_arguments(tmp_path, monkeypatch, capsys):
     assert compare.difference([one], [one, turned]).startswith("+0.167 (")   # 2 and 1 of 3 gained
     assert compare.difference([one], [one]).startswith("+0.000 (+0.000 to")
     assert compare.difference([one], [other]) == compare.difference([one | {"pairs": []}], [one]) == ""
+
+
+def test_compare_knows_runs_by_content(tmp_path):
+    """An evaluation counts while the run that it is of is in the folder, however that is spelled. A
+    path may be spelled otherwise too, but runs on other data of one name are an error."""
+    pytest.importorskip("matplotlib")
+    from scripts import compare, plot
+    runs = compare.plan(["config/demo.py"], [["objective=mmpo,dpo"]], [])
+    for n, (name, (_, settings)) in enumerate(runs.items()):
+        (tmp_path / name).mkdir()
+        write_json(tmp_path / name / "train_config.json", settings | {
+            "dataset": f"/elsewhere/{n}", "dataset_sha256": "a", "finished": 56})
+        assert compare.check_folder(str(tmp_path / name), settings) == 56
+    compare.check_data(runs, str(tmp_path))
+    write_json(tmp_path / name / "train_config.json", settings | {"dataset_sha256": "b"})
+    with pytest.raises(UserError, match="objective=dpo and objective=mmpo trained on other data"):
+        compare.check_data(runs, str(tmp_path))
+
+    folder, result = str(tmp_path / name), f"{tmp_path / name}.evaluation.json"
+    write_rows(f"{folder}/metrics.jsonl", [{"iter": 0, "eval/kl": 0.0, "eval/accuracy/mean": 1.0}])
+    write_json(result, {"run": configurator.run_sum(folder), "metrics": {},
+                        "settings": vars(evaluate.arguments([folder, "--prompts=3"]))})
+    asked = ["another/spelling", "--prompts=3"]
+    assert compare.is_evaluated(result, folder, asked)
+    assert not compare.is_evaluated(result, folder, ["another/spelling"])
+    plot.read_methods([folder])
+    write_rows(f"{folder}/metrics.jsonl", [{"iter": 0, "eval/kl": 0.1, "eval/accuracy/mean": 1.0}])
+    assert not compare.is_evaluated(result, folder, asked)
+    with pytest.raises(UserError, match="of another run than the one that is there now"):
+        plot.read_methods([folder])
 
 
 def test_labels_of_a_picture(tmp_path):
@@ -4401,6 +4454,15 @@ def test_resume_of_a_finished_run(interrupted, resumed):
     assert_done(resumed["anew"])
     assert "step     0" in resumed["anew"].stdout
     assert not glob.glob(f"{interrupted.folder}/run-anew/checkpoint*")
+
+
+def test_settings_that_a_resumed_run_may_change():
+    """All of these are settings, and a fork's own that only begins like one of them is not."""
+    known = configurator.read_settings(TRAIN)
+    assert {*checkpoints.RESUME_MAY_CHANGE} | {*configurator.PATHS} <= known.keys()
+    checkpoints.check_same_run({"log_interval": 2}, {"log_interval": 1})
+    with pytest.raises(UserError, match="the run has log_odds_scale=1, not 2"):
+        checkpoints.check_same_run({"log_odds_scale": 2}, {"log_odds_scale": 1})
 
 
 def test_a_checkpoint_needs_every_part(interrupted, resumed, tmp_path):

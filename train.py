@@ -180,7 +180,8 @@ def log(text):
 if resume and not checkpoint:
     if is_finished(out_dir):
         check_same_run(settings, read_run_settings(out_dir))
-        log(f"resume: the run in {out_dir} is finished, and stays as it is")
+        log(f"resume: the run in {out_dir} is finished, and stays as it is; for more max_iters or "
+            "epochs it has no checkpoint (save_interval)")
         sys.exit()
     log(f"resume: no checkpoint in {out_dir}, so the run starts")
 before = check_checkpoint(checkpoint) if checkpoint else {}   # that run's settings
@@ -494,6 +495,7 @@ if master_process:
     report.write_model_card(out_dir)
     write_json(os.path.join(out_dir, "train_config.json"), settings | {"finished": max_iters})
     remove_checkpoints(out_dir, keep=1)   # from which it goes on if there are more epochs
+    metrics_file.close()
     log(report.closing_lines(out_dir))
     log(f"aligned model, its card and metrics.jsonl: {out_dir}" +
         ("; its checkpoint is there for more epochs, so delete it if there won't be any"

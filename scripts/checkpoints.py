@@ -360,20 +360,19 @@ def open_metrics(path, start_iter):
     return open(path, "a", buffering=1, encoding="utf-8")
 
 
-# What may change when a run resumes (beginnings of names): where and how it is computed, how far it
-# goes, what it writes.
-RESUME_MAY_CHANGE = (
-    "out_dir", "resume", "dry_run", "debug", "max_iters", "epochs", "export_", "wandb_", "sample_",
-    "log_", "eval_interval", "save_", "keep_", "skip_", "device", "parallel", "compile",
-    "pack_tokens", "activation_", "overwrite")
+# What may change when a run resumes: where and how it is computed, how far it goes, what it writes.
+RESUME_MAY_CHANGE = """
+    out_dir resume overwrite dry_run debug max_iters epochs export_dtype export_adapter wandb_log
+    wandb_project sample_prompt sample_tokens log_interval eval_interval save_interval
+    keep_checkpoints skip_nonfinite device parallel compile pack_tokens activation_checkpointing
+    """.split()
 
 
 def check_same_run(settings, before):
     """UserError unless a run resumes with the settings it had `before`, but for RESUME_MAY_CHANGE
     and for PATHS, whose content counts: it is in the .._sha256."""
     for key, value in settings.items():
-        if (before.get(key, value) == value or key in PATHS
-                or key.startswith(RESUME_MAY_CHANGE)):
+        if before.get(key, value) == value or key in (*PATHS, *RESUME_MAY_CHANGE):
             continue
         wrong = f"the run has {key}={before[key]!r}, not {value!r}; give that"
         if key.endswith("_sha256"):

@@ -36,8 +36,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))   # for `python scripts/compare.py`
 import mmpo
 from configurator import (
-    HERE, UserError, configure, is_finished, one_line_errors, read_json, read_settings, reading,
-    require)
+    HERE, PATHS, UserError, configure, is_finished, one_line_errors, read_json, read_settings,
+    reading, require, run_sum)
 from scripts import evaluate, plot
 from scripts.checkpoints import last_checkpoint
 
@@ -81,7 +81,7 @@ def check_folder(folder, settings):
         return False
     found = read_json(config)
     for key, value in settings.items():
-        require(key in RECORDED or found.get(key, value) == value,
+        require(key in (*RECORDED, *PATHS) or found.get(key, value) == value,
                 f"{folder}: a run with {key}={found.get(key)!r}, not {value!r}; give another --out")
     return is_finished(folder)
 
@@ -106,17 +106,24 @@ def run(folder, arguments, settings, evaluation, devices, references, first_eval
                         time.sleep(1)
                 require(training.wait() == 0, f"{folder}: failed ({last_line(f'{folder}.log')})")
             result, asked = f"{folder}.evaluation.json", [folder, *shlex.split(evaluation)]
-            if not (os.path.exists(result)
-                    and read_json(result).get("settings") == vars(evaluate.arguments(asked))):
+            if not is_evaluated(result, folder, asked):
                 others, command = os.path.dirname(folder), [sys.executable, EVALUATE, *asked]
                 with first_evaluation:   # the others wait for it, then find the reference's
-                    first = not glob.glob(os.path.join(others, "*.evaluation.json"))
+                    first = not glob.glob(os.path.join(glob.escape(others), "*.evaluation.json"))
                     code = start(command).wait() if first else None
                 code = code if first else start(command).wait()
                 require(code == 0, f"{folder}: not evaluated ({last_line(f'{folder}.log')})")
         return time.time() - started
     finally:
         devices.put(device)
+
+
+def is_evaluated(result, folder, asked):
+    """Whether the file `result` is of the run that is in the folder now, and of these arguments."""
+    found = read_json(result) if os.path.exists(result) else {}
+    known = vars(evaluate.arguments(asked)) | {"models": None}   # a folder has several spellings
+    return (found.get("run"), (found.get("settings") or {}) | {"models": None}) == (
+        run_sum(folder), known)
 
 
 def last_line(log):
@@ -169,6 +176,19 @@ def table(runs, out, beside):
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
+def check_data(runs, out):
+    """UserError where runs that were told the same of data and base trained on others."""
+    groups, known = {}, read_settings(TRAIN)
+    for name, (_, settings) in runs.items():
+        told = {key: value for key, value in settings.items()
+                if key in ("seed", "init_from") or known[key].group == "data"}
+        recorded = read_json(os.path.join(out, name, "train_config.json"))
+        sums = [recorded.get(f"{key}_sha256") for key in ("dataset", "eval_dataset", "init_from")]
+        other, same = groups.setdefault(str(told), (name, sums))
+        require(sums == same, f"{out}: {name} and {other} trained on other data or another base, "
+                "of the same name; delete the older one, or give another --out")
+
+
 def without_seed(name):
     return re.sub("_?seed=[^_]*", "", name).strip("_") or "run"
 
@@ -185,7 +205,7 @@ def cell(values):
 def difference(group, base):
     """Of the implicit reward accuracies of two groups of runs, with its 95% interval. "" where the
     evaluations had no pairs, or others than each other. Their order may differ, as by seed."""
-    if not all(e.get("pairs") for e in [*base, *group]):
+    if not all(e.get("pairs") and e["margins"] for e in [*base, *group]):
         return ""
     found = []   # of each evaluation, its pairs in one order: what they are, their prompts, margins
     for e in [*base, *group]:
@@ -224,6 +244,7 @@ def main():
     require(beside in labels, f"--beside: one of {', '.join(dict.fromkeys(labels))}")
     print(f"{len(runs)} runs in {args.out}, {args.jobs} at a time")
     run_all(runs, args.out, args.evaluate, args.jobs)
+    check_data(runs, args.out)
     print("\n" + table(runs, args.out, beside))
     folders = [os.path.join(args.out, name) for name in runs]
     for draw, name in ((plot.plot, "curves"), (plot.tradeoff, "tradeoff"), (plot.by_beta, "beta")):

@@ -24,6 +24,7 @@ Intervals are 95%, from a bootstrap that draws prompts with all their pairs, or 
 items, or windows of the text. There is none where that is one alone.
 """
 import argparse
+import contextlib
 import hashlib
 import json
 import math
@@ -41,8 +42,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))   # for `python scripts/evalu
 import data
 import model as llama
 from configurator import (
-    all_beside_the_checkout, beside_the_checkout, cache_path, check_numbers, load_cache,
-    one_line_errors, printable, read_run_settings, read_text, reading, require, save_cache,
+    UserError, all_beside_the_checkout, beside_the_checkout, cache_path, check_numbers, load_cache,
+    one_line_errors, printable, read_run_settings, read_text, reading, require, run_sum, save_cache,
     write_json)
 
 BRANCHES = 16   # continuations of a tree, at most
@@ -124,13 +125,16 @@ def preference(pairs, model, base):
     if base:
         scores["implicit"] = logps - base["logps"]
     margins = {how: x[:, 0] - x[:, 1] for how, x in scores.items()}
-    metrics = {"accuracy/longer": share(longer + 0.5 * ~(longer | shorter), groups=prompts)}
+    metrics = {"logps/chosen": ratio(logps[:, 0], groups=prompts)}
+    if pairs.n_responses == 1:   # of SFT: nothing to compare
+        margins = {}
+    else:
+        metrics["accuracy/longer"] = share(longer + 0.5 * ~(longer | shorter), groups=prompts)
     for how, margin in margins.items():
         right = margin > 0
         metrics |= {f"accuracy/{how}": share(right, groups=prompts),
                     f"accuracy/{how}/chosen_shorter": share(right & shorter, shorter, prompts),
                     f"margin/{how}": ratio(margin, groups=prompts)}
-    metrics["logps/chosen"] = ratio(logps[:, 0], groups=prompts)
     return {"metrics": metrics, "logps": logps.tolist(), "prompts": prompts,
             "pairs": [hashlib.sha256(str(x).encode()).hexdigest()[:16] for x in ids],
             "margins": {how: margin.round(5).tolist() for how, margin in margins.items()}}
@@ -261,8 +265,18 @@ def held_out(args, run, tokenizer):
         pairs = pairs.subset(order[:run["eval_pairs"]])
         require(pairs.fingerprint() == run["eval_dataset_sha256"],
                 f"{source}: not what the run held out; give --pairs, and its lengths")
-    require(pairs.n_responses > 1, f"{source}: one response a row, and accuracy compares two")
     return pairs
+
+
+@contextlib.contextmanager
+def of_the_run(what, option, told):
+    """An error about what the first model's run names says so, if that is `told` by the run."""
+    try:
+        yield
+    except UserError as e:
+        if told:
+            raise UserError(f"{what}: {e}; {option} takes others") from e
+        raise
 
 
 def sign_test(before, after):
@@ -284,7 +298,7 @@ def print_table(results):
         print(f"| {metric} | {' | '.join(cells)} |")
     (first, base), *others = results.items()
     for name, result in others:
-        for how in ("mean", "sum") if "margins" in result else ():
+        for how in ("mean", "sum") if result.get("margins") else ():
             better, worse, p = sign_test(*(np.array(r["margins"][how]) > 0 for r in (base, result)))
             print(f"{name} beside {first}, by {how}: {better} pairs turned right, {worse} wrong, "
                   f"p = {p:.2g} (sign test)")
@@ -333,8 +347,10 @@ def main():
             "eval_dataset", "eval_dataset_sha256")), f"{other}: its run held out other pairs than "
             f"that of {first}, and may have trained on these; give --pairs")
     reference = args.reference or beside_the_checkout(run.get("init_from", "")) or None
-    folders = {name: llama.checkpoint_folder(name)   # the others are compared with the first
-               for name in dict.fromkeys([reference or first, *args.models])}
+    folders = {}   # the others are compared with the first
+    for name in dict.fromkeys([reference or first, *args.models]):
+        with of_the_run("its reference", "--reference", name == reference and not args.reference):
+            folders[name] = llama.checkpoint_folder(name)
     template = os.path.join(folders[first], "chat_template.jinja")   # the base may have none
     template = args.chat_template or (template if os.path.exists(template) else "")
     sums = {name: llama.weights_fingerprint(folder) for name, folder in folders.items()}
@@ -351,7 +367,8 @@ def main():
     if with_pairs:
         with reading(args.pairs or os.path.join(run_folder, "train_config.json"),
                      "pairs, or a run that has some"):
-            pairs = held_out(args, run, tokenizer)
+            with of_the_run("its held-out pairs", "--pairs", not args.pairs):
+                pairs = held_out(args, run, tokenizer)
         key.append(pairs.fingerprint())
         questions.append(partial(preference, pairs))
     tasks = [read_items(file, tokenizer, args.limit, room) for file in args.choices]
@@ -396,10 +413,14 @@ def main():
             kept = {k: results[name].get(k) for k in (
                 "metrics", "pairs", "prompts", "margins", "answers")}
             here = os.path.expanduser(name)   # a folder of LoRA adapters is not what `folder` is
-            beside = here.rstrip("/") if os.path.isdir(here) else name.replace("/", "_")
-            write_json(f"{beside}.evaluation.json", {
-                "model": name, "reference": reference, "settings": vars(args),
-                "before": results[reference]["metrics"] if reference else None, **kept})
+            beside = os.path.abspath(here) if os.path.isdir(here) else name.replace("/", "_")
+            try:
+                write_json(f"{beside}.evaluation.json", {
+                    "model": name, "run": run_sum(here), "reference": reference,
+                    "settings": vars(args),
+                    "before": results[reference]["metrics"] if reference else None, **kept})
+            except OSError as e:
+                print(f"note: {beside}.evaluation.json not written ({e.strerror})")
     print_table(results)
 
 

@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))   # for `python scripts/plot.
 import data
 import model as llama
 from configurator import (
-    one_line_errors, printable, read_json, read_metrics, read_settings, reading, require)
+    one_line_errors, printable, read_json, read_metrics, read_settings, reading, require,
+    run_sum)
 
 PANELS = {"loss": "loss", "accuracy/mean": "chosen likelier, mean log-probs",   # metric: title
           "accuracy/sum": "chosen likelier, summed log-probs",
@@ -62,6 +63,8 @@ def read_methods(paths, others=""):
         _, curves = read_run(path)
         file = os.path.abspath(path) + ".evaluation.json"
         found = read_json(file) if os.path.exists(file) else {}
+        require(not found or found.get("run") == run_sum(path), f"{file}: of another run than the "
+                "one that is there now; run scripts.evaluate again")
         with reading(path, "a run with accuracy and KL"):
             names = [name for name in METHOD if run[name] != known[name].value] + differ
             told = [run["objective"], *(f"{n} {run[n]}".removesuffix(".0") for n in names)]
