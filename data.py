@@ -1452,7 +1452,9 @@ def read_folder(source, split):
     """Rows of a folder that `Dataset.save_to_disk` made, or of a folder's parquet files."""
     from datasets import load_dataset, load_from_disk
     saved = {"state.json", "dataset_dict.json"} & {*os.listdir(source)}
-    require(saved or glob.glob(f"{glob.escape(source)}/**/*.parquet", recursive=True),
+    kinds = {os.path.splitext(file)[1] for file in
+             glob.glob(f"{glob.escape(source)}/**", recursive=True) if os.path.isfile(file)}
+    require(saved or not kinds or not kinds <= READERS.keys() - {".parquet"},
             f"{source}: no parquet files in this folder; of others give the names, as *.jsonl")
     found = load_from_disk(source) if saved else load_dataset("parquet", data_dir=source)
     splits = found if isinstance(found, dict) else {split: found}
@@ -1486,7 +1488,7 @@ def check_revision(source, name, revision, dataset):
     commit = read_text(ref, "a revision") if os.path.isfile(ref) else revision
     found = {os.path.basename(os.path.dirname(file["filename"]))   # its folder is named by a commit
              for file in getattr(dataset, "cache_files", [])}
-    if found - {commit}:
+    if commit and not all(name.startswith(commit) for name in found):
         try:
             dataset_info(name, revision=revision or None)   # then the hub was reached
         except Exception as e:

@@ -776,7 +776,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 CONFIGS = "config.json", "adapter_config.json"   # by which a folder is opened
 MODEL_FILES = (*CONFIGS, "generation_config.json", *TOKENIZER_FILES)
 WEIGHT_FILES = [f"{stem}{end}" for stem in ("model", "adapter_model") for end in (
-    ".safetensors", "-*-of-*.safetensors", ".safetensors.index.json")]   # as the hub has them
+    ".safetensors", ".safetensors.index.json", "-*-of-*.safetensors", "_*-of-*.safetensors",
+    ".safetensors-*-of-*.safetensors")]   # as the hub has them
 ON_A_BASE = {}   # the folders that on_its_base made; each goes when the program ends
 
 
@@ -930,7 +931,8 @@ def find_tensors(folder, stem="model"):
     if not os.path.exists(os.path.join(folder, shards[0])):
         require(os.path.exists(index),
                 f"{folder}: no {stem}.safetensors and no index of shards; is this a Hugging Face "
-                "checkpoint? (.bin files: open it in transformers or peft, and save_pretrained)")
+                "checkpoint? (A dry run downloads none. Of .bin files: open it in transformers or "
+                "peft, and save_pretrained)")
         with reading(index, "an index of shards"):
             shards = sorted(map(os.fspath, set(read_json(index)["weight_map"].values())))
     found = {}
@@ -938,7 +940,7 @@ def find_tensors(folder, stem="model"):
         path = os.path.join(folder, shard)
         require(os.path.basename(shard) == shard and shard.endswith(".safetensors"),
                 f"{index}: shard {json.dumps(shard):.60} is outside the model folder; refusing")
-        require(os.path.exists(path), f"{path}: missing, but the index names it; download it again")
+        require(os.path.exists(path), f"{path}: missing, but the index names it; download it")
         with open(path, "rb") as f, reading(path, "a complete safetensors file"):
             head = f.read(8)
             size = int.from_bytes(head, "little")
@@ -1126,12 +1128,17 @@ def write_template(folder, chat_template):
 
 def keep_spaces(folder):
     """Have transformers take SentencePiece's spaces from tokenizer.json, as this project does. For
-    the class LlamaTokenizer transformers 5 puts them where a flag, `legacy`, says."""
+    the class LlamaTokenizer transformers 5 puts them where a flag, `legacy`, says. What else that
+    class does stays."""
     path, tokenizer = (os.path.join(folder, f"tokenizer{end}") for end in ("_config.json", ".json"))
     if os.path.exists(path) and os.path.exists(tokenizer):
-        spec = read_json(tokenizer)
-        if re.search("Prepend|Metaspace", f"{spec.get('normalizer')} {spec.get('pre_tokenizer')}"):
-            write_json(path, read_json(path) | {"tokenizer_class": "PreTrainedTokenizerFast"})
+        config, spec = read_json(path), read_json(tokenizer)
+        steps = f"{spec.get('normalizer')} {spec.get('pre_tokenizer')}"
+        if re.search("Prepend|Metaspace", steps) and "Llama" in (
+                config.get("tokenizer_class") or "Llama"):
+            write_json(path, {"padding_side": "left", "model_input_names": [
+                "input_ids", "attention_mask"]} | config | {
+                    "tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def replace_export(folder, temporary):

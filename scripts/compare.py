@@ -36,8 +36,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))   # for `python scripts/compare.py`
 import mmpo
 from configurator import (
-    HERE, PATHS, UserError, configure, is_finished, one_line_errors, read_json, read_settings,
-    reading, require, run_sum)
+    HERE, PATHS, UserError, all_beside_the_checkout, configure, is_finished, one_line_errors,
+    read_json, read_settings, reading, require, run_sum)
 from scripts import evaluate, plot
 from scripts.checkpoints import last_checkpoint
 
@@ -81,9 +81,17 @@ def check_folder(folder, settings):
         return False
     found = read_json(config)
     for key, value in settings.items():
-        require(key in (*RECORDED, *PATHS) or found.get(key, value) == value,
+        other = found.get(key, value)
+        require(key in RECORDED or other == value or key in PATHS and same_files(other, value),
                 f"{folder}: a run with {key}={found.get(key)!r}, not {value!r}; give another --out")
     return is_finished(folder)
+
+
+def same_files(one, other):
+    """Whether two lists of paths name the same files, from here or from beside the checkout."""
+    one, other = ([os.path.realpath(os.path.expanduser(path)) for path in
+                   all_beside_the_checkout(paths).split(",")] for paths in (one, other))
+    return one == other
 
 
 def run(folder, arguments, settings, evaluation, devices, references, first_evaluation):

@@ -59,11 +59,14 @@ def read_methods(paths, others=""):
     runs = [read_json(os.path.join(path, "train_config.json")) for path in paths]
     differ = [name for name in known if {name, known[name].group} & {*others.split()} and
               name not in ["objective", "beta", *METHOD] and len({r.get(name) for r in runs}) > 1]
+    no_kl = []
     for path, run in zip(paths, runs):
         _, curves = read_run(path)
+        no_kl += [path] if "eval/kl" not in curves else []
         file = os.path.abspath(path) + ".evaluation.json"
         found = read_json(file) if os.path.exists(file) else {}
-        require(not found or found.get("run") == run_sum(path), f"{file}: of another run than the "
+        now = run_sum(path)   # older files don't say of which run they are
+        require(found.get("run", now) == now, f"{file}: of another run than the "
                 "one that is there now; run scripts.evaluate again")
         with reading(path, "a run with accuracy and KL"):
             names = [name for name in METHOD if run[name] != known[name].value] + differ
@@ -72,8 +75,8 @@ def read_methods(paths, others=""):
                 (curves.get("eval/kl", [[], []])[1], curves["eval/accuracy/mean"][1], found))
     every = [run for some in methods.values() for runs in some.values() for run in runs]
     evaluated = all({IMPLICIT, "kl"} <= found.get("metrics", {}).keys() for *_, found in every)
-    require(evaluated or all(kls for kls, *_ in every), "a run without KL; set kl_samples above 0, "
-            "or run scripts.evaluate on all of them, with --reference")
+    require(evaluated or not no_kl, f"{', '.join(no_kl)}: without KL; set kl_samples above 0, or "
+            "run scripts.evaluate on all runs, with --reference")
     return methods, sorted({beta for some in methods.values() for beta in some}), evaluated
 
 
