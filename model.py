@@ -1046,13 +1046,15 @@ def from_pretrained(name, device="cpu", dtype=torch.float32):
 
 @torch.no_grad()
 def export(model, folder, hf_config, files={}, dtype=torch.bfloat16, adapter_of=None,
-           chat_template=None, stop_ids=(), max_shard_bytes=5 * 1000 ** 3):
+           chat_template=None, stop_ids=(), in_bf16=False, max_shard_bytes=5 * 1000 ** 3):
     """Write a folder that transformers, vLLM and llama.cpp's converter open, with LoRA merged.
 
     hf_config, files: the start checkpoint's config.json, and its `files_beside_weights`.
     adapter_of: the base model's name; the LoRA adapters are then written alone, for
     peft.PeftModel.from_pretrained. chat_template: the text trained with. stop_ids: what ends a
-    turn, for generation_config.json.
+    turn, for generation_config.json. in_bf16: whether products were in bf16. They saw
+    each weight rounded to the nearest bf16 number, so that is what is written, in any dtype; but
+    not where an adapter is merged, which they saw by itself.
 
     Every rank calls it, since a sharded tensor is put together by all; the first rank writes. Files
     are written into a folder of their own, then moved, so that each is whole or not there.
@@ -1081,6 +1083,7 @@ def export(model, folder, hf_config, files={}, dtype=torch.bfloat16, adapter_of=
             layer = layers.get(name.removesuffix(".weight"))
             tensor = layer.merged_weight() if layer else whole(tensors[name])
             if write:
+                tensor = tensor.bfloat16() if in_bf16 and not layer else tensor
                 shard[name] = rounded(tensor.cpu(), dtype, seed=zlib.crc32(name.encode()))
                 require(all_finite(shard[name]), f"{folder}: {name} is not finite in {dtype}; use "
                         "--export_dtype=float32, from a checkpoint if there is one")

@@ -489,7 +489,7 @@ if signal_number:
     sys.exit(128 + signal_number)
 llama.export(raw_model, out_dir, hf_config, files, llama.DTYPES[export_dtype],
              adapter_of=init_from if export_adapter else None, stop_ids=stop_ids,
-             chat_template=tokenizer.template_text)
+             chat_template=tokenizer.template_text, in_bf16=dtype == "bfloat16")
 answer("sample after")
 if master_process:
     report.write_model_card(out_dir)

@@ -16,3 +16,4 @@ batch_size = 8          # 60 steps x 8 = 480 pairs
 max_iters = 60
 learning_rate = 1.5e-5  # the higher, the further from the start: watch KL
 pack_tokens = 2048
+dtype = "float32"       # in bf16 products would not see most of what so short a run adds

@@ -13,5 +13,6 @@ batch_size = 8          # 480 pairs / 8 = 60 steps
 epochs = 1
 learning_rate = 2e-5
 pack_tokens = 2048
+dtype = "float32"       # in bf16 products would not see most of what so short a run adds
 kl_samples = 32
 sample_tokens = 64
