@@ -1052,9 +1052,9 @@ def export(model, folder, hf_config, files={}, dtype=torch.bfloat16, adapter_of=
     hf_config, files: the start checkpoint's config.json, and its `files_beside_weights`.
     adapter_of: the base model's name; the LoRA adapters are then written alone, for
     peft.PeftModel.from_pretrained. chat_template: the text trained with. stop_ids: what ends a
-    turn, for generation_config.json. in_bf16: whether products were in bf16. They saw each weight
-    rounded to the nearest bf16 number, so that is what is written, in any dtype; but not where an
-    adapter is merged, which they saw by itself.
+    turn, for generation_config.json. in_bf16: whether products were in bf16. They saw each matrix
+    rounded to the nearest bf16 number, so all weights are written so, in any dtype; but not where
+    an adapter is merged, which they saw by itself.
 
     Every rank calls it, since a sharded tensor is put together by all; the first rank writes. Files
     are written into a folder of their own, then moved, so that each is whole or not there.

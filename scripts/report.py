@@ -103,7 +103,8 @@ def closing_lines(out_dir):
     elif not learned and "eval/accuracy/mean" in last:
         lines.append(f"note: {n_pairs} held-out pairs show no preference learned beyond the "
                      f"standard error, {error:.2f} of implicit rewards and "
-                     f"{math.sqrt(2) * error:.2f} of the accuracy's gain. More: a higher learning_rate, more steps" +
+                     f"{math.sqrt(2) * error:.2f} of the accuracy's gain. More: a higher "
+                     "learning_rate, more steps" +
                      ", a higher pref_weight" * (settings["objective"] == "mmpo"))
     clip = settings["grad_clip"]
     clipped = sum(norm > CLIPPED * clip for norm in norms)
