@@ -1013,15 +1013,15 @@ def load_weights(model, folder, device):
         if not (tied and p is model.head_weight):
             with reading(f"{folder}: the adapter's part of {name}", "one for this base"):
                 tensor = merge(tensor, name, adapter, settings)
-        tensor = tensor.to(p.dtype)
-        require(all_finite(tensor), f"{path}: {name} holds NaN or infinite values in {p.dtype}; "
-                "refusing")
-        fill(p, tensor)
+        cast = rounded(tensor, p.dtype, name)
+        require(all_finite(tensor) and all_finite(cast),
+                f"{path}: {name} holds NaN or infinite values in {p.dtype}; refusing")
+        fill(p, cast)
     if second_head:
         p, tensor = model.head_weight, read_tensor(second_head[0], "lm_head.weight")
-        require(tensor.to(p.device, p.dtype).equal(whole(p)), f"{folder}: lm_head.weight differs "
-                "from embed_tokens.weight, but config.json ties them; set tie_word_embeddings to "
-                "false")
+        cast = rounded(tensor, p.dtype, "model.embed_tokens.weight").to(p.device)
+        require(cast.equal(whole(p)), f"{folder}: lm_head.weight differs from embed_tokens.weight, "
+                "but config.json ties them; set tie_word_embeddings to false")
     require(not adapter, f"{folder}: the adapter's {min(adapter, default='')!r:.80} fits no weight "
             "of its base, or one that is tied; merge the adapter in peft")
     for layer in lora_layers(model).values():
@@ -1084,7 +1084,7 @@ def export(model, folder, hf_config, files={}, dtype=torch.bfloat16, adapter_of=
             tensor = layer.merged_weight() if layer else whole(tensors[name])
             if write:
                 tensor = tensor.bfloat16() if in_bf16 and not layer else tensor
-                shard[name] = rounded(tensor.cpu(), dtype, seed=zlib.crc32(name.encode()))
+                shard[name] = rounded(tensor.cpu(), dtype, name)
                 require(all_finite(shard[name]), f"{folder}: {name} is not finite in {dtype}; use "
                         "--export_dtype=float32, from a checkpoint if there is one")
         if write:
@@ -1171,15 +1171,17 @@ def exported_files(folder):
                 if os.path.isfile(os.path.join(folder, file))}
 
 
-def rounded(tensor, dtype, seed):
-    """The tensor in dtype. fp32 becomes bf16 up or down at random, by which is nearer, so that the
+def rounded(tensor, dtype, name):
+    """The tensor in dtype. bf16 is rounded up or down at random, by which is nearer, so that the
     mean is kept. What training adds to a weight is mostly less than half the gap between two bf16
-    numbers, so rounding to the nearest would take it away again (assets/results.md)."""
-    if (tensor.dtype, dtype) != (torch.float32, torch.bfloat16):
+    numbers, so rounding to the nearest would take it away again (assets/results.md). That holds for
+    weights that are written, and for fp32 weights, and sums of a base and its adapter, that are
+    read. The tensor's name seeds the random numbers, so the result is the same each time."""
+    if dtype != torch.bfloat16 or tensor.dtype == dtype:
         return tensor.to(dtype).contiguous()
     noise = torch.randint(2 ** 16, tensor.shape, dtype=torch.int32,
-                          generator=torch.Generator().manual_seed(seed))
-    bits = tensor.contiguous().view(torch.int32) + noise   # the upper 16 bits are a bf16 number
+                          generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
+    bits = tensor.float().contiguous().view(torch.int32) + noise   # a bf16 number is the upper 16
     return (bits & -2 ** 16).view(torch.float32).to(dtype)
 
 
