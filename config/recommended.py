@@ -1,5 +1,6 @@
-# What learned most of the preference and moved little, in the study and on a GPU (assets/results.md):
-# MMPO with a contrastive term, a low rate, one epoch. Behind another config, of all weights.
+# What learned most of the preference and moved little, in the study and on a GPU
+# (assets/results.md): MMPO with a contrastive term, a low rate, one epoch. Behind another config,
+# of all weights.
 # python train.py config/smollm2_135m.py config/recommended.py
 out_dir = out_dir + "_recommended"
 pref_weight = 10.0
