@@ -1047,7 +1047,7 @@ def from_pretrained(name, device="cpu", dtype=torch.float32):
 @torch.no_grad()
 def export(model, folder, hf_config, files={}, dtype=torch.bfloat16, adapter_of=None,
            chat_template=None, stop_ids=(), in_bf16=False, max_shard_bytes=5 * 1000 ** 3):
-    """Write a folder that transformers, vLLM and llama.cpp's converter open, with LoRA merged.
+    """Write a folder that transformers and llama.cpp's converter open, with LoRA merged.
 
     hf_config, files: the start checkpoint's config.json, and its `files_beside_weights`.
     adapter_of: the base model's name; the LoRA adapters are then written alone, for
