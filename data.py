@@ -840,7 +840,7 @@ class Row:
     responses: list         # n of them, each a list of turns, the best first
     rewards: list           # r of each, or None where the row has none
     template: dict          # what the chat template gets beside the turns
-    ranked: str             # by what `responses` are: "rewards", "best", "order"; "" for others
+    ranked: str             # by what `responses` without rewards are: "best", "order"; else ""
 
 
 def parse_row(row, columns={}, use_scores=False):
@@ -907,13 +907,10 @@ def best_first(row, answers, columns, use_scores):
         order = sorted(range(len(answers)), key=lambda i: -rewards[i])
         if pair and order != [0, 1]:
             raise BadRow("the rejected response has the higher reward", f"got {rewards}")
-        return [answers[i] for i in order], [rewards[i] for i in order], \
-            "rewards" * row.took("responses")
-    if not row.took("responses"):
-        return answers, None, ""
-    if "best" not in columns and not row.name("best"):
-        return answers, None, "order"
-    return (answers if first_is_best(row, answers) else answers[::-1]), None, "best"
+        return [answers[i] for i in order], [rewards[i] for i in order], ""
+    if row.took("responses") and ("best" in columns or row.name("best")):
+        return (answers if first_is_best(row, answers) else answers[::-1]), None, "best"
+    return answers, None, "order" if row.took("responses") else ""
 
 
 def take_template(row):
