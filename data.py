@@ -1155,11 +1155,6 @@ def parse_messages(name, value):
     return value
 
 
-def field_of(name):
-    """The field that data sets call so."""
-    return next((field for field, names in NAMES.items() if name in names), name)
-
-
 def turn(role, content):
     return {"role": role, "content": content}
 
@@ -1232,7 +1227,7 @@ def check_message(name, message):
         rest["tool_calls"] = listed("tool_calls", rest["tool_calls"] or "[]")
     if not isinstance(role, str) or not (isinstance(content, str)
                                          or content is None and {*CALLS} & rest.keys()):
-        field, of = field_of(name), ""
+        field, of = next((word for word, names in NAMES.items() if name in names), name), ""
         if isinstance(message, dict):
             of = f", {kind_of(role)} and {kind_of(content)}"
         elif field in ("chosen", "rejected", "completion"):
