@@ -1616,10 +1616,11 @@ def tokenize(sources, tokenizer, max_length, max_prompt_length, bad_rows, column
         try:
             with reading(where, "a row of a known layout"):
                 rows, names = parse_row(line, columns, use_scores)
-            made, good, reasons = [], [], []
+            made, good, reasons, shortened = [], [], [], Counter()
             for row in rows:   # one, or the turns of a conversation
                 try:
-                    made.append(tokenize_row(row, tokenizer, max_length, max_prompt_length, cut))
+                    made.append(tokenize_row(row, tokenizer, max_length, max_prompt_length,
+                                             shortened))
                     good.append(row)
                 except Drop as reason:
                     reasons.append(str(reason))
@@ -1638,6 +1639,7 @@ def tokenize(sources, tokenizer, max_length, max_prompt_length, bad_rows, column
         except UserError as e:
             raise UserError(f"{where}: {e}") from e
         used += 1
+        cut.update(shortened)
         unused.update(names)
         left_out.update(reasons)
         ranked.add(row.ranked)

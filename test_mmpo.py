@@ -3053,6 +3053,10 @@ def test_truncation(tokenizer, tmp_path):
         assert cut_prompt == prompt[-20:]
         assert cut_responses == [ids[:50 - len(cut_prompt)] for ids in responses]
     assert (load(path, tokenizer, 21, 20).lengths[:, 1:] >= 1).all()
+    write_rows(path, [{"prompt": "Hi", "responses": texts} for texts in (
+        ["a", "b"], ["so " * 50, "no " * 50, "c"])])
+    assert "cut to length" not in load(path, tokenizer, 50, 20, "drop").report   # it is dropped
+    write_rows(path, rows)
     with pytest.raises(UserError, match=r"21 no room for a response\).*max_length"):
         load(path, tokenizer, max_length=5, max_prompt_length=20)
 
