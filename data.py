@@ -979,11 +979,13 @@ def translate(row, columns):
     other = ("chosen", "rejected") if "responses" in found else ()
     row = Fields({name: value for name, value in row.items()
                   if name not in columns.values() and name not in other} | found)
-    # lists that distilabel and OpenAI called so once, and Gemini; elsewhere these are other things
-    for name, word in (("rating", "rewards"), ("functions", "tools"), ("contents", "messages")):
-        if isinstance(row.get(name), list) and not row.has(word) and (word != "messages" or all(
-                isinstance(m, dict) and "parts" in m for m in row[name])):
-            row[word] = row.pop(name)
+    if isinstance(row.get("rating"), list) and not row.has("rewards"):   # distilabel's, of old
+        row["rewards"] = row.pop("rating")
+    if isinstance(row.get("functions"), list) and not row.has("tools"):   # OpenAI's, of old
+        row["tools"] = row.pop("functions")
+    if isinstance(row.get("contents"), list) and not row.has("messages") and all(
+            isinstance(m, dict) and "parts" in m for m in row["contents"]):   # Gemini's
+        row["messages"] = row.pop("contents")
     if isinstance(row.get("input"), dict):   # OpenAI's preferences
         row |= row.pop("input")
     if row.has("rejected") and row.has("messages") and not row.has("chosen", "completion"):
