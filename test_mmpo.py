@@ -2499,6 +2499,8 @@ ROWS = {   # row, turns, responses, rewards if any
                           say("Hi"), ["a", "b"]),
     "rating": ({"instruction": "Hi", "generations": ["a", "b"], "rating": [1.0, 5.0]}, say("Hi"),
                ["b", "a"], [5.0, 1.0]),
+    "scores": ({"prompt": "Hi", "responses": ["a", "b"], "scores": [1, 5]}, say("Hi"), ["b", "a"],
+               [5, 1]),
     "function_call": ({"conversations": [
         {"from": "human", "value": "Hi"}, {"from": "function_call", "value": '{"name": "f"}'},
         {"from": "observation", "value": "1"}], **AB}, [*say("Hi"), {
