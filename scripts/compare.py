@@ -36,8 +36,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))   # for `python scripts/compare.py`
 import mmpo
 from configurator import (
-    HERE, PATHS, UserError, all_beside_the_checkout, configure, is_finished, one_line_errors,
-    read_json, read_settings, reading, require, run_sum)
+    HERE, PATHS, UserError, all_beside_the_checkout, configure, one_line_errors, read_json,
+    read_settings, reading, require, run_sum)
 from scripts import evaluate, plot
 from scripts.checkpoints import last_checkpoint
 
@@ -77,14 +77,12 @@ def plan(configs, grids, more):
 def check_folder(folder, settings):
     """-> whether the run in this folder is finished. Raises UserError if it is another run's."""
     config = os.path.join(folder, "train_config.json")
-    if not os.path.exists(config):
-        return False
-    found = read_json(config)
+    found = read_json(config) if os.path.exists(config) else {}
     for key, value in settings.items():
         other = found.get(key, value)
         require(key in RECORDED or other == value or key in PATHS and same_files(other, value),
                 f"{folder}: a run with {key}={found.get(key)!r}, not {value!r}; give another --out")
-    return is_finished(folder)
+    return found.get("finished", False)
 
 
 def same_files(one, other):
