@@ -109,15 +109,15 @@ def run(folder, arguments, settings, evaluation, devices, references, first_eval
                             os.path.exists(metrics) and os.path.getmtime(metrics) > started
                             and os.path.getsize(metrics)):
                         time.sleep(1)
-                require(training.wait() == 0, f"{folder}: failed ({last_line(f'{folder}.log')})")
+                require(training.wait() == 0, f"{folder}: failed ({last_line(log.name)})")
             result, asked = f"{folder}.evaluation.json", [folder, *shlex.split(evaluation)]
             if not is_evaluated(result, folder, asked):
-                others, command = os.path.dirname(folder), [sys.executable, EVALUATE, *asked]
+                all_runs = glob.escape(os.path.dirname(folder))
                 with first_evaluation:   # the others wait for it, then find the reference's
-                    first = not glob.glob(os.path.join(glob.escape(others), "*.evaluation.json"))
-                    code = start(command).wait() if first else None
-                code = code if first else start(command).wait()
-                require(code == 0, f"{folder}: not evaluated ({last_line(f'{folder}.log')})")
+                    process = start([sys.executable, EVALUATE, *asked])
+                    if not glob.glob(os.path.join(all_runs, "*.evaluation.json")):
+                        process.wait()
+                require(process.wait() == 0, f"{folder}: not evaluated ({last_line(log.name)})")
         return time.time() - started
     finally:
         devices.put(device)
