@@ -351,14 +351,12 @@ def main():
     for name in dict.fromkeys([reference or first, *args.models]):
         with of_the_run("its reference", "--reference", name == reference and not args.reference):
             folders[name] = llama.checkpoint_folder(name)
-    template = os.path.join(folders[first], "chat_template.jinja")   # the base may have none
-    template = args.chat_template or (template if os.path.exists(template) else "")
     sums = {name: llama.weights_fingerprint(folder) for name, folder in folders.items()}
     require(args.reference or not reference or run.get("init_from_sha256", sums[reference]) ==
             sums[reference], f"{reference}: has changed since the run in {first} started from it; "
             "give that one as --reference, or this one, if you mean it")
-    settings = read_run_settings(folders[first])   # also of a run on the hub
-    tokenizer = data.Tokenizer(folders[first], template, settings.get("chat_template_kwargs", ""))
+    kwargs = read_run_settings(folders[first]).get("chat_template_kwargs", "")   # a hub's run, too
+    tokenizer = data.Tokenizer(folders[first], args.chat_template, kwargs)
     room = llama.config_from_dict(llama.read_config(folders[first])).max_position_embeddings
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -392,7 +390,7 @@ def main():
                           ["data.py", "model.py", "scripts/evaluate.py"])
         if not base and (cached := load_cache(path)):   # the reference's, of an earlier call
             return json.loads(str(cached["result"]))
-        require(data.Tokenizer(folder, template).bytes_of == tokenizer.bytes_of,
+        require(data.Tokenizer(folder, args.chat_template).bytes_of == tokenizer.bytes_of,
                 f"{name}: another vocabulary than that of {first}; evaluate it by itself")
         model, _ = llama.from_pretrained(folder, device, torch.bfloat16 if device == "cuda" else
                                          torch.float32)
