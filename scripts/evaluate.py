@@ -42,9 +42,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))   # for `python scripts/evalu
 import data
 import model as llama
 from configurator import (
-    UserError, all_beside_the_checkout, beside_the_checkout, cache_path, check_numbers, load_cache,
-    one_line_errors, printable, read_run_settings, read_text, reading, require, run_sum, save_cache,
-    write_json)
+    HERE, UserError, all_beside_the_checkout, beside_the_checkout, cache_path, check_numbers,
+    load_cache, one_line_errors, printable, read_run_settings, read_settings, read_text, reading,
+    require, run_sum, save_cache, write_json)
 
 BRANCHES = 16   # continuations of a tree, at most
 
@@ -255,11 +255,11 @@ def held_out(args, run, tokenizer):
     else:
         source, split = run["dataset"], run["train_split"]
     source = all_beside_the_checkout(source)   # as a config file names it
-    pairs = data.load_pairs(source, split, tokenizer,
-                            args.max_length or run.get("max_length", 2312),
-                            args.max_prompt_length or run.get("max_prompt_length", 1800),
-                            run.get("bad_rows", "error"), run.get("columns", ""),
-                            run.get("use_scores", False))
+    told = {name: s.value for name, s in read_settings(os.path.join(HERE, "train.py")).items()}
+    told |= run   # its settings, or the defaults where there is no run
+    pairs = data.load_pairs(source, split, tokenizer, args.max_length or told["max_length"],
+                            args.max_prompt_length or told["max_prompt_length"],
+                            told["bad_rows"], told["columns"], told["use_scores"])
     if not args.pairs:   # as train.py draws them
         order = np.random.default_rng(run["seed"]).permutation(len(pairs))
         pairs = pairs.subset(order[:run["eval_pairs"]])
