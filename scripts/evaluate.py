@@ -31,6 +31,7 @@ import math
 import os
 import sys
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -162,7 +163,7 @@ def read_items(file, tokenizer, limit, room):
     [characters of each choice]. A context is cut on the left where both have over room + 1 tokens,
     the last of which the model need not read."""
     items, gold, characters = [], [], []
-    for where, row in data.read_objects(file):
+    for where, row in islice(data.read_objects(file), limit or None):
         with reading(where, "a multiple-choice item"):
             texts = [text.removeprefix(" ") for _, text in row["pairs"]]
             require(all(map(str.strip, texts)) and type(row["gold"]) is int
@@ -175,8 +176,6 @@ def read_items(file, tokenizer, limit, room):
                           for context, ids in choices])
             gold.append(row["gold"])
             characters.append([len(text) for text in texts])
-        if len(items) == limit:
-            break
     require(items, f"{file}: no items")
     require(len({len(item) == 1 for item in items}) == 1, f"{file}: some items have one choice and "
             "others several; these are two tasks, so give two files")
