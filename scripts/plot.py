@@ -29,6 +29,7 @@ PANELS = {"loss": "loss", "accuracy/mean": "chosen likelier, mean log-probs",   
           "rewards/margins": "implicit reward margin",
           "kl": "KL(reference || policy), nats a token"}
 IMPLICIT = "accuracy/implicit"   # as scripts/evaluate.py calls it
+ACCURACY = {True: "implicit reward accuracy", False: "held-out accuracy, mean log-probs"}
 KL_TICKS = [0, 0.005, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100]
 METHOD = ["length_norm", "reward_norm", "pref_weight", "entropy_coef", "reward_chosen"]
 COLOURS = "#0072B2 #E69F00 #009E73 #CC79A7 #000000 #56B4E9 #D55E00".split()   # Okabe and Ito's
@@ -123,7 +124,7 @@ def tradeoff(paths, out):
     methods, betas, evaluated = read_methods(paths, "learning_rate")
     left, right = Figure(figsize=(11, 4.5), layout="constrained").subplots(1, 2, sharey=True)
     left.set_xscale("symlog", linthresh=0.01)
-    left.set(xticks=KL_TICKS, xticklabels=KL_TICKS, xlabel=PANELS["kl"], ylabel=title_of(evaluated))
+    left.set(xticks=KL_TICKS, xticklabels=KL_TICKS, xlabel=PANELS["kl"], ylabel=ACCURACY[evaluated])
     star = {"color": "black", "marker": "*", "ms": 12, "lw": 1, "label": "the reference"}
     for i, (label, runs) in enumerate(methods.items()):
         for beta, (kls, accuracies, found) in [(b, run) for b in sorted(runs) for run in runs[b]]:
@@ -151,10 +152,6 @@ def bars(axis, x, y, look):
     axis.plot(x, y[[1, 1, 1]], **look, markevery=[1])
 
 
-def title_of(evaluated):
-    return "implicit reward accuracy" if evaluated else "held-out accuracy, mean log-probs"
-
-
 def by_beta(paths, out):
     """Accuracy and KL at the end against beta; a bar spans the runs that differ in seed only."""
     methods, betas, evaluated = read_methods(
@@ -163,8 +160,8 @@ def by_beta(paths, out):
     axes[1].set_yscale("symlog", linthresh=0.01)
     axes[1].set_yticks(KL_TICKS, KL_TICKS)
     axes[1].axhline(0, color="grey", linewidth=0.8, linestyle=":")   # the reference
-    titles = (title_of(evaluated), PANELS["kl"])
-    for axis, column, metric, title in zip(axes, (1, 0), (IMPLICIT, "kl"), titles):
+    for axis, column, metric, title in ((axes[0], 1, IMPLICIT, ACCURACY[evaluated]),
+                                        (axes[1], 0, "kl", PANELS["kl"])):
         for i, (label, runs) in enumerate(methods.items()):
             last = [[run[2]["metrics"][metric][0] if evaluated else run[column][-1]
                      for run in runs[beta]] for beta in sorted(runs)]
