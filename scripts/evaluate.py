@@ -125,11 +125,9 @@ def preference(pairs, model, base):
     scores = {"mean": logps / lengths, "sum": logps}
     if base:
         scores["implicit"] = logps - base["logps"]
-    margins = {how: x[:, 0] - x[:, 1] for how, x in scores.items()}
+    margins = {how: x[:, 0] - x[:, 1] for how, x in scores.items() if pairs.n_responses > 1}
     metrics = {"logps/chosen": ratio(logps[:, 0], groups=prompts)}
-    if pairs.n_responses == 1:   # of SFT: nothing to compare
-        margins = {}
-    else:
+    if margins:   # pairs of SFT have one response, and nothing to compare
         metrics["accuracy/longer"] = share(longer + 0.5 * ~(longer | shorter), groups=prompts)
     for how, margin in margins.items():
         right = margin > 0
