@@ -49,7 +49,6 @@ NO_AXES = ("out_dir", "overwrite", "resume", "dry_run", "debug")
 
 def plan(configs, grids, more):
     """-> {name: (arguments of train.py, all its settings)}. Runs of equal settings are one run."""
-    defaults = {name: setting.value for name, setting in read_settings(TRAIN).items()}
     runs = {}
     for grid in grids or [[]]:
         axes = [[(key, value) for value in values.split(",")]
@@ -64,8 +63,7 @@ def plan(configs, grids, more):
             name = name.replace("/", "-")   # it will be a folder's
             arguments = [*files, *more, *(f"--{key}={value}" for key, value in point
                                           if key != "config")]
-            settings, _ = configure(dict(defaults), arguments, TRAIN,
-                                    {"objective": mmpo.OBJECTIVES})
+            settings, _ = configure({}, arguments, TRAIN, {"objective": mmpo.OBJECTIVES})
             settings["out_dir"] = ""
             if settings not in (known for _, known in runs.values()):
                 require(name not in runs, f"--grid: two runs would be called {name}; rename a file")
