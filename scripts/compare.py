@@ -93,11 +93,10 @@ def run(folder, arguments, settings, evaluation, devices, references, first_eval
     """Train and evaluate one run, unless that is done -> the seconds it took. The two locks are
     held while the reference's log-probs are computed, in a training and in an evaluation."""
     device = devices.get()
-    environment = os.environ | ({} if device is None else {"CUDA_VISIBLE_DEVICES": device})
     started, metrics = time.time(), os.path.join(folder, "metrics.jsonl")
     try:
         with open(f"{folder}.log", "a", encoding="utf-8") as log:
-            start = partial(subprocess.Popen, stdout=log, stderr=log, env=environment)
+            start = partial(subprocess.Popen, stdout=log, stderr=log, env=os.environ | device)
             if not check_folder(folder, settings):
                 resume = ["--resume=True"] if last_checkpoint(folder)[1] else []
                 with references:   # the next run starts when this one has the reference's log-probs
@@ -140,8 +139,9 @@ def run_all(runs, out, evaluation, jobs):
         check_folder(os.path.join(out, name), settings)   # before any of them starts
     os.makedirs(out, exist_ok=True)
     devices, locks = Queue(), (Lock(), Lock())
+    gpus = torch.cuda.device_count()
     for job in range(jobs):
-        devices.put(str(job % torch.cuda.device_count()) if torch.cuda.is_available() else None)
+        devices.put({"CUDA_VISIBLE_DEVICES": str(job % gpus)} if gpus else {})
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // jobs)))
     failed, seconds = [], []   # seconds: of the runs that weren't done before
     pool = ThreadPoolExecutor(jobs)
