@@ -134,12 +134,9 @@ def hub_ids(sources):
 def write_model_card(out_dir):
     """out_dir/README.md, with the hub's metadata. One that a person wrote is left alone."""
     path = os.path.join(out_dir, "README.md")
-    if os.path.lexists(path):
-        if not os.path.isfile(path):
-            return
-        with open(path, "rb") as f:
-            if b"- nanommpo\n" not in f.read():
-                return
+    if os.path.lexists(path) and not (os.path.isfile(path)
+                                      and b"- nanommpo\n" in Path(path).read_bytes()):
+        return
     settings, first, last, _ = read_run(out_dir)
     defaults = {k: s.value for k, s in read_settings(os.path.join(HERE, "train.py")).items()}
     changed = {key: settings[key] for key, default in defaults.items()
