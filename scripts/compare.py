@@ -139,9 +139,10 @@ def run_all(runs, out, evaluation, jobs):
         check_folder(os.path.join(out, name), settings)   # before any of them starts
     os.makedirs(out, exist_ok=True)
     devices, locks = Queue(), (Lock(), Lock())
-    gpus = torch.cuda.device_count()
+    n_gpus = torch.cuda.device_count()   # of those that a person has left visible
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(n_gpus)))
     for job in range(jobs):
-        devices.put({"CUDA_VISIBLE_DEVICES": str(job % gpus)} if gpus else {})
+        devices.put({"CUDA_VISIBLE_DEVICES": gpus.split(",")[job % n_gpus]} if n_gpus else {})
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // jobs)))
     failed, seconds = [], []   # seconds: of the runs that weren't done before
     pool = ThreadPoolExecutor(jobs)
