@@ -339,7 +339,7 @@ def read_run_settings(folder):
     program may have a file of that name."""
     path = os.path.join(folder, "train_config.json")
     found = read_json(path) if os.path.exists(path) else {}
-    return found if "eval_dataset_sha256" in found else {}
+    return found if "init_from" in found else {}
 
 
 def run_sum(folder):
@@ -351,8 +351,7 @@ def run_sum(folder):
 
 def is_finished(folder):
     """At which step the run of this folder has ended, if there is one and it has."""
-    path = os.path.join(folder, "train_config.json")
-    return os.path.exists(path) and read_json(path).get("finished", False)
+    return read_run_settings(folder).get("finished", False)
 
 
 # -----------------------------------------------------------------------------

@@ -37,8 +37,8 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from configurator import (
-    BEHIND, UserError, first_line, is_finished, publish, rank_and_size, read_json, reading, require,
-    write_json, write_text)
+    BEHIND, UserError, first_line, is_finished, publish, rank_and_size, read_json,
+    read_run_settings, reading, require, write_json, write_text)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -1210,8 +1210,7 @@ def check_target(out_dir, folder, adapter_alone, overwrite=False):
         require(file in known, f"{os.path.join(out_dir, file)}: no export of this project wrote "
                 "it, and it would be overwritten, or opened with the model; move it, or give "
                 "another out_dir")
-    config = os.path.join(out_dir, "train_config.json")
-    begun = os.path.exists(config) and "init_from" in read_json(config)
+    begun = read_run_settings(out_dir)
     ours = begun or os.path.exists(os.path.join(out_dir, EXPORTED))
     for file in ("train_config.json", "metrics.jsonl", "export.tmp"):
         path = os.path.join(out_dir, file)
