@@ -23,7 +23,6 @@ import errno
 import hashlib
 import io
 import json
-import math
 import os
 import re
 import signal
@@ -539,6 +538,7 @@ def check_known(key, known, where):
 BARE = object()   # the value of a --key without =, which means True
 KINDS = {bool: "true or false", int: "a whole number below 2 ** 63", float: "a number below 1e30",
          str: "text"}
+LARGEST = {int: 2 ** 63, float: 1e30}   # numbers are below it; fp32 ends at 3e38
 
 
 def words_of(comment):
@@ -562,26 +562,20 @@ def coerce(key, value, default, words, where):
         require(value in words, f'{where}: {key} must be one of {", ".join(words)} (got "{value}")'
                 + (f'; did you mean "{near[0]}"?' if near else ""))
         return value
-    problem = UserError(f"{where}: {key} must be {KINDS[want]} (got {shown(value)})")
+    found = None
     if want is bool:
-        value = {"true": True, "1": True, "false": False, "0": False}.get(str(value).lower())
-        if value is None:
-            raise problem
-    elif want in (int, float):
-        try:
+        found = {"true": True, "1": True, "false": False, "0": False}.get(str(value).lower())
+    elif want is str:
+        found = value if isinstance(value, str) and "\0" not in value else None
+    elif not isinstance(value, bool):
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
             number = float(value)
             if want is int and re.fullmatch(r"[+-]?\d+", str(value).strip()):
                 number = int(value)   # a float loses digits from 2 ** 53 on
-        except (TypeError, ValueError, OverflowError):
-            raise problem from None
-        if (isinstance(value, bool) or not math.isfinite(number)
-                or want is float and abs(number) > 1e30   # fp32 ends at 3e38
-                or want is int and (number != int(number) or abs(number) >= 2 ** 63)):
-            raise problem
-        value = want(number)
-    elif not isinstance(value, str) or "\0" in value:
-        raise problem
-    return value
+            if abs(number) < LARGEST[want] and number == want(number):   # neither NaN, nor 1.5
+                found = want(number)
+    require(found is not None, f"{where}: {key} must be {KINDS[want]} (got {shown(value)})")
+    return found
 
 
 def shown(value):
