@@ -435,8 +435,7 @@ def until_interrupted(device, function, *args):
         may_leave = not dist.is_initialized()
         function(*args)
         may_leave = False
-    except SystemExit:
-        may_leave = False
+    except SystemExit:   # after a first signal, whatever may_leave is, only a second one is heard
         if not asked:
             raise
 
