@@ -275,13 +275,14 @@ def load_checkpoint(model, optimizer, path):
                 found.setdefault(name, []).append((row, part.get_slice(name)))
         names = {name.removeprefix("model/") for name in found if name.startswith("model/")}
         require(names == params.keys(), f"{path}: holds the training of other weights")
-        for name, pieces in found.items():
-            kind, _, rest = name.partition("/")
-            if kind == "model":
-                fill_rows(params[rest], pieces)
+        for label, pieces in found.items():   # model/NAME or optimizer/NAME/KEY
+            kind, name, *key = label.split("/")
+            p, value = params[name], read_state(params[name], pieces)
+            if kind == "optimizer":
+                optimizer.state[p][key[0]] = value
             else:
-                owner, _, key = rest.rpartition("/")
-                optimizer.state[params[owner]][key] = read_state(params[owner], pieces)
+                require(value.shape == p.shape, f"{path}: {name} has another shape there")
+                p.copy_(value)
         for name, p in params.items():   # AdamW takes this for granted
             state = optimizer.state[p] if isinstance(optimizer, torch.optim.AdamW) else None
             require(not state or state["step"] >= 0 and all(
@@ -291,20 +292,16 @@ def load_checkpoint(model, optimizer, path):
 
 
 def read_state(p, pieces):
-    """A tensor of the optimizer's state of parameter p, sharded as p is if it has p's shape."""
+    """The weights of parameter p, or a tensor of its optimizer's state: this rank's rows of it if it
+    is sharded, as all are that have p's shape."""
     shape = pieces[0][1].get_shape()
-    if isinstance(p, DTensor) and shape[1:] == [*p.shape[1:]] and shape:
-        return fill_rows(torch.zeros_like(p), pieces)
-    value = read_rows(pieces, 0, None)
-    return value.item() if value.dtype == torch.int64 else value.to(p.device)
-
-
-def fill_rows(tensor, pieces):
-    """Copy this rank's rows into a tensor, from the parts that hold them."""
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    start = first_row(tensor)
-    local.copy_(read_rows(pieces, start, start + len(local)))
-    return tensor
+    if not isinstance(p, DTensor) or not shape or shape[1:] != [*p.shape[1:]]:
+        value = read_rows(pieces, 0, None)
+        return value.item() if value.dtype == torch.int64 else value.to(p.device)
+    found, start = torch.zeros_like(p), first_row(p)
+    local = found.to_local()
+    local.copy_(read_rows(pieces, start, start + len(local)).view_as(local))   # none is repeated
+    return found
 
 
 def read_rows(pieces, start, stop):
