@@ -392,16 +392,15 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.n_embd, kv_dim, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.n_embd, kv_dim, bias=config.qkv_bias)
         self.o_proj = nn.Linear(q_dim, config.n_embd, bias=config.o_bias)
-        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+        head_norm = RMSNorm if config.qk_norm else nn.Identity   # which ignores its arguments
+        self.q_norm = head_norm(config.head_dim, config.norm_eps)
+        self.k_norm = head_norm(config.head_dim, config.norm_eps)
 
     def forward(self, x, rope, layout, cache=None):
         B, T, C = x.shape
-        q = self.q_proj(x).view(B, T, -1, self.head_dim)                   # (B, T, n_head, hd)
-        k = self.k_proj(x).view(B, T, -1, self.head_dim)                   # (B, T, n_kv_head, hd)
+        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim))      # (B, T, n_head, hd)
+        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim))      # (B, T, n_kv_head, hd)
         v = self.v_proj(x).view(B, T, -1, self.head_dim)
-        if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
         # rotated before the transpose: on a GPU that takes two kernels fewer in backward
         q, k, v = (x.transpose(1, 2) for x in (rotate(q, *rope), rotate(k, *rope), v))
         if cache is not None:   # generation keeps the keys and values of earlier tokens
