@@ -40,8 +40,6 @@ from configurator import (
     BEHIND, UserError, first_line, is_finished, publish, rank_and_size, read_json,
     read_run_settings, reading, require, write_json, write_text)
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 # -----------------------------------------------------------------------------
 # configuration
 

@@ -487,7 +487,7 @@ for iter_num in tqdm(range(start_iter, max_iters + 1), "steps", max_iters, initi
 # --- the aligned model, in Hugging Face layout, and what to know about it
 if signal_number:
     sys.exit(128 + signal_number)
-llama.export(raw_model, out_dir, hf_config, files, llama.DTYPES[export_dtype],
+llama.export(raw_model, out_dir, hf_config, files, getattr(torch, export_dtype),
              adapter_of=init_from if export_adapter else None, stop_ids=stop_ids,
              chat_template=tokenizer.template_text, in_bf16=dtype == "bfloat16")
 answer("sample after")

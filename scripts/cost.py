@@ -72,7 +72,7 @@ def report(model, pairs, held_out, settings, ranks, device, dtype):
     data.Pairs; settings: train.py's, with a GPU's dtype; dtype: what the user asked for, or auto.
     """
     batch_size, pack_tokens = settings["batch_size"], settings["pack_tokens"]
-    parts = memory_parts(model, pack_tokens, llama.DTYPES[settings["dtype"]],
+    parts = memory_parts(model, pack_tokens, getattr(torch, settings["dtype"]),
                          8 if settings["optimizer_state"] == "fp32" else 2)
     parts["in all"] = sum(parts.values())
     unit, name = (2 ** 30, "GiB") if parts["in all"] >= 2 ** 30 else (2 ** 20, "MiB")
