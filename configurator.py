@@ -224,9 +224,8 @@ def read_text(path, what, encoding="utf-8"):
 
 def read_json(path):
     """The object in a JSON file. Raises UserError unless the file holds one JSON object."""
-    text = read_text(path, "valid JSON")
     with reading(path, "valid JSON"):
-        value = parse_json(text)
+        value = parse_json(read_text(path, "valid JSON"))
     require(isinstance(value, dict), f"{path}: not a JSON object; is it damaged?")
     return value
 
@@ -324,9 +323,9 @@ def save_cache(path, **arrays):
 
 def read_metrics(path):
     """The records of a metrics.jsonl, without a last line that a run has not finished writing."""
-    text = read_text(path, "a run's metrics")
     with reading(path, "a run's metrics"):
-        records = [parse_json(line) for line in text.splitlines(True) if line.endswith("\n")]
+        lines = read_text(path, "a run's metrics").splitlines(True)
+        records = [parse_json(line) for line in lines if line.endswith("\n")]
         for n, record in enumerate(records, 1):
             require(type(record["iter"]) is int and {*map(type, record.values())} <= {int, float},
                     f"{path}:{n}: a step and its numbers should be here; delete the line")
