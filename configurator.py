@@ -667,13 +667,12 @@ def rank_and_size():
 def first_on_each_node(function, *args):
     """function(*args), which downloads or tokenizes: by local rank 0 of each machine first. Then
     the other ranks find the result in the cache."""
-    wait = dist.is_initialized()
     first = os.environ.get("LOCAL_RANK", "0") == "0"
-    if wait and not first:
-        dist.barrier()
-    result = function(*args)
-    if wait and first:
-        dist.barrier()
+    for my_turn in (first, not first):
+        if my_turn:
+            result = function(*args)
+        if dist.is_initialized():
+            dist.barrier()
     return result
 
 
