@@ -38,7 +38,7 @@ from torch.utils.checkpoint import checkpoint
 
 from configurator import (
     BEHIND, UserError, first_line, is_finished, publish, rank_and_size, read_json,
-    read_run_settings, reading, require, write_json, write_text)
+    read_run_settings, reading, require, write_json, write_text, writing)
 
 # -----------------------------------------------------------------------------
 # configuration
@@ -868,10 +868,8 @@ def on_its_base(adapter, weights):
                 if file in TOKENIZER_FILES or file.startswith("adapter_")}
     if os.path.exists(os.path.join(adapter, "train_config.json")):   # of the run that made it
         sources["train_config.json"] = adapter
-    try:
+    with writing("TMPDIR, a folder for temporary files"):   # where the system's error names none
         made = tempfile.TemporaryDirectory(prefix=f"{os.path.basename(os.path.abspath(adapter))}-")
-    except OSError as e:
-        raise UserError(f"TMPDIR: {e.strerror:.99}; set it to a folder for temporary files") from e
     for file, source in sources.items():
         link, there = os.path.join(made.name, file), os.path.join(source, file)
         os.symlink(os.path.abspath(there), link)
