@@ -318,6 +318,8 @@ def save_cache(path, **arrays):
             np.savez(f, **arrays, sha256=cache_sum(path, arrays))
         publish(f.name, path)
     except OSError as e:
+        with contextlib.suppress(OSError):   # on a full disk half a cache is in the way
+            os.remove(f"{path}.tmp{os.getpid()}")
         print(f"note: {path} not written ({e.strerror}); this will be computed again next time")
 
 
