@@ -171,6 +171,7 @@ def write_part(save, mine, about, rank, keep, log):
     try:
         os.makedirs(temporary, exist_ok=True)
         save_file(mine, file, {"checkpoint": json.dumps(about)})
+        publish(file, file)   # to the disk, before the folder gets its name and older ones go
         write_text(os.path.join(temporary, f"{rank}.sha256"), sha256(file))
         save.written.set()
         if rank > 0:
