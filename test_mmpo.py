@@ -4576,6 +4576,8 @@ CRAFTED = {   # what was done to a checkpoint's description and tensors, what is
     "settings": (lambda about, tensors: about.update(settings=None), "not a part of a checkpoint"),
     "step": (lambda about, tensors: about.update(step={}), "another step"),
     "no rows": (lambda about, tensors: about.pop("first_rows"), "not a checkpoint of this model"),
+    "one row": (lambda about, tensors: tensors.update({f"model/{EMBEDDING}": torch.zeros(1, 32)}),
+                "another shape"),
     "lost": (lambda about, tensors: about["first_rows"].pop(f"optimizer/{EMBEDDING}/exp_avg"),
              "not a checkpoint of this model"),
     "negative": (lambda about, tensors: tensors[f"optimizer/{EMBEDDING}/step"].fill_(-1e30),
