@@ -4716,6 +4716,15 @@ def test_what_a_kill_leaves_of_a_checkpoint_is_deleted(tmp_path):
     assert not os.listdir(tmp_path)
 
 
+def test_an_export_of_another_program_stays(tmp_path):
+    """Only in a folder with a run is export.tmp what a killed export left."""
+    (tmp_path / "export.tmp").mkdir()
+    for settings, left in (({"mine": 1}, True), ({"init_from": "a"}, False)):
+        write_json(tmp_path / "train_config.json", settings)
+        checkpoints.remove_leftovers(str(tmp_path))
+        assert (tmp_path / "export.tmp").exists() == left
+
+
 FORKS = """
 import atexit, glob, json, os, runpy, shutil, signal, sys
 sys.path.insert(0, os.getcwd())

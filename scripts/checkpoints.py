@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 sys.path.insert(0, str(Path(__file__).parents[1]))   # for `python scripts/checkpoints.py`
 from configurator import (
     PATHS, UserError, first_line, is_finished, one_line_errors, publish, rank_and_size,
-    read_metrics, reading, require, sha256, write_text, writing)
+    read_metrics, read_run_settings, reading, require, sha256, write_text, writing)
 
 # -----------------------------------------------------------------------------
 # one run in one folder
@@ -102,7 +102,7 @@ def remove_leftovers(folder):
             os.remove(path)
         elif re.fullmatch(r"checkpoint-\d{7}\.tmp", name):
             remove_checkpoint(path)
-    if os.path.exists(os.path.join(folder, "train_config.json")):   # an export comes after it
+    if read_run_settings(folder):   # before an export there is a run
         shutil.rmtree(os.path.join(folder, "export.tmp"), ignore_errors=True)
 
 
