@@ -293,8 +293,8 @@ def load_checkpoint(model, optimizer, path):
 
 
 def read_state(p, pieces):
-    """The weights of parameter p, or a tensor of its optimizer's state: this rank's rows of it if it
-    is sharded, as all are that have p's shape."""
+    """The weights of parameter p, or a tensor of its optimizer's state. Of a sharded one, which all
+    are that have p's shape, it is this rank's rows."""
     shape = pieces[0][1].get_shape()
     if not isinstance(p, DTensor) or not shape or shape[1:] != [*p.shape[1:]]:
         value = read_rows(pieces, 0, None)
