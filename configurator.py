@@ -247,22 +247,28 @@ def write_text(path, text):
             os.remove(temporary)
 
 
+UMASK = os.umask(0)   # which can only be read by setting it
+os.umask(UMASK)
+
+
 def publish(temporary, path):
     """Give a finished file or folder its name. At any moment, also in a power cut, there is the old
     one or the new one, whole, as far as the file system can promise that."""
     if os.path.isfile(temporary):
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)   # safetensors leaves 0600, which others can't read
-        with open(temporary, "rb") as f:
-            os.fsync(f.fileno())
+        os.chmod(temporary, 0o666 & ~UMASK)   # safetensors leaves 0600, which others can't read
+        sync(temporary)
     os.replace(temporary, path)
     with contextlib.suppress(OSError):        # some file systems can't sync a folder
-        folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync(os.path.dirname(os.path.abspath(path)))
+
+
+def sync(path):
+    """Return when the disk has what was written to a file or folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def sha256(path):

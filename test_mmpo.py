@@ -810,14 +810,13 @@ def test_export_leaves_whole_files_that_others_can_read(checkpoint, tmp_path):
     model, config = llama.from_pretrained(checkpoint)
     (tmp_path / "export.tmp").mkdir()
     (tmp_path / "export.tmp" / "model-7.safetensors").touch()
-    umask = os.umask(0o022)
     for shard_bytes in (20_000, 10 ** 9):
         llama.export(model, str(tmp_path), config, files_of(checkpoint),
                      max_shard_bytes=shard_bytes)
         files = os.listdir(tmp_path)
-        assert {stat.S_IMODE((tmp_path / f).stat().st_mode) for f in files} == {0o644}
+        assert {stat.S_IMODE((tmp_path / f).stat().st_mode) for f in files} == {
+            0o666 & ~configurator.UMASK}
         assert not [f for f in files if "tmp" in f or "-7" in f]
-    os.umask(umask)
 
 
 def snapshot(folder):
@@ -4254,6 +4253,22 @@ def test_compare_arguments(tmp_path, monkeypatch, capsys):
     assert compare.difference([one], [one, turned]).startswith("+0.167 (")   # 2 and 1 of 3 gained
     assert compare.difference([one], [one]).startswith("+0.000 (+0.000 to")
     assert compare.difference([one], [other]) == compare.difference([one | {"pairs": []}], [one]) == ""
+
+
+def test_compare_takes_the_gpus_that_are_visible(tmp_path, monkeypatch):
+    """Those of CUDA_VISIBLE_DEVICES, by their numbers there, or all, by turns; without one, none."""
+    pytest.importorskip("matplotlib")
+    from scripts import compare
+    seen = []
+    monkeypatch.setattr(compare, "run", lambda folder, arguments, settings, evaluation, devices,
+                        *locks: seen.extend(devices.queue) or 0)
+    for visible, gpus, jobs in (("2,3", 2, ["2", "3", "2"]), ("", 2, ["0", "1", "0"]),
+                                ("", 0, [None] * 3)):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        seen.clear()
+        compare.run_all({"run": ([], {})}, str(tmp_path), "", len(jobs))
+        assert [device.get("CUDA_VISIBLE_DEVICES") for device in seen] == jobs
 
 
 def test_compare_knows_runs_by_content(tmp_path):

@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 sys.path.insert(0, str(Path(__file__).parents[1]))   # for `python scripts/checkpoints.py`
 from configurator import (
     PATHS, UserError, first_line, is_finished, one_line_errors, publish, rank_and_size,
-    read_metrics, read_run_settings, reading, require, sha256, write_text, writing)
+    read_metrics, read_run_settings, reading, require, sha256, sync, write_text, writing)
 
 # -----------------------------------------------------------------------------
 # one run in one folder
@@ -171,7 +171,7 @@ def write_part(save, mine, about, rank, keep, log):
     try:
         os.makedirs(temporary, exist_ok=True)
         save_file(mine, file, {"checkpoint": json.dumps(about)})
-        publish(file, file)   # to the disk, before the folder gets its name and older ones go
+        sync(file)   # before the folder gets its name, and older ones go
         write_text(os.path.join(temporary, f"{rank}.sha256"), sha256(file))
         save.written.set()
         if rank > 0:
@@ -184,6 +184,9 @@ def write_part(save, mine, about, rank, keep, log):
                 time.sleep(1)
                 late += 1
         size = sum(map(os.path.getsize, parts_of(temporary)))
+        metrics = os.path.join(os.path.dirname(save.path), "metrics.jsonl")
+        if os.path.exists(metrics):
+            sync(metrics)   # the steps before this one, which no run will make again
         publish(temporary, save.path)
         remove_checkpoints(os.path.dirname(save.path), keep)
         log(f"{save.path}: {size / 1e6:,.1f} MB in {time.time() - t0:.1f} s")

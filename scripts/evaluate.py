@@ -378,9 +378,13 @@ def main():
         require(windows, f"{args.text}: too short, as its first token is not scored")
         key.append(windows)
         questions.append(partial(perplexity, windows))
+    longest = 0   # tokens of a prompt and its answer
     if with_pairs and args.prompts:
         prompts = [*dict.fromkeys(tuple(pairs.ids(i)[0].tolist()) for i in range(len(pairs)))]
-        questions.append(partial(talk, prompts[:args.prompts], tokenizer, args, bool(reference)))
+        prompts = prompts[:args.prompts]
+        longest = max(map(len, prompts)) + args.max_new_tokens
+        key.append(sorted(tokenizer.stop_ids()))
+        questions.append(partial(talk, prompts, tokenizer, args, bool(reference)))
 
     def answer(name, folder, base):
         path = cache_path("evaluation", [sums[name], *key],
@@ -391,6 +395,7 @@ def main():
                 f"{name}: another vocabulary than that of {first}; evaluate it by itself")
         model, _ = llama.from_pretrained(folder, device, torch.bfloat16 if device == "cuda" else
                                          torch.float32)
+        model.check_length(longest)   # not after all else was measured
         result, metrics = {}, {}
         for question in questions:
             found = question(model, base)
