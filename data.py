@@ -1325,11 +1325,8 @@ def read_rows(source, split):
     stem, packing = re.fullmatch(r"(.*?)(\.gz|\.zst)?", source, re.DOTALL).groups()
     kind = os.path.splitext(stem)[1]
     if not os.path.exists(source):
-        require(re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)+(:[\w.-]+)?(@[\w./-]+)?", source)
-                and not packing and kind not in READERS,
-                f"{source}: no such file; give a local file or a hub dataset (owner/name)")
         with reading(source, "a hub dataset whose rows can be read"):
-            yield from read_hub(source, split)
+            yield from numbered(f"{source}:{split}", open_hub(source, split))
     elif os.path.isdir(source):
         with reading(source, "a folder of parquet files, or one that Dataset.save_to_disk made"):
             yield from read_folder(source, split)
@@ -1456,8 +1453,12 @@ def read_folder(source, split):
     yield from numbered(source, splits.get(split, next(iter(splits.values()))))
 
 
-def read_hub(source, split):
+def open_hub(source, split):
+    """A split of a hub dataset, as `datasets` has it on the disk. Raises UserError."""
     from datasets import load_dataset
+    require(re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)+(:[\w.-]+)?(@[\w./-]+)?", source)
+            and os.path.splitext(source)[1] not in (*READERS, ".gz", ".zst"),
+            f"{source}: no such file; give a local file or a hub dataset (owner/name)")
     path, _, revision = source.partition("@")
     path, _, config = path.partition(":")
     owner, name, *data_dir = path.split("/")
@@ -1469,7 +1470,13 @@ def read_hub(source, split):
                         f"be had ({first_line(e)}); check the name, give owner/name:config, "
                         "--train_split (or --eval_split), or a local file") from e
     check_revision(source, f"{owner}/{name}", revision, dataset)
-    yield from numbered(f"{source}:{split}", dataset)
+    return dataset
+
+
+def commits_of(dataset):
+    """The commits of the hub that a dataset's files are of. Their folders have these names."""
+    files = getattr(dataset, "cache_files", [])
+    return {os.path.basename(os.path.dirname(file["filename"])) for file in files}
 
 
 def check_revision(source, name, revision, dataset):
@@ -1479,9 +1486,7 @@ def check_revision(source, name, revision, dataset):
     ref = os.path.join(constants.HF_HUB_CACHE, f"datasets--{name.replace('/', '--')}", "refs",
                        revision or "main")
     commit = read_text(ref, "a revision") if os.path.isfile(ref) else revision
-    found = {os.path.basename(os.path.dirname(file["filename"]))   # its folder is named by a commit
-             for file in getattr(dataset, "cache_files", [])}
-    if commit and not all(name.startswith(commit) for name in found):
+    if commit and not all(found.startswith(commit) for found in commits_of(dataset)):
         try:
             dataset_info(name, revision=revision or None)   # then the hub was reached
         except Exception as e:
@@ -1568,8 +1573,9 @@ def load_pairs(sources, split, tokenizer, max_length, max_prompt_length, bad_row
     for source, split in sources:
         files = [source, *sorted(glob.glob(f"{glob.escape(source)}/**", recursive=True))]
         sums = [sha256(file) for file in files if os.path.isfile(file)]
-        # a hub dataset counts by its name, since its own library caches it
-        contents.append([split, *(sums or [source])])
+        if not os.path.exists(source):   # a hub dataset is known by its commit
+            sums = [source, *sorted(commits_of(open_hub(source, split)))]
+        contents.append([split, *sums])
     path = cache_path("pairs", [tokenizer.fingerprint, *args, contents], code=["data.py"])
     if z := load_cache(path):
         return Pairs(z["tokens"], z["lengths"], z["rewards"], str(z["report"]))

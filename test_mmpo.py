@@ -2924,6 +2924,21 @@ def test_hub_dataset(source, asked, monkeypatch):
     assert list(data.read_rows(source, "train")) == [(f"{source}:train: row 1", GOOD)]
 
 
+def test_a_hub_dataset_that_was_updated(tokenizer, monkeypatch):
+    """It is read again. What is cached counts for the commit that it is of."""
+    import datasets
+
+    class Rows(list):
+        cache_files = [{"filename": "/cache/a___b/default/0.0.0/c0/b-train.arrow"}]
+    rows = Rows([GOOD])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: rows)
+    assert len(load("a/updated", tokenizer)) == 1
+    rows.append(GOOD)   # no commit says that anything has changed
+    assert len(load("a/updated", tokenizer)) == 1
+    Rows.cache_files = [{"filename": "/cache/a___b/default/0.0.0/c1/b-train.arrow"}]
+    assert len(load("a/updated", tokenizer)) == 2
+
+
 def test_another_revision_of_a_hub_dataset(tmp_path, monkeypatch):
     """Without the hub `datasets` gives the revision that it had last: an error, if it isn't the one
     that was asked for."""
