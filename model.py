@@ -1009,7 +1009,7 @@ def load_weights(model, folder, device):
             with reading(f"{folder}: the adapter's part of {name}", "one for this base"):
                 tensor = merge(tensor, name, adapter, settings)
         cast = rounded(tensor, p.dtype, name)
-        require(all_finite(tensor) and all_finite(cast),
+        require(all_finite(tensor) and (cast is tensor or all_finite(cast)),
                 f"{path}: {name} holds NaN or infinite values in {p.dtype}; refusing")
         fill(p, cast)
     if second_head:
@@ -1167,11 +1167,11 @@ def exported_files(folder):
 
 
 def rounded(tensor, dtype, name):
-    """The tensor in dtype. bf16 is rounded up or down at random, by which is nearer, so that the
-    mean is kept. What training adds to a weight is mostly less than half the gap between two bf16
-    numbers, so rounding to the nearest would take it away again (assets/results.md). That holds for
-    weights that are written, and for fp32 weights, and sums of a base and its adapter, that are
-    read. The tensor's name seeds the random numbers, so the result is the same each time."""
+    """The tensor in dtype. Where that is bf16, a number goes up or down at random, by which is
+    nearer, so that the mean is kept. What training adds to a weight is mostly less than half the
+    gap between two bf16 numbers, so rounding to the nearest would take it away again
+    (assets/results.md). This is done where weights are written, and where they are read: of an fp32
+    file, or the sum of a base and its adapter. The tensor's name is the seed."""
     if dtype != torch.bfloat16 or tensor.dtype == dtype:
         return tensor.to(dtype).contiguous()
     noise = torch.randint(2 ** 16, tensor.shape, dtype=torch.int32,

@@ -40,10 +40,11 @@ from configurator import (
     read_settings, reading, require, run_sum)
 from scripts import evaluate, plot
 from scripts.checkpoints import last_checkpoint
-from scripts.report import NOT_TOLD
 
 TRAIN, EVALUATE = os.path.join(HERE, "train.py"), evaluate.__file__
 COLUMNS = "accuracy", "logps", "choices", "text", "kl", "answers"   # of the table: beginnings
+# train_config.json has others of these than were asked for
+RECORDED = ("out_dir", "overwrite", "resume", "dtype")
 NO_AXES = ("out_dir", "overwrite", "resume", "dry_run", "debug")
 
 
@@ -77,7 +78,7 @@ def check_folder(folder, settings):
     found = read_json(config) if os.path.exists(config) else {}
     for key, value in settings.items():
         other = found.get(key, value)
-        require(key in NOT_TOLD or other == value or key in PATHS and same_files(other, value),
+        require(key in RECORDED or other == value or key in PATHS and same_files(other, value),
                 f"{folder}: a run with {key}={found.get(key)!r}, not {value!r}; give another --out")
     return found.get("finished", False)
 
