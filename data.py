@@ -29,7 +29,8 @@ Row formats, one example each (a hub dataset, or a file or folder, see READERS):
     {"prompt": "Hi", "responses": ["a", "b"], "best": 1}             or two and which is better
     {"messages": [..]} or {"prompt": "Hi", "completion": "Hello!"}   for --objective=sft, each turn
                                                                      of the assistant, but for those
-                                                                     of "weight" 0 or "loss" false
+                                                                     of "weight" 0 or "loss" false,
+                                                                     .. (is_masked)
     {"conversation": [{"human": "Hi", "assistant": "Hello!"}]}       Firefly, and so Capybara, LIMA
     {"question": "Hi", "thoughts": "Short.", "answer": "Hello!"}     thoughts apart
 """
@@ -746,17 +747,20 @@ def compile_template(text, where):
 NAMES = {name: names.split() for name, names in {
     "system": "system system_prompt system_message system_instruction systemInstruction",
     "messages": "messages conversations conversation trajectory",
-    "prompt": "prompt instruction question query",
+    "prompt": "prompt instruction question query problem",
     "input": "input context",   # what an instruction or question is about, or the prompt itself
-    "chosen": "chosen chosen_response preferred_output response_j",
-    "rejected": "rejected rejected_response non_preferred_output response_k rejected_messages",
-    "completion": "completion response output solution answer",
+    "chosen": "chosen chosen_response response_chosen chosen_conversations preferred_output "
+              "accepted response_j",
+    "rejected": "rejected rejected_response response_rejected rejected_conversations "
+                "non_preferred_output response_k rejected_messages",
+    "completion": "completion response output solution answer generation",
     "thoughts": "thoughts reasoning_content thinking",   # before a completion that is text
     "responses": "responses generations",
     "rewards": "rewards ratings",
     "best": "best",   # of two responses: 0 or 1, a or b, model_a or model_b
-    "score_chosen": "score_chosen chosen_score chosen_rating chosen-rating",
-    "score_rejected": "score_rejected rejected_score rejected_rating rejected-rating",
+    "score_chosen": "score_chosen chosen_score chosen_rating rating_chosen chosen-rating",
+    "score_rejected": "score_rejected rejected_score rejected_rating rating_rejected "
+                      "rejected-rating",
     "label": "label kto_tag",
     "history": "history", "tools": "tools", "documents": "documents",
     "chat_template_kwargs": "chat_template_kwargs",
@@ -773,9 +777,15 @@ ROLE = re.compile(NAMES_ROLE % "|".join([*ROLES, *ROLES.values()]), re.IGNORECAS
 AS_TEXT = re.compile(r"\s*\[?\s*\{[^{}\[\]]*" + NAMES_ROLE % "system|user|human|assistant|gpt",
                      re.IGNORECASE)
 
+MESSAGE = {"role", "content"}, {"from", "value"}   # the fields of a message and nothing else
+
 # two speakers in one text, as in BELLE ("Human: ..") and HelpSteer2 ("<extra_id_1>User")
 SPEAKERS = [re.compile(rf"^(?:.{{0,4}}\b(?:{who})\s?[:\uff1a]|<extra_id_1>(?:{who})$)",
-                       re.IGNORECASE | re.MULTILINE) for who in ("human|user", "assistant|ai|bot")]
+                       re.IGNORECASE | re.MULTILINE)
+            for who in ("human|user|prompter", "assistant|ai|bot")]
+# what chat templates write around turns, as in mlabonne/chatml_dpo_pairs
+RENDERED = re.compile(r"<\|(im_start|im_end|start_header_id|eot_id|user|assistant)\|>|\[/INST\]|"
+                      "<start_of_turn>")
 
 THOUGHTS = "reasoning_content", "thinking", "reasoning"   # the names of an answer's thoughts
 CALLS = "tool_calls", "function_calls"   # the latter as text, in OLMo 3
@@ -863,7 +873,7 @@ def parse_row(row, columns={}, use_scores=False):
                     ranked)], unused
     [turns], [new] = dialogues, new
     rows = [Row(turns[:i], [turns[i:i + 1]], rewards, template, ranked)
-            for i in range(max(1, len(turns) - len(new)), len(turns))
+            for i in range(first_new(turns, new), len(turns))
             if turns[i]["role"] == "assistant" and not is_masked(turns[i])]
     if not rows:
         raise Drop("no response turn")
@@ -874,7 +884,8 @@ def take_answers(row, columns):
     """What is trained on: [(a field's name, its value), ..]. Chosen and rejected come before a list
     of responses, that before a completion, that before a conversation, but for --columns."""
     if row.has("chosen") or row.has("rejected") or row.has("completion") and row.name("rejected"):
-        answers = [row.take("chosen", "completion"), row.take("rejected")]
+        name = "chosen" if row.name("chosen") or not row.has("completion") else "completion"
+        answers = [row.take(name), row.take("rejected")]
     elif row.has("responses") and not {"messages", "completion"} & columns.keys():
         name, values = row.take("responses")
         values = listed(name, values)
@@ -884,6 +895,11 @@ def take_answers(row, columns):
     elif row.has("completion") and "messages" not in columns and (
             "completion" in columns or not is_answered(row)):
         name, value = row.take("completion")
+        whole = row.value("prompt")
+        if isinstance(value, str) and isinstance(whole, str) and len(value) > 20 \
+                and whole.rstrip().endswith(value.strip()):   # python_code_instructions_18k_alpaca
+            raise BadRow(f'"{row.name("prompt")}" ends in "{name}", the response',
+                         "name what is asked: --columns=prompt:instruction+input")
         if isinstance(value, str) and isinstance(row.value("thoughts"), str):
             value = turn("assistant", value) | {"reasoning_content": row.take("thoughts")[1]}
         answers = [(name, value)]
@@ -910,6 +926,9 @@ def best_first(row, answers, columns, use_scores):
         return [answers[i] for i in order], [rewards[i] for i in order], ""
     if row.took("responses") and ("best" in columns or row.name("best")):
         return (answers if first_is_best(row, answers) else answers[::-1]), None, "best"
+    if row.took("responses") and row.name("responses") == "generations" and len(answers) > 1:
+        raise BadRow('"generations" without "ratings" are in no order', "if the best is the first: "
+                     "--columns=responses:generations")
     return answers, None, "order" if row.took("responses") else ""
 
 
@@ -1038,7 +1057,7 @@ def negative(path, value):
 
 def take_rewards(row, pair, n, use_scores):
     """r of each of the n responses, or None."""
-    if pair and use_scores and not row.has("rewards"):
+    if pair and use_scores and (row.has("responses") or not row.has("rewards")):
         (name, a), (_, b) = row.take("score_chosen"), row.take("score_rejected")
         rewards = [a, b]
     elif row.has("rewards") and not (pair and row.has("responses")):   # or they are of those
@@ -1125,12 +1144,18 @@ def join(prompt, turns):
     return (own or system) + prompt[:len(prompt) - n] + turns
 
 
+def first_new(turns, new):
+    """Where in a dialogue the turns begin that an answer brings."""
+    moved = new != [] and new[0]["role"] == "system"   # to the top
+    return max(1, len(turns) - len(new) + moved)
+
+
 def shared_turns(dialogues, new):
     """How many turns are the prompt: as many as all have in common, with the assistant's next. What
     stands before the turns that an answer brings, `new`, is no response."""
     if any(not turns or turns[-1]["role"] != "assistant" for turns in new):
         raise Drop("no response turn")
-    least = max(1, *(len(turns) - len(own) for turns, own in zip(dialogues, new)))
+    least = max(map(first_new, dialogues, new))
     for n in range(min(map(len, dialogues)) - 1, least - 1, -1):
         if all(turns[n]["role"] == "assistant" and same(turns[:n], dialogues[0][:n])
                for turns in dialogues):
@@ -1148,9 +1173,11 @@ def parse_messages(name, value):
             found = listed(name, value)
             if isinstance(found, list) or {"content", "value", "tool_calls"} & found.keys():
                 return found
-        if value.lstrip().startswith("[") and ROLE.search(value):
+        if ROLE.search(value):
             with contextlib.suppress(BadRow):   # then it is a text like others
                 found = listed(name, value)
+                if isinstance(found, dict):
+                    return found if found.keys() in MESSAGE else value
                 if all(isinstance(m, dict) and {"role", "from"} & m.keys() for m in found):
                     return found
     return value
@@ -1242,7 +1269,8 @@ def check_message(name, message):
             raise BadRow(f'"{name}" has {key} that is no text', f"got {kind_of(rest[key])}")
     role = role.strip().lower().replace("-", "_")
     role = ROLES.get(role, role)
-    if role == "assistant" and isinstance(parts, list) and any(map(is_masked, parts)):
+    spans = parts if isinstance(parts, list) else rest.get("train_detail") or []
+    if role == "assistant" and any(map(is_masked, spans)):
         raise BadRow(f'"{name}" has turns with parts that are not to be trained on')
     return turn(role, content) | rest
 
@@ -1266,7 +1294,8 @@ def joined(name, value):
 def is_masked(part):
     """Whether OpenAI, ms-swift, axolotl or LLaMA-Factory would not train on this."""
     return any(str(part.get(key, 1)).lower() in ("0", "0.0", "false")
-               for key in ("weight", "loss", "train", "loss_weight", "loss_scale"))
+               for key in ("weight", "loss", "train", "training", "loss_mask", "loss_weight",
+                           "loss_scale"))
 
 
 def hh_turns(dialogue, role="assistant"):
@@ -1548,13 +1577,20 @@ def hold_out(pairs, n, seed):
 
 
 def n_leaked(pairs, held_out):
-    """How many held-out pairs have a prompt that is trained on too."""
+    """How many held-out pairs have a prompt that is trained on too, or that begins or continues one
+    that is, as turns of one conversation do."""
     def prompts(some):
         return [some.tokens[start:start + n].tobytes()
                 for start, n in zip(some.starts, some.lengths[:, 0])]
 
-    trained = set(prompts(pairs))
-    return sum(prompt in trained for prompt in prompts(held_out))
+    trained = sorted({*prompts(pairs)})
+    known, sizes = {*trained}, {len(prompt) for prompt in trained}
+
+    def leaked(prompt):
+        after = bisect.bisect_left(trained, prompt)
+        return any(prompt[:n] in known for n in sizes if n <= len(prompt)) \
+            or after < len(trained) and trained[after].startswith(prompt)
+    return sum(map(leaked, prompts(held_out)))
 
 
 def load_pairs(sources, split, tokenizer, max_length, max_prompt_length, bad_rows="error",
@@ -1617,7 +1653,7 @@ def tokenize(sources, tokenizer, max_length, max_prompt_length, bad_rows, column
     """load_pairs without the cache. Every row is used, or counted as dropped, by its reason."""
     tokenizer.require_template()
     pairs, rewards, ranked = [], [], set()
-    seen, used, asked_again, tied, transcripts = 0, 0, 0, 0, 0
+    seen, used, asked_again, tied, transcripts, rendered = 0, 0, 0, 0, 0, 0
     dropped, left_out, cut, unused, ignored = (Counter() for _ in range(5))
     every = (found for source in sources for found in read_rows(*source))
     for where, line in tqdm(every, "rows", disable=None):   # None: only on a terminal
@@ -1653,6 +1689,8 @@ def tokenize(sources, tokenizer, max_length, max_prompt_length, bad_rows, column
         left_out.update(reasons)
         ranked.add(row.ranked)
         asked_again += any(t["role"] == "user" for turns in row.responses for t in turns)
+        rendered += any(RENDERED.search(text_of(t)) for turns in (row.turns, *row.responses)
+                        for t in turns)
         transcripts += any(all(who.search(text_of(t)) for who in SPEAKERS) for t in row.turns
                            if t["role"] == "user")
         tied += row.rewards is not None and len({*row.rewards}) == 1 < len(row.rewards)
@@ -1675,6 +1713,8 @@ def tokenize(sources, tokenizer, max_length, max_prompt_length, bad_rows, column
         transcripts and f"{transcripts:,} with what looks like a dialogue in one turn of the user, "
                         "which it stays; messages, or turns at \\n\\nHuman: and \\n\\nAssistant:, "
                         "are turns of their own",
+        rendered and f"{rendered:,} in which the data spells markers of a chat template, which are "
+                     "text there; was it rendered before?",
         tied and f"{tied:,} with equal rewards, whose first response counts as the best",
         counted(cut) and f"cut to length: {counted(cut)}",
         unused + ignored and "fields not used: " + ", ".join(

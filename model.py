@@ -980,12 +980,13 @@ def build(folder, dtype):
 
 
 @torch.no_grad()
-def load_weights(model, folder, device):
+def load_weights(model, folder, device, in_bf16=False):
     """Give a model that `build` made its memory on `device` and fill it from safetensors, with the
     folder's adapter merged in if it has one.
 
     Strict: every tensor of the model exactly once, of the right shape, finite, and none besides;
-    else UserError says what is wrong where. The weights are never in memory twice.
+    else UserError says what is wrong where. The weights are never in memory twice. in_bf16: whether
+    products will be in bf16, which round fp32 weights to the nearest; so they are `rounded` here.
     """
     found = {name: entry for name, entry in find_tensors(folder).items()
              if not name.endswith("rotary_emb.inv_freq")}   # old Llamas saved it; it is computed
@@ -1001,6 +1002,7 @@ def load_weights(model, folder, device):
                 f"for {shapes[name]}")
     model.to_empty(device=device)   # not before it is known to be as large as the files say
     parameters, (adapter, settings) = dict(model.named_parameters()), find_adapter(folder)
+    dtype = torch.bfloat16 if in_bf16 else model.head_weight.dtype
     adapter = {name.removeprefix("base_model.model.").replace(".base_layer.", "."):
                read_tensor(path, name) for name, (path, *_) in adapter.items()}   # peft's names
     for name, (path, *_) in found.items():
@@ -1008,13 +1010,13 @@ def load_weights(model, folder, device):
         if not (tied and p is model.head_weight):
             with reading(f"{folder}: the adapter's part of {name}", "one for this base"):
                 tensor = merge(tensor, name, adapter, settings)
-        cast = rounded(tensor, p.dtype, name)
+        cast = rounded(tensor, dtype, name)
         require(all_finite(tensor) and (cast is tensor or all_finite(cast)),
-                f"{path}: {name} holds NaN or infinite values in {p.dtype}; refusing")
+                f"{path}: {name} holds NaN or infinite values in {dtype}; refusing")
         fill(p, cast)
     if second_head:
         p, tensor = model.head_weight, read_tensor(second_head[0], "lm_head.weight")
-        cast = rounded(tensor, p.dtype, "model.embed_tokens.weight").to(p.device)
+        cast = rounded(tensor, dtype, "model.embed_tokens.weight").to(p.device, p.dtype)
         require(cast.equal(whole(p)), f"{folder}: lm_head.weight differs from embed_tokens.weight, "
                 "but config.json ties them; set tie_word_embeddings to false")
     require(not adapter, f"{folder}: the adapter's {min(adapter, default='')!r:.80} fits no weight "

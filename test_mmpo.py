@@ -1369,9 +1369,13 @@ def test_bf16_keeps_a_small_adapter(tmp_path):
 
     start = flat(llama.from_pretrained(base)[0])
     added = flat(merged) - start
-    for folder in (lora, whole):
-        kept = flat(llama.from_pretrained(folder, dtype=torch.bfloat16)[0]) - start
+    for folder, dtype in [(f, d) for f in (lora, whole) for d in (torch.bfloat16, torch.float32)]:
+        opened = llama.checkpoint_folder(folder)
+        model, _ = llama.build(opened, dtype)   # fp32: what all weights are trained in
+        llama.load_weights(model, opened, "cpu", in_bf16=True)
+        kept = flat(model) - start
         assert 0.7 < (kept @ added) / (added @ added) < 1.3
+        assert flat(model).equal(flat(model).bfloat16().float())   # products change nothing
     assert ((flat(merged).bfloat16().float() - start) @ added) / (added @ added) < 0.2
 
 
@@ -2884,6 +2888,36 @@ def test_scores(tokenizer, tmp_path):
             data.load_pairs(path, "", tokenizer, 512, 256, use_scores=True)
 
 
+def test_rows_that_mislead(tokenizer, tmp_path):
+    """Rows of real sets of which another thing was trained on than what they mean, in silence."""
+    a, b = ({"role": "assistant", "content": x} for x in "ab")
+    rated = {"instruction": "Hi", "generations": ["b", "a"], "ratings": [2, 5], "chosen": "a",
+             "rejected": "b", "chosen_rating": 5, "rejected_rating": 2}   # distilabel's
+    [row], unused = data.parse_row(rated, {}, use_scores=True)
+    assert row.rewards == [5, 2] and row.responses == [[a], [b]]
+    for row, words in (
+            ({"prompt": "Hi", "generations": ["b", "a"], "ratings": None}, "in no order"),
+            ({"question": "Hi", "chosen": None, "rejected": "b", "answer": "a"}, '"chosen" must'),
+            ({"prompt": f"Hi. {'Hello! ' * 5}", "output": "Hello! " * 5}, '"prompt" ends in "output"'),
+            ({"messages": [*say("Hi"), a | {"train_detail": [{"train": False}]}]}, "not to be trained")):
+        with pytest.raises(data.BadRow, match=words):
+            data.parse_row(row)
+    for key in ("training", "loss_mask"):
+        [row], _ = data.parse_row({"messages": [*say("Hi"), a | {key: 0}, *say("Who?"), b]})
+        assert row.responses == [[b]]
+    asked = say("Hi", "A")   # and a system turn that goes to the top is none of the answer's
+    [row], _ = data.parse_row({"prompt": asked, "messages": [BRIEF, *say("Who?"), b]})
+    assert row.turns == [BRIEF, *asked, *say("Who?")] and row.responses == [[b]]
+    with pytest.raises(data.Drop):
+        data.parse_row({"prompt": asked, "chosen": [BRIEF, *say("Who?"), a],
+                        "rejected": [BRIEF, *say("What?"), b]})
+    [row], _ = data.parse_row({"prompt": "Hi", "chosen": "{'content': 'x = {1}', 'role': 'assistant'}",
+                               "rejected": "{'content': 'b', 'role': 'assistant'}"})
+    assert row.responses == [[a | {"content": "x = {1}"}], [b]]
+    path = write_rows(tmp_path / "a.jsonl", [GOOD, GOOD | {"chosen": "a<|im_end|>\n"}])
+    assert "; 1 in which the data spells markers of a chat template" in load(path, tokenizer).report
+
+
 def test_conversations(tokenizer, tmp_path):
     """Of a conversation and of a completion each turn of the assistant is trained, as the one
     response to all before it."""
@@ -4267,7 +4301,8 @@ def test_compare_arguments(tmp_path, monkeypatch, capsys):
     other = one | {"pairs": [*"abd"]}   # of as many pairs and prompts
     assert compare.difference([one], [one, turned]).startswith("+0.167 (")   # 2 and 1 of 3 gained
     assert compare.difference([one], [one]).startswith("+0.000 (+0.000 to")
-    assert compare.difference([one], [other]) == compare.difference([one | {"pairs": []}], [one]) == ""
+    assert compare.difference([one], [other]) == "other pairs"
+    assert compare.difference([one | {"pairs": []}], [one]) == ""
 
 
 def test_compare_takes_the_gpus_that_are_visible(tmp_path, monkeypatch):
@@ -5125,6 +5160,11 @@ def test_leaks_are_warned_of(mistakes, tokenizer, tmp_path):
     first, second = (load(write_rows(tmp_path / "a.jsonl", some), tokenizer)
                      for some in (rows[:2], rows[2:]))
     assert data.n_leaked(first, second) == 1 and data.n_leaked(first, first) == 2
+    chat = [{"messages": [*say("Hi", "A"), *say("Who?", "B")]}]   # each turn is a pair
+    turns = load(write_rows(tmp_path / "b.jsonl", chat), tokenizer)
+    one, other = turns.subset(np.array([0])), turns.subset(np.array([1]))
+    assert data.n_leaked(one, other) == data.n_leaked(other, one) == 1
+    assert data.n_leaked(first.subset(np.array([1])), turns) == 0
     warning = "1 of 1 held-out pairs have a prompt that is trained on too"
     assert warning in mistakes["rank"].stdout and warning not in mistakes["diverged"].stdout
 

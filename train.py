@@ -111,7 +111,7 @@ parallel = "ddp"                  # ddp | fsdp: each GPU has the whole model, or
 pack_tokens = 16384               # tokens of one forward and backward pass, at most
 activation_checkpointing = False  # compute activations again in backward: slower, far less memory
 device = "auto"                   # auto | cuda | cpu | mps
-dtype = "auto"                    # auto | bfloat16 | float32: of products and of frozen weights
+dtype = "auto"                    # auto | bfloat16 | float32 (TF32 on a GPU): of products
 compile = "auto"                  # auto | true | false: torch.compile; auto does on a GPU only
 seed = 42                         # of what is held out, of order, adapters, dropout, samples
 # -----------------------------------------------------------------------------
@@ -206,7 +206,7 @@ else:
             f"than a batch of {batch_size}; lower it, or give eval_dataset")
 if leaked := data.n_leaked(train_pairs, held_out):
     log(f"warning: {leaked} of {len(held_out)} held-out pairs have a prompt that is trained on "
-        "too, so their numbers flatter; give an eval_dataset of other prompts")
+        "too, or begins so, and their numbers flatter; give an eval_dataset of other prompts")
 log(report.describe_example(train_pairs, tokenizer))
 longest = max(train_pairs.lengths.sum(1).max(), held_out.lengths.sum(1).max())
 require(longest <= pack_tokens, f"pack_tokens: {pack_tokens} is less than the longest pair "
@@ -257,7 +257,7 @@ settings["init_from_sha256"] = once_on_each_node(llama.weights_fingerprint, fold
 if checkpoint:
     check_same_run(settings, before)
     require(start_iter <= max_iters, f"max_iters: {max_iters}, and {checkpoint} is past that")
-llama.load_weights(raw_model, folder, device)
+llama.load_weights(raw_model, folder, device, in_bf16=dtype == "bfloat16")
 trained = [p for p in raw_model.parameters() if p.requires_grad]
 if compile:
     raw_model.compile_blocks()
@@ -286,8 +286,9 @@ def answer(title):
 # From here on there is no reference model, only a table: R = r + beta log pi_ref.
 def reference_logps(pairs, indices):
     """score(pairs, indices) of the untrained model, from the cache if every rank finds it there."""
-    key = [settings["init_from_sha256"], dtype, str(frozen_dtype), fsdp, device.type, compile,
-           pairs.fingerprint(), indices.tolist()]
+    card = torch.cuda.get_device_name() if on_gpu else device.type
+    key = [settings["init_from_sha256"], dtype, str(frozen_dtype), fsdp, card, compile,
+           torch.__version__, pairs.fingerprint(), indices.tolist()]
     path = cache_path("reference", key, code=["data.py", "model.py"])
     cached = load_cache(path)
     found = torch.tensor(float(cached is not None), device=device)

@@ -415,7 +415,8 @@ def interrupted(device):
     may_leave = False
     number = asked[0] if asked else 0
     if dist.is_initialized():
-        number = number or (signal.SIGTERM if os.getppid() != PARENT else 0)
+        alone = dist.is_torchelastic_launched() and os.getppid() != PARENT
+        number = number or (signal.SIGTERM if alone else 0)
         number = torch.tensor(float(number), device=device)
         dist.all_reduce(number, dist.ReduceOp.MAX)
         number = int(number)

@@ -4,11 +4,12 @@ Run a grid of settings, evaluate every run, and end in a table and pictures.
 $ pip install matplotlib
 $ python -m scripts.compare config/smollm2_135m.py --jobs=2 --evaluate="--choices sciq.jsonl.gz" \
       --grid objective=mmpo,dpo beta=0.05,0.5 seed=1,2 --grid config=config/authors.py seed=1,2 \
-      -- --epochs=2
+      -- --epochs=2 --eval_dataset=HuggingFaceH4/ultrafeedback_binarized
 
 A --grid is all combinations of its values; several are put together. Its keys are settings of
 train.py, and `config`: a file that is applied after CONFIG, as for a value with a comma in it. What
-follows `--` is for every run.
+follows `--` is for every run. Without an eval_dataset each seed holds out other pairs, and runs on
+other pairs are not tested against each other.
 
 Called again, the same command goes on where it was stopped: a finished run is not repeated, an
 interrupted one goes on from its last checkpoint. A folder that holds another run is refused. Each
@@ -209,7 +210,8 @@ def cell(values):
 
 def difference(group, base):
     """Of the implicit reward accuracies of two groups of runs, with its 95% interval. "" where the
-    evaluations had no pairs, or others than each other. Their order may differ, as by seed."""
+    evaluations had no pairs, and a word where they had others than each other. Their order may
+    differ, as by seed."""
     if not all(e.get("pairs") and e["margins"] for e in [*base, *group]):
         return ""
     found = []   # of each evaluation, its pairs in one order: what they are, their prompts, margins
@@ -219,7 +221,7 @@ def difference(group, base):
                                                    e["margins"]["implicit"])])
     pairs, prompts, margins = zip(*found)
     if not all(np.array_equal(some, pairs[0]) for some in pairs):
-        return ""
+        return "other pairs"
     gained = np.array(margins) > 0
     a, b = gained[:len(base)].mean(0), gained[len(base):].mean(0)
     value, low, high = evaluate.ratio(b - a, groups=prompts[0])

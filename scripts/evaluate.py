@@ -21,7 +21,7 @@ lm-evaluation-harness: acc by summed log-probs, acc_norm by log-probs a characte
 choice (LAMBADA) counts where the likeliest tokens spell it, and has a perplexity.
 
 Intervals are 95%, from a bootstrap that draws prompts with all their pairs, or multiple-choice
-items, or windows of the text. There is none where that is one alone.
+items, or windows of the text. A mean of one of these alone has none.
 """
 import argparse
 import contextlib

@@ -1,15 +1,17 @@
 #!/usr/bin/env bash
-# What assets/results.md says of a GPU and what it couldn't measure yet. In the checkout:
+# Most of what assets/results.md couldn't measure on a GPU yet. In the checkout:
 #
 #   bash scripts/on_gpu.sh SMOLLM2_135M TRAIN TEST "CHOICES.jsonl.gz .." [LLAMA3_8B]
 #
-# SMOLLM2_135M and LLAMA3_8B are Hugging Face folders or hub ids, the pairs any files that data.py
-# reads. A step that fails doesn't end the others. Everything is written to out/gpu.
+# SMOLLM2_135M and LLAMA3_8B are Hugging Face folders or hub ids, the pairs JSON lines with prompt,
+# chosen and rejected. A step that fails doesn't end the others. Everything is written to out/gpu,
+# which should not be there yet.
 set -uo pipefail
 smollm2=$1 train=$2 test=$3 choices=$4 llama=${5:-} out=out/gpu
 mkdir -p "$out"
 
-# 1. the GPU computes what the CPU does, and is nearer to float64 than transformers
+# 1. the GPU computes what the CPU does, and, with a copy of SmolLM2-135M-Instruct in
+#    ~/.cache/nanommpo, is nearer to float64 than transformers
 python -m pytest -q test_mmpo.py -k test_gpu
 
 # 2. beside TRL, one idea at a time, and where the time goes

@@ -16,7 +16,7 @@ from configurator import (
     HERE, is_finished, one_line_errors, read_json, read_metrics, read_settings, reading, require,
     write_text)
 
-FAR_KL = 0.3       # nats a token; assets/results.md's short recipe ends at half of it, mostly
+FAR_KL = 0.3       # nats a token; twice what assets/results.md's short recipe needs on sentences
 FAR_CHOSEN = 0.1   # share by which the chosen response's log-prob fell; there it rises
 CLIPPED = 10       # times grad_clip
 
