@@ -56,7 +56,7 @@ for name, rows in (("train", others), ("held_out", balanced)):
     print(f"{name}: {len(rows)} pairs of {len({row['prompt'] for row in rows})} prompts")
 EOF
 
-# The methods at the rates found for them by short runs; betas; seeds; ablations; other rates.
+# The methods; betas; seeds; ablations; other learning rates, a factor of three apart.
 python -m scripts.compare config/study_135m.py --out="$out" --jobs="$jobs" \
     --evaluate="--pairs=$out/held_out.jsonl --choices $choices --limit=$limit --prompts=64 --max_new_tokens=96" \
     --grid pref_weight=10,0 learning_rate=2e-5 \
@@ -74,5 +74,8 @@ python -m scripts.compare config/study_135m.py --out="$out" --jobs="$jobs" \
     --grid pref_weight=0.5,1,2 learning_rate=2e-5 \
     --grid reward_norm=False reward_chosen=5 reward_rejected=0 learning_rate=2e-5 \
     --grid objective=simpo learning_rate=2e-5 --grid pref_weight=0,10 learning_rate=6e-5 \
+    --grid pref_weight=0,10 learning_rate=6e-6 --grid pref_weight=10 learning_rate=6e-6 seed=1 \
+    --grid objective=dpo learning_rate=2e-6,6e-5 --grid objective=simpo learning_rate=2e-6 \
+    --grid objective=sft learning_rate=6e-6,6e-5 \
     -- --init_from="$model" --dataset="$out/train.jsonl" --eval_dataset="$out/held_out.jsonl" \
     "${more[@]}"
