@@ -261,8 +261,10 @@ class Tokenizer:
                     f"{folder}: eos_token_id of config.json or generation_config.json should be "
                     f"whole numbers (got {ends!r:.50})")
             self.text_prefix = find_text_prefix(spec)
-            self.template_text = find_chat_template(folder, config, chat_template)
-            self.template = compile_template(self.template_text, chat_template or folder)
+            self.template_text, for_tools = find_chat_template(folder, config, chat_template)
+            self.template, self.tool_template = (
+                compile_template(text, chat_template or folder)
+                for text in (self.template_text, for_tools))
         for marker in re.findall(r"<\|\w+\|>", TEMPLATES.get(chat_template, "")):
             require(marker in self.added, f"chat_template: {chat_template} needs {marker}, which "
                     "this tokenizer lacks; give a .jinja file whose turns end in {{ eos_token }}")
@@ -413,13 +415,14 @@ class Tokenizer:
         self.require_template()
         variables = self.named | self.template_kwargs | (chat_template_kwargs or {}) | dict(
             tools=tools, documents=documents, add_generation_prompt=add_generation_prompt)
+        template = self.tool_template if tools is not None else self.template
         turns = with_reasoning(turns)
         no_nulls = [{k: v for k, v in t.items() if v is not None} for t in turns]
         # beside tool calls a template wants no content (as from transformers), null, or ""
         for messages in (no_nulls, turns, [{"content": ""} | t for t in no_nulls]):
             try:
                 with limited(RENDER_SECONDS, "chat template: to render a row"):
-                    text = self.template.render(variables, messages=messages)
+                    text = template.render(variables, messages=messages)
                 if len(text) > 2 * MAX_CHARS:
                     raise ValueError(f"it writes over {2 * MAX_CHARS:,} characters")
                 parsed = with_arguments(turns, text)
@@ -688,19 +691,22 @@ TEMPLATES = {
 
 
 def find_chat_template(folder, config, override):
-    """The text of the template: a named one, a .jinja file, or else the checkpoint's own, "" where
-    it has none."""
-    if override in TEMPLATES:
-        return TEMPLATES[override]
+    """The text of the template, a named one, a .jinja file, or else the checkpoint's own, and of
+    the one for rows with tools, which is mostly the same. "" where it has none."""
     path = os.path.expanduser(override) or os.path.join(folder, "chat_template.jinja")
-    require(not override or os.path.exists(path),
+    require(override in ("", *TEMPLATES) or os.path.exists(path),
             f"chat_template: no file {path} (or one of {', '.join(TEMPLATES)})")
-    if os.path.exists(path):
-        return read_text(path, "a chat template")
-    template = config.get("chat_template")
+    if override in TEMPLATES:
+        template = TEMPLATES[override]
+    elif os.path.exists(path):
+        template = read_text(path, "a chat template")
+    else:
+        template = config.get("chat_template") or ""
     if isinstance(template, list):   # several, by name
-        template = {t["name"]: t["template"] for t in template}.get("default")
-    return template or ""
+        named = {t["name"]: t["template"] for t in template}
+        template = named.get("default", "")
+        return template, named.get("tool_use", template)
+    return template, template
 
 
 def compile_template(text, where):

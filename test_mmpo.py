@@ -2874,6 +2874,29 @@ def test_what_a_row_gives_the_template(checkpoint, tmp_path):
     assert "1 used" in report and report.endswith("not used: tools, chat_template_kwargs")
 
 
+def test_template_for_tools(tmp_path):
+    """Of several named templates a row with tools takes tool_use, as in transformers; an export
+    keeps both."""
+    from transformers import AutoTokenizer
+    folder, out = str(tmp_path / "model"), str(tmp_path / "out")
+    shutil.copytree("assets/demo", folder)
+    template = (Path(folder) / "chat_template.jinja").read_text()
+    os.remove(f"{folder}/chat_template.jinja")
+    several = [{"name": "default", "template": template},
+               {"name": "tool_use", "template": "{{ tools | length }} tools\n" + template}]
+    path = f"{folder}/tokenizer_config.json"
+    write_json(path, read_json(path) | {"chat_template": several})
+    model, config = llama.from_pretrained(folder)
+    llama.export(model, out, config, llama.files_beside_weights(folder), chat_template=template)
+    for place in (folder, out):
+        ours, theirs = data.Tokenizer(place), AutoTokenizer.from_pretrained(place)
+        for tools in (None, [TOOL]):
+            text = ours.render(say("Hi"), True, tools=tools)
+            assert text.startswith("1 tools") == bool(tools)
+            assert text == theirs.apply_chat_template(say("Hi"), tools=tools, tokenize=False,
+                                                      add_generation_prompt=True)
+
+
 def test_scores(tokenizer, tmp_path):
     """The scores of a pair are its rewards if asked for, and otherwise told as not used."""
     row = GOOD | {"score_chosen": 8.5, "score_rejected": 3}

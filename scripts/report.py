@@ -105,7 +105,8 @@ def closing_lines(out_dir):
                      f"standard error, {error:.2f} of implicit rewards and "
                      f"{math.sqrt(2) * error:.2f} of the accuracy's gain. More: a higher "
                      "learning_rate, more steps" +
-                     ", a higher pref_weight" * (settings["objective"] == "mmpo"))
+                     ", a higher pref_weight" * (settings["objective"] == "mmpo"
+                                                 and settings["pref_weight"] < 10))
     clip = settings["grad_clip"]
     clipped = sum(norm > CLIPPED * clip for norm in norms)
     if clip and clipped > len(norms) / 2:
