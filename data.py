@@ -756,7 +756,7 @@ NAMES = {name: names.split() for name, names in {
     "prompt": "prompt instruction question query problem",
     "input": "input context",   # what an instruction or question is about, or the prompt itself
     "chosen": "chosen chosen_response response_chosen chosen_conversations preferred_output "
-              "accepted response_j",
+              "response_j",
     "rejected": "rejected rejected_response response_rejected rejected_conversations "
                 "non_preferred_output response_k rejected_messages",
     "completion": "completion response output solution answer generation",
@@ -783,7 +783,7 @@ ROLE = re.compile(NAMES_ROLE % "|".join([*ROLES, *ROLES.values()]), re.IGNORECAS
 AS_TEXT = re.compile(r"\s*\[?\s*\{[^{}\[\]]*" + NAMES_ROLE % "system|user|human|assistant|gpt",
                      re.IGNORECASE)
 
-MESSAGE = {"role", "content"}, {"from", "value"}   # the fields of a message and nothing else
+MESSAGE = {"role", "content"}, {"from", "value"}   # the fields of a message, and no others
 
 # two speakers in one text, as in BELLE ("Human: ..") and HelpSteer2 ("<extra_id_1>User")
 SPEAKERS = [re.compile(rf"^(?:.{{0,4}}\b(?:{who})\s?[:\uff1a]|<extra_id_1>(?:{who})$)",
@@ -901,11 +901,6 @@ def take_answers(row, columns):
     elif row.has("completion") and "messages" not in columns and (
             "completion" in columns or not is_answered(row)):
         name, value = row.take("completion")
-        whole = row.value("prompt")
-        if isinstance(value, str) and isinstance(whole, str) and len(value) > 20 \
-                and whole.rstrip().endswith(value.strip()):   # python_code_instructions_18k_alpaca
-            raise BadRow(f'"{row.name("prompt")}" ends in "{name}", the response',
-                         "name what is asked: --columns=prompt:instruction+input")
         if isinstance(value, str) and isinstance(row.value("thoughts"), str):
             value = turn("assistant", value) | {"reasoning_content": row.take("thoughts")[1]}
         answers = [(name, value)]
@@ -1659,7 +1654,7 @@ def tokenize(sources, tokenizer, max_length, max_prompt_length, bad_rows, column
     """load_pairs without the cache. Every row is used, or counted as dropped, by its reason."""
     tokenizer.require_template()
     pairs, rewards, ranked = [], [], set()
-    seen, used, asked_again, tied, transcripts, rendered = 0, 0, 0, 0, 0, 0
+    seen, used, asked_again, tied, transcripts, rendered, repeated = 0, 0, 0, 0, 0, 0, 0
     dropped, left_out, cut, unused, ignored = (Counter() for _ in range(5))
     every = (found for source in sources for found in read_rows(*source))
     for where, line in tqdm(every, "rows", disable=None):   # None: only on a terminal
@@ -1699,6 +1694,9 @@ def tokenize(sources, tokenizer, max_length, max_prompt_length, bad_rows, column
                         for t in turns)
         transcripts += any(all(who.search(text_of(t)) for who in SPEAKERS) for t in row.turns
                            if t["role"] == "user")
+        # as in python_code_instructions_18k_alpaca, whose prompt holds all of the row
+        repeated += any(len(said) > 20 and text_of(row.turns[-1]).rstrip().endswith(said)
+                        for said in (text_of(turns[-1]).strip() for turns in row.responses))
         tied += row.rewards is not None and len({*row.rewards}) == 1 < len(row.rewards)
         pairs += made
         rewards += [row.rewards for row in good if row.rewards is not None]
@@ -1721,6 +1719,7 @@ def tokenize(sources, tokenizer, max_length, max_prompt_length, bad_rows, column
                         "are turns of their own",
         rendered and f"{rendered:,} in which the data spells markers of a chat template, which are "
                      "text there; was it rendered before?",
+        repeated and f"{repeated:,} whose prompt ends in a response; does its field hold both?",
         tied and f"{tied:,} with equal rewards, whose first response counts as the best",
         counted(cut) and f"cut to length: {counted(cut)}",
         unused + ignored and "fields not used: " + ", ".join(

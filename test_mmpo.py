@@ -2921,7 +2921,6 @@ def test_rows_that_mislead(tokenizer, tmp_path):
     for row, words in (
             ({"prompt": "Hi", "generations": ["b", "a"], "ratings": None}, "in no order"),
             ({"question": "Hi", "chosen": None, "rejected": "b", "answer": "a"}, '"chosen" must'),
-            ({"prompt": f"Hi. {'Hello! ' * 5}", "output": "Hello! " * 5}, '"prompt" ends in "output"'),
             ({"messages": [*say("Hi"), a | {"train_detail": [{"train": False}]}]}, "not to be trained")):
         with pytest.raises(data.BadRow, match=words):
             data.parse_row(row)
@@ -2939,6 +2938,8 @@ def test_rows_that_mislead(tokenizer, tmp_path):
     assert row.responses == [[a | {"content": "x = {1}"}], [b]]
     path = write_rows(tmp_path / "a.jsonl", [GOOD, GOOD | {"chosen": "a<|im_end|>\n"}])
     assert "; 1 in which the data spells markers of a chat template" in load(path, tokenizer).report
+    write_rows(path, [{"prompt": f"Hi. {said}", "output": said} for said in ("a dog", "a dog " * 9)])
+    assert "; 1 whose prompt ends in a response; does" in load(path, tokenizer).report
 
 
 def test_conversations(tokenizer, tmp_path):
