@@ -999,9 +999,10 @@ def translate(row, columns):
     other = ("chosen", "rejected") if "responses" in found else ()
     row = Fields({name: value for name, value in row.items()
                   if name not in columns.values() and name not in other} | found)
-    for name in ("rating", "scores"):   # lists of distilabel's, of old, and of others
-        if isinstance(row.get(name), list) and row.has("responses") and not row.has("rewards"):
-            row["rewards"] = row.pop(name)
+    if isinstance(row.get("rating"), list) and not row.has("rewards"):   # distilabel's, of old
+        row["rewards"] = row.pop("rating")
+    if isinstance(row.get("scores"), list) and row.has("responses") and not row.has("rewards"):
+        row["rewards"] = row.pop("scores")   # beside a pair they may be of anything
     if isinstance(row.get("functions"), list) and not row.has("tools"):   # OpenAI's, of old
         row["tools"] = row.pop("functions")
     if isinstance(row.get("contents"), list) and not row.has("messages") and all(
