@@ -21,6 +21,7 @@ mkdir -p "$out"
 # one and 400 whose chosen one is shorter. Pairs of other prompts are trained on.
 [ -e "$out/held_out.jsonl" ] || python - "$model" "$train" "$test" "$out" $length $pairs << 'EOF'
 import json
+import os
 import sys
 
 import numpy as np
@@ -51,8 +52,9 @@ others = [row for row, _ in train if row["prompt"] not in held]
 others = [others[i] for i in rng.permutation(len(others))[:int(pairs)]]
 balanced = [balanced[i] for i in rng.permutation(len(balanced))]
 for name, rows in (("train", others), ("held_out", balanced)):
-    with open(f"{out}/{name}.jsonl", "w", encoding="utf-8") as f:
+    with open(f"{out}/{name}.tmp", "w", encoding="utf-8") as f:
         f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    os.replace(f.name, f"{out}/{name}.jsonl")
     print(f"{name}: {len(rows)} pairs of {len({row['prompt'] for row in rows})} prompts")
 EOF
 
@@ -78,4 +80,4 @@ python -m scripts.compare config/study_135m.py --out="$out" --jobs="$jobs" \
     --grid objective=dpo learning_rate=2e-6,6e-5 --grid objective=simpo learning_rate=2e-6 \
     --grid objective=sft learning_rate=6e-6,6e-5 \
     -- --init_from="$model" --dataset="$out/train.jsonl" --eval_dataset="$out/held_out.jsonl" \
-    "${more[@]}"
+    ${more[@]+"${more[@]}"}
