@@ -2279,8 +2279,9 @@ def test_template_gets_all_of_a_row(checkpoint, tmp_path):
     ours = data.Tokenizer(checkpoint, str(tmp_path / "t.jinja"), '{"think": 2}')
     turns = [*say("Hi"), *CALLS,
              {"role": "tool", "name": "say", "tool_call_id": "1", "content": "é"}]
+    no_nulls = [{k: v for k, v in t.items() if v is not None} for t in turns]   # transformers 5.20 keeps them
     for more in ({}, {"tools": [TOOL]}, {"documents": [{"title": "x"}], "tools": [TOOL]}):
-        want = theirs.apply_chat_template(turns, chat_template=EVERYTHING.replace(
+        want = theirs.apply_chat_template(no_nulls, chat_template=EVERYTHING.replace(
             "strftime_now('%Y-%m-%d %B')", "'2024-07-26 July'"), tokenize=False, think=2, **more)
         assert ours.render(turns, **more) == want
     (tmp_path / "null.jinja").write_text("{% for m in messages %}{% if m.content is none %}calls"
