@@ -262,9 +262,9 @@ class Tokenizer:
                     f"whole numbers (got {ends!r:.50})")
             self.text_prefix = find_text_prefix(spec)
             self.template_text, for_tools = find_chat_template(folder, config, chat_template)
-            self.template, self.tool_template = (
-                compile_template(text, chat_template or folder)
-                for text in (self.template_text, for_tools))
+            self.template = compile_template(self.template_text, chat_template or folder)
+            self.tool_template = self.template if for_tools == self.template_text else \
+                compile_template(for_tools, folder)
         for marker in re.findall(r"<\|\w+\|>", TEMPLATES.get(chat_template, "")):
             require(marker in self.added, f"chat_template: {chat_template} needs {marker}, which "
                     "this tokenizer lacks; give a .jinja file whose turns end in {{ eos_token }}")
