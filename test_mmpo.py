@@ -3412,6 +3412,15 @@ def test_train_defaults_are_settings():
         assert configure_train(f"--{name}={setting.value}") == {name: setting.value}
 
 
+def test_values_between_bars_are_all_that_is_allowed():
+    """Every comment that begins with such values is read as a list of them."""
+    known = configurator.read_settings(TRAIN)
+    listed = [name for name, setting in known.items() if re.match(r"\S+ \| ", setting.comment)]
+    assert len(listed) > 6 and all(configurator.words_of(known[name].comment) for name in listed)
+    with pytest.raises(UserError, match="dtype must be one of auto, bfloat16, float32 "):
+        configure_train("--dtype=float16")
+
+
 def test_bounds_are_those_listed_here():
     assert {kind: sorted(names.split()) for kind, names in BOUNDS.items()} == {
         kind: sorted(names.split()) for kind, _, names in configurator.BOUNDS}

@@ -111,7 +111,7 @@ parallel = "ddp"                  # ddp | fsdp: each GPU has the whole model, or
 pack_tokens = 16384               # tokens of one forward and backward pass, at most
 activation_checkpointing = False  # compute activations again in backward: slower, far less memory
 device = "auto"                   # auto | cuda | cpu | mps
-dtype = "auto"                    # auto | bfloat16 | float32 (TF32 on a GPU): of products
+dtype = "auto"                    # auto | bfloat16 | float32: of products and of frozen weights
 compile = "auto"                  # auto | true | false: torch.compile; auto does on a GPU only
 seed = 42                         # of what is held out, of order, adapters, dropout, samples
 # -----------------------------------------------------------------------------
