@@ -4906,6 +4906,12 @@ for place, number, step in (
         assert step is None and not saved or saved[0] in last and "--resume=True" in last, last
         assert step in (None, ...) or saved[0].endswith(f"-{step:07d}"), saved
         assert_goes_on(out)
+
+out = folder + "/unsaved"   # after the last step only the export keeps what it trained
+assert run(out, "--save_interval=0", before=signal_in(data, "score", 7, signal.SIGTERM)) == 0
+assert end(out)[::2] == end(whole)[::2]
+with open(out + ".log") as f:
+    assert f.read().endswith(f"ended by SIGTERM: the run in {out} is finished\\n")
 """
 
 
@@ -4982,6 +4988,31 @@ mmpo.preference_loss = checked
                     "--max_iters=1", script=script)
     assert_done(process)
     assert "halved: 0.0\n" in process.stdout
+
+
+def test_weights_and_biases(checkpoint, tmp_path):
+    """It gets each step's metrics and the name of the run's folder. Where it fails, the run goes on
+    without it and says so."""
+    script = script_that("""
+import types
+from importlib.machinery import ModuleSpec
+wandb = sys.modules["wandb"] = types.ModuleType("wandb")
+wandb.__spec__ = ModuleSpec("wandb", None)
+wandb.init = lambda project, name, config: print("sent:", project, name, config["beta"])
+def log(metrics, step):
+    print("sent:", step, *sorted(metrics)[:1])
+    if step == 1:
+        raise RuntimeError("the service is gone")
+wandb.log = log
+""", tmp_path / "sends.py")
+    pairs = write_rows(tmp_path / "pairs.jsonl", word_rows(6))
+    process = train(checkpoint, f"{tmp_path}/run/", f"--dataset={pairs}", "--eval_pairs=2",
+                    "--max_iters=3", "--wandb_log", script=script)
+    assert_done(process)
+    assert re.findall("sent: (.*)", process.stdout) == [
+        "nanommpo run 0.05", "0 eval/accuracy/implicit", "0 accuracy/mean", "1 accuracy/mean"]
+    assert process.stdout.count("note: wandb_log: no more of it (the service is gone);") == 1
+    assert [r["iter"] for r in metrics_of(f"{tmp_path}/run") if "loss" in r] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("event", ["os.kill(os.getpid(), signal.SIGTERM)",

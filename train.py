@@ -29,7 +29,7 @@ import data
 import mmpo
 import model as llama
 from configurator import (
-    cache_path, configure, first_on_each_node, is_finished, join_ranks, load_cache,
+    cache_path, configure, first_line, first_on_each_node, is_finished, join_ranks, load_cache,
     once_on_each_node, one_line_errors, printable, read_run_settings, require, same_on_all_ranks,
     save_cache, torchrun_ranks, write_json, writing)
 from scripts import cost, report
@@ -330,18 +330,24 @@ if master_process:
     metrics_file = open_metrics(os.path.join(out_dir, "metrics.jsonl"), start_iter)
     if wandb_log:
         import wandb
-        wandb.init(project=wandb_project, name=os.path.basename(out_dir), config=settings)
+        wandb.init(project=wandb_project, config=settings,
+                   name=os.path.basename(os.path.abspath(out_dir)))
 
 
 def record(iter_num, metrics):
     """Keep all metrics of a step or an evaluation, and show the main ones on a line."""
+    global wandb_log
     if not master_process:
         return
     with writing(metrics_file.name):
         metrics_file.write(json.dumps({"iter": iter_num} | metrics, default=float) + "\n")
-    if wandb_log:
-        wandb.log(metrics, step=iter_num)
     log(report.line(iter_num, metrics))
+    if wandb_log:
+        try:
+            wandb.log(metrics, step=iter_num)
+        except Exception as e:   # the run goes on without it
+            wandb_log = False
+            log(f"note: wandb_log: no more of it ({first_line(e)}); metrics.jsonl has everything")
 
 
 # --- evaluation: held-out pairs, and samples of the reference for the KL estimate
@@ -413,7 +419,9 @@ for iter_num in tqdm(range(start_iter, max_iters + 1), "steps", max_iters, initi
                      disable=None if master_process else True):   # None: only on a terminal
 
     # evaluate before the first step, now and then, and after the last
-    if iter_num % eval_interval == 0 or iter_num == max_iters:
+    if iter_num == max_iters and not save_interval:
+        evaluate(iter_num)   # whatever signal comes, since only the export will keep the model
+    elif iter_num % eval_interval == 0 or iter_num == max_iters:
         until_interrupted(device, evaluate, iter_num)
     # save now and then, at the end for more epochs, and when a signal asks the run to end
     signal_number = interrupted(device)
@@ -486,7 +494,7 @@ for iter_num in tqdm(range(start_iter, max_iters + 1), "steps", max_iters, initi
         started = time.time()   # the first step may compile, and says nothing of the others
 
 # --- the aligned model, in Hugging Face layout, and what to know about it
-if signal_number:
+if signal_number and (save_interval or iter_num < max_iters):
     sys.exit(128 + signal_number)
 llama.export(raw_model, out_dir, hf_config, files, getattr(torch, export_dtype),
              adapter_of=init_from if export_adapter else None, stop_ids=stop_ids,
