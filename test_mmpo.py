@@ -5013,6 +5013,10 @@ wandb.log = log
         "nanommpo run 0.05", "0 eval/accuracy/implicit", "0 accuracy/mean", "1 accuracy/mean"]
     assert process.stdout.count("note: wandb_log: no more of it (the service is gone);") == 1
     assert [r["iter"] for r in metrics_of(f"{tmp_path}/run") if "loss" in r] == [0, 1, 2]
+    script.write_text(script.read_text().replace("print(", "int(", 1))   # it can't start
+    process = train(checkpoint, f"{tmp_path}/run2", f"--dataset={pairs}", "--eval_pairs=2",
+                    "--max_iters=3", "--wandb_log", script=script)
+    assert_one_line(process, "wandb_log: int() takes at most 2 arguments")
 
 
 @pytest.mark.parametrize("event", ["os.kill(os.getpid(), signal.SIGTERM)",

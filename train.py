@@ -29,9 +29,9 @@ import data
 import mmpo
 import model as llama
 from configurator import (
-    cache_path, configure, first_line, first_on_each_node, is_finished, join_ranks, load_cache,
-    once_on_each_node, one_line_errors, printable, read_run_settings, require, same_on_all_ranks,
-    save_cache, torchrun_ranks, write_json, writing)
+    UserError, cache_path, configure, first_line, first_on_each_node, is_finished, join_ranks,
+    load_cache, once_on_each_node, one_line_errors, printable, read_run_settings, require,
+    same_on_all_ranks, save_cache, torchrun_ranks, write_json, writing)
 from scripts import cost, report
 from scripts.checkpoints import (
     check_checkpoint, check_same_run, end_on_signals, finish_saving, hold, interrupted,
@@ -330,8 +330,11 @@ if master_process:
     metrics_file = open_metrics(os.path.join(out_dir, "metrics.jsonl"), start_iter)
     if wandb_log:
         import wandb
-        wandb.init(project=wandb_project, config=settings,
-                   name=os.path.basename(os.path.abspath(out_dir)))
+        try:
+            wandb.init(project=wandb_project, name=os.path.basename(os.path.abspath(out_dir)),
+                       config=settings)
+        except Exception as e:
+            raise UserError(f"wandb_log: {first_line(e)}") from e
 
 
 def record(iter_num, metrics):
