@@ -345,6 +345,8 @@ def read_run_settings(folder):
     program may have a file of that name."""
     path = os.path.join(folder, "train_config.json")
     found = read_json(path) if os.path.exists(path) else {}
+    require(type(found.get("init_from", "")) is str and type(found.get("finished", 0)) is int,
+            f"{path}: init_from is no text, or finished no step; bring the run's own back")
     return found if "init_from" in found else {}
 
 
@@ -675,7 +677,7 @@ def rank_and_size():
 def first_on_each_node(function, *args):
     """function(*args), which downloads or tokenizes: by local rank 0 of each machine first. Then
     the other ranks find the result in the cache."""
-    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    first = not dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0"
     for my_turn in (first, not first):
         if my_turn:
             result = function(*args)
@@ -699,7 +701,7 @@ def same_on_all_ranks(settings):
 def once_on_each_node(function, *args):
     """function(*args), called by local rank 0 of each machine -> its result on every rank. Raises
     UserError where the machines' results differ."""
-    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    first = not dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0"
     results = [function(*args) if first else None] * rank_and_size()[1]
     if dist.is_initialized():
         dist.all_gather_object(results, results[0])

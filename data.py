@@ -1472,12 +1472,15 @@ def decoded(source, content):
 def read_folder(source, split):
     """Rows of a folder that `Dataset.save_to_disk` made, or of a folder's parquet files."""
     from datasets import load_dataset, load_from_disk
+    from datasets.data_files import DataFilesDict, get_data_patterns
     saved = {"state.json", "dataset_dict.json"} & {*os.listdir(source)}
     kinds = {os.path.splitext(file)[1] for file in
              glob.glob(f"{glob.escape(source)}/**", recursive=True) if os.path.isfile(file)}
     require(saved or not kinds or not kinds <= READERS.keys() - {".parquet"},
             f"{source}: no parquet files in this folder; of others give the names, as *.jsonl")
-    found = load_from_disk(source) if saved else load_dataset("parquet", data_dir=source)
+    found = load_from_disk(source) if saved else load_dataset(   # splits by the files' names
+        "parquet", data_files=DataFilesDict.from_patterns(get_data_patterns(source), source,
+                                                          allowed_extensions=[".parquet"]))
     splits = found if isinstance(found, dict) else {split: found}
     require(split in splits or len(splits) == 1, f"{source}: no split {split}; it has "
             f"{', '.join(splits)}; give --train_split (or --eval_split)")
@@ -1605,8 +1608,20 @@ def load_pairs(sources, split, tokenizer, max_length, max_prompt_length, bad_row
     columns: "prompt:question_text,chosen:good", which names rows have instead. use_scores: their
     scores are the rewards. Raises UserError that names the source and line.
     """
-    sources, columns = find_sources(sources, split), parse_columns(columns)
-    args = max_length, max_prompt_length, bad_rows, columns, use_scores
+    found, columns = find_sources(sources, split), parse_columns(columns)
+    args, contents = (max_length, max_prompt_length, bad_rows, columns, use_scores), content(found)
+    path = cache_path("pairs", [tokenizer.fingerprint, *args, contents], code=["data.py"])
+    if z := load_cache(path):
+        return Pairs(z["tokens"], z["lengths"], z["rewards"], str(z["report"]))
+    pairs = tokenize(found, tokenizer, *args)
+    require(content(found) == contents, f"{sources}: changed while it was read; start again")
+    save_cache(path, tokens=pairs.tokens, lengths=pairs.lengths, rewards=pairs.rewards,
+               report=pairs.report)
+    return pairs
+
+
+def content(sources):
+    """What tells whether the content of [(source, split), ..] is the same as before."""
     contents = []
     for source, split in sources:
         files = [source, *sorted(glob.glob(f"{glob.escape(source)}/**", recursive=True))]
@@ -1614,13 +1629,7 @@ def load_pairs(sources, split, tokenizer, max_length, max_prompt_length, bad_row
         if not os.path.exists(source):   # a hub dataset is known by its commit
             sums = [source, *sorted(commits_of(open_hub(source, split)))]
         contents.append([split, *sums])
-    path = cache_path("pairs", [tokenizer.fingerprint, *args, contents], code=["data.py"])
-    if z := load_cache(path):
-        return Pairs(z["tokens"], z["lengths"], z["rewards"], str(z["report"]))
-    pairs = tokenize(sources, tokenizer, *args)
-    save_cache(path, tokens=pairs.tokens, lengths=pairs.lengths, rewards=pairs.rewards,
-               report=pairs.report)
-    return pairs
+    return contents
 
 
 def find_sources(sources, split):
@@ -1633,6 +1642,8 @@ def find_sources(sources, split):
     for name, split in zip(names, splits * len(names)):
         name = os.path.expanduser(name)
         files = [] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
+        if "**" in name:   # it finds folders beside all that is in them
+            files = [*filter(os.path.isfile, files)]
         found += [(file, split.strip()) for file in files or [name]]
     return found
 

@@ -970,6 +970,11 @@ def weights_fingerprint(folder):
     return digest.hexdigest()
 
 
+def last_written(folder):
+    """When each of a model's files was written, which tells whether they change meanwhile."""
+    return [(file, os.stat(os.path.join(folder, file)).st_mtime_ns) for file in model_files(folder)]
+
+
 def build(folder, dtype):
     """The network of a checkpoint in `dtype`, on the meta device (shapes, but no memory yet), and
     its config.json as a dict."""
@@ -1197,8 +1202,9 @@ def check_target(out_dir, folder, adapter_alone, overwrite=False):
     adapter, or overwrite what it started from, a person's file or, unless told to, a model."""
     adapter, base = (os.path.realpath(os.path.join(folder, file))
                      for file in ("adapter_config.json", "config.json"))
-    require(os.path.realpath(out_dir) not in (os.path.realpath(folder), os.path.dirname(adapter),
-                                              os.path.dirname(base)),
+    sources = folder, os.path.dirname(adapter), os.path.dirname(base)
+    require(not os.path.exists(out_dir) or not any(   # also where a disk is mounted twice
+        os.path.samefile(out_dir, source) for source in sources if os.path.exists(source)),
             f"out_dir: {out_dir} is init_from or its base, and would be overwritten; give another")
     require(not adapter_alone or not os.path.exists(adapter), "export_adapter: init_from is an "
             "adapter, and peft puts none on another; export them merged")

@@ -2738,13 +2738,19 @@ def test_folders(tokenizer, tmp_path, monkeypatch):
     for split, part in both.items():
         part.to_parquet(tmp_path / "parquet" / "data" / f"{split}-00000-of-00001.parquet")
     part.to_parquet(tmp_path / "x.parquet")
+    shutil.copytree(tmp_path / "parquet", tmp_path / "named" / "run")   # with a run's folder in it
+    os.rename(tmp_path / "named/run/data/train-00000-of-00001.parquet", tmp_path / "named/a.parquet")
+    shutil.rmtree(tmp_path / "named" / "run" / "data")
+    for file in ("LICENSE", "run/metrics.jsonl", "run/model.safetensors"):
+        (tmp_path / "named" / file).write_text("no rows")
     want = all_ids(load(write_rows(tmp_path / "a.jsonl", rows), tokenizer))
-    for name in ("one", "both", "parquet"):
+    for name in ("one", "both", "parquet", "named"):
         assert all_ids(load(tmp_path / name, tokenizer)) == want[:3], name
     assert all_ids(load(tmp_path / "x.parquet", tokenizer)) == want[3:]
     for name in ("both", "parquet"):
         with pytest.raises(UserError, match="no split other; it has t.*, t.*--train_split"):
             data.load_pairs(str(tmp_path / name), "other", tokenizer, 512, 256)
+    assert all_ids(load(f"{tmp_path}/parquet/**", tokenizer)) == want[3:] + want[:3]   # each once
     path = f"{tmp_path}/parquet,{tmp_path}/both"   # a split each
     assert all_ids(data.load_pairs(path, "train,test", tokenizer, 512, 256)) == want
     with pytest.raises(UserError, match="2 splits for 1 datasets"):
@@ -3024,6 +3030,23 @@ def test_another_revision_of_a_hub_dataset(tmp_path, monkeypatch):
     os.rename(tmp_path / "datasets--a--b", tmp_path / "empty")
     with pytest.raises(UserError, match="no parquet files in this folder; .* [*].jsonl"):
         list(data.read_rows(str(tmp_path), "train"))
+
+
+def test_pairs_that_change_meanwhile(tokenizer, tmp_path, monkeypatch):
+    """Pairs whose file changes while they are tokenized are not cached as those of either."""
+    path, tokenize = write_rows(tmp_path / "a.jsonl", [GOOD]), data.tokenize
+
+    def changing(*args):
+        pairs = tokenize(*args)
+        write_rows(path, [GOOD, GOOD])
+        return pairs
+    monkeypatch.setattr(data, "tokenize", changing)
+    with pytest.raises(UserError, match="a.jsonl: changed while it was read"):
+        load(path, tokenizer)
+    write_rows(path, [GOOD])
+    monkeypatch.setattr(data, "tokenize", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        load(path, tokenizer)
 
 
 def test_cache(tokenizer, tmp_path, monkeypatch):
@@ -3675,7 +3698,11 @@ def machines_worker(rank, folder, local_ranks):
 def test_once_on_each_node(tmp_path):
     """One rank of each machine computes, and all have its result; machines that differ are told."""
     torch.multiprocessing.spawn(machines_worker, (str(tmp_path), "0101"), nprocs=4)
-    assert configurator.once_on_each_node(len, "one process") == 11
+    with pytest.MonkeyPatch.context() as patch:
+        for rank in "01":   # left from somewhere
+            patch.setenv("LOCAL_RANK", rank)
+            assert configurator.once_on_each_node(len, "one process") == 11
+            assert configurator.first_on_each_node(len, "one process") == 11
 
 
 LAUNCHED = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "here", "MASTER_PORT": "29500"}
@@ -4156,7 +4183,8 @@ def test_bad_items(content, words, checkpoint, tmp_path):
     (["--limit=-1"], "--limit must be 0 or more"), (["--prompts=-1"], "--prompts must"),
     (["--max_new_tokens=0"], "--max_new_tokens must be 1 or more"),
     (["--temperature=nan"], "--temperature must"),
-    ([], "say what to evaluate.* no run's train_config.json there"), (["--pairs="], "say what to evaluate"),
+    ([], "say what to evaluate.* no run's train_config.json there"),
+    (["--pairs="], "say what to evaluate"), (["{folder}/begun"], "its run isn't finished.*--pairs"),
     (["--text={folder}/one.txt"], "one.txt: too short"), (["--text={folder}"], "{folder}"),
     (["--choices", "{folder}/a.jsonl", "{folder}/b/a.jsonl"], "two files of one name")])
 def test_evaluate_refuses(args, words, checkpoint, tmp_path, monkeypatch):
@@ -4164,11 +4192,14 @@ def test_evaluate_refuses(args, words, checkpoint, tmp_path, monkeypatch):
     in one line."""
     model = shutil.copytree(checkpoint, tmp_path / "model")
     (model / "train_config.json").write_text("{}")
+    begun = shutil.copytree(model, tmp_path / "begun")   # it will replace that model
+    write_json(begun / "train_config.json", {"init_from": "a"})
     (tmp_path / "one.txt").write_text("a")
     (tmp_path / "b").mkdir()
     for name in ("a.jsonl", "b/a.jsonl"):
         write_rows(tmp_path / name, [{"pairs": [["a", " b"]], "gold": 0}])
-    monkeypatch.setattr(sys, "argv", ["evaluate", str(model), *(
+    models = [] if "begun" in str(args) else [str(model)]
+    monkeypatch.setattr(sys, "argv", ["evaluate", *models, *(
         arg.format(folder=tmp_path) for arg in args)])
     with pytest.raises((UserError, OSError), match=words.format(folder=tmp_path)):
         evaluate.main()
@@ -4225,7 +4256,7 @@ def test_hub_ids():
 
 def test_model_card(evaluated, tmp_path):
     """The card has the hub's header, the metrics before and after, and the settings that differ.
-    One that a person wrote stays."""
+    One that a person wrote or changed stays."""
     import yaml
     out = shutil.copytree(evaluated[0], tmp_path / "run")
     os.remove(out / "README.md")
@@ -4242,9 +4273,14 @@ def test_model_card(evaluated, tmp_path):
     assert "out_dir" not in body
     command = shlex.split(body.split("```")[1].replace("\\\n", ""))   # as a shell reads it
     assert '--chat_template_kwargs={"a b": "$c"}' in command
-    (out / "README.md").write_bytes(b"caf\xe9")
+    written = (out / "README.md").read_bytes()
+    write_json(out / "train_config.json", read_json(out / "train_config.json") | {"beta": 0.7})
     report.write_model_card(str(out))
-    assert (out / "README.md").read_bytes() == b"caf\xe9"
+    assert b"--beta=0.7" in (out / "README.md").read_bytes()   # it wrote the one before
+    for mine in (b"caf\xe9", b"", written.replace(b"# run", b"# My run"), written + b"Notes\n"):
+        (out / "README.md").write_bytes(mine)
+        report.write_model_card(str(out))
+        assert (out / "README.md").read_bytes() == mine
     os.remove(out / "README.md")
     os.mkfifo(out / "README.md")
     report.write_model_card(str(out))
@@ -4745,6 +4781,20 @@ def test_one_run_in_one_folder(tmp_path, monkeypatch, capsys):
     assert "run: no locks on this file system" in capsys.readouterr().out
 
 
+def test_metrics_of_a_run_that_goes_on(tmp_path):
+    """They begin with the evaluation that its end is compared with. A file without it is told."""
+    path = tmp_path / "metrics.jsonl"
+    records = [{"iter": 0, "eval/loss": 1.0}, {"iter": 0, "loss": 1.0}, {"iter": 3, "loss": 0.5}]
+    write_rows(path, records)
+    checkpoints.open_metrics(str(path), 3).close()
+    assert metrics_of(tmp_path) == records[:2]
+    for content in (records[1:], [], None):
+        path.unlink() if content is None else write_rows(path, content)
+        with pytest.raises(UserError, match="metrics.jsonl: without the first evaluation"):
+            checkpoints.open_metrics(str(path), 3)
+    checkpoints.open_metrics(str(path), 0).close()
+
+
 def test_a_save_holds_nobody_up(tmp_path, monkeypatch):
     """Weights may change as soon as save_checkpoint returns: what is written is what they were. A
     write that fails is told by the next save, and leaves the checkpoint before it."""
@@ -4791,12 +4841,17 @@ def test_only_checkpoints_of_a_run_are_deleted(tmp_path):
     (tmp_path / "checkpoint-0000004").symlink_to(tmp_path / "mine")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "model.safetensors").touch()
+    for name in ("checkpoint-0000009", "checkpoint-0000009.tmp"):
+        (tmp_path / name).write_text("a person's notes")
+    (tmp_path / "metrics.jsonl.tmp1").mkdir()
+    checkpoints.remove_leftovers(str(tmp_path))
     for keep, names in ((9, "1234"), (4, "1234"), (3, "234"), (0, "")):
         checkpoints.remove_checkpoints(str(tmp_path), keep)
         assert [path[-1] for path in checkpoints.checkpoints(str(tmp_path))] == [*names]
-    left = [*mine[:3], "checkpoint-0000001.tmp", "mine"]
+    left = [*mine[:3], "checkpoint-0000001.tmp", "mine", "checkpoint-0000009",
+            "checkpoint-0000009.tmp", "metrics.jsonl.tmp1"]
     assert sorted(os.listdir(tmp_path)) == sorted(left)
-    assert os.listdir(tmp_path / left[-2]) == ["notes.txt"]
+    assert os.listdir(tmp_path / left[3]) == ["notes.txt"]
     assert os.listdir(tmp_path / "mine") == ["model.safetensors"]
 
 
@@ -4827,7 +4882,7 @@ def test_an_export_of_another_program_stays(tmp_path):
 FORKS = """
 import atexit, glob, json, os, runpy, shutil, signal, sys
 sys.path.insert(0, os.getcwd())
-import data, mmpo, model, scripts.cost, scripts.report   # once, for all that are forked below
+import data, mmpo, model, scripts.checkpoints, scripts.cost, scripts.report   # once, for all forks
 folder, *args = sys.argv[1:]
 
 def run(out, *more, before=lambda: None):   # train.py in a process of its own -> its exit status
@@ -4907,6 +4962,23 @@ for place, number, step in (
         assert step in (None, ...) or saved[0].endswith(f"-{step:07d}"), saved
         assert_goes_on(out)
 
+def no_room(step):   # for the checkpoint of that step
+    def before():
+        save = scripts.checkpoints.save_file
+        def failing(tensors, file, *args):
+            if f"-{step:07d}" in file:
+                raise OSError(28, "No space left on device")
+            return save(tensors, file, *args)
+        scripts.checkpoints.save_file = failing
+    return before
+
+out = folder + "/full"   # of the disk: the model still fits
+assert run(out, before=no_room(6)) == 0 and end(out)[::2] == end(whole)[::2]
+assert [name for name in os.listdir(out) if "checkpoint" in name] == ["checkpoint-0000005"]
+with open(out + ".log") as f:
+    assert f"warning: {out}/checkpoint-0000006: not written ([Errno 28]" in f.read()
+assert run(out + "-before", before=no_room(5)) == 0   # told by the next save, the last one
+assert end(out + "-before") == end(whole)
 out = folder + "/unsaved"   # after the last step only the export keeps what it trained
 assert run(out, "--save_interval=0", before=signal_in(data, "score", 7, signal.SIGTERM)) == 0
 assert end(out)[::2] == end(whole)[::2]
@@ -4970,6 +5042,25 @@ def test_steps_that_are_not_finite(checkpoint, tmp_path):
         str(tmp_path / "forks.py"), str(tmp_path), *QUICK, f"--init_from={checkpoint}",
         f"--dataset={pairs}", "--eval_pairs=2", "--sample_tokens=1", "--max_iters=6",
         "--save_interval=1", "--kl_samples=0", "--skip_nonfinite=1"]))
+
+
+def test_a_base_that_changes_meanwhile(checkpoint, tmp_path):
+    """Weights that are written anew after their sum was taken, and before they are read, end the
+    run: else their log-probs would be cached as the other ones'."""
+    base = shutil.copytree(checkpoint, tmp_path / "base")
+    script = script_that(f"""
+import model
+load = model.load_weights
+def late(*args, **kwargs):
+    os.utime({str(base / "model.safetensors")!r}, (1, 1))
+    load(*args, **kwargs)
+model.load_weights = late
+""", tmp_path / "late.py")
+    pairs = write_rows(tmp_path / "pairs.jsonl", word_rows(6))
+    process = train(base, f"{tmp_path}/run", f"--dataset={pairs}", "--eval_pairs=2",
+                    "--max_iters=1", script=script)
+    assert_one_line(process, f"{base}: changed while it was read")
+    assert not glob.glob(f"{tmp_path}/run-cache/reference*")
 
 
 def test_tiny_gradients_are_zero(checkpoint, tmp_path):

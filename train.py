@@ -138,7 +138,8 @@ require(device != "cuda" or ddp_local_rank < torch.cuda.device_count(),
 require(ddp or parallel == "ddp", "parallel: fsdp shards over processes; start it with torchrun")
 require(optimizer_state == "fp32" or not fsdp and find_spec("bitsandbytes"),
         "optimizer_state: 8bit takes pip install bitsandbytes, and parallel=ddp")
-require(not wandb_log or find_spec("wandb"), "wandb_log: it takes pip install wandb")
+require(not wandb_log or getattr(find_spec("wandb"), "origin", None),   # it leaves such a folder
+        "wandb_log: it takes pip install wandb")
 require(objective != "ipo" or beta > 0, "beta: IPO divides by it; give a value above 0")
 require(min_lr <= learning_rate, f"min_lr: {min_lr} is above learning_rate, {learning_rate}")
 require(lora_rank or not export_adapter, "export_adapter: no adapters without LoRA; set lora_rank")
@@ -253,11 +254,13 @@ if dry_run:
                     ddp_world_size, device, overrides.get("dtype", "auto")))
     sys.exit()
 # A resumed run must be the same run: the same settings, pairs and base weights, by their content.
+written = llama.last_written(folder)
 settings["init_from_sha256"] = once_on_each_node(llama.weights_fingerprint, folder)
 if checkpoint:
     check_same_run(settings, before)
     require(start_iter <= max_iters, f"max_iters: {max_iters}, and {checkpoint} is past that")
 llama.load_weights(raw_model, folder, device, in_bf16=dtype == "bfloat16")
+require(llama.last_written(folder) == written, f"{folder}: changed while it was read; start again")
 trained = [p for p in raw_model.parameters() if p.requires_grad]
 if compile:
     raw_model.compile_blocks()
@@ -428,12 +431,13 @@ for iter_num in tqdm(range(start_iter, max_iters + 1), "steps", max_iters, initi
         until_interrupted(device, evaluate, iter_num)
     # save now and then, at the end for more epochs, and when a signal asks the run to end
     signal_number = interrupted(device)
+    must = iter_num < max_iters or signal_number   # else the model may fit where no checkpoint does
     if save_interval and iter_num > start_iter and (
             signal_number or iter_num % save_interval == 0 or iter_num == max_iters):
         save_checkpoint(raw_model, optimizer, out_dir, iter_num, settings | {"skipped": skipped},
-                        log)
+                        log, must)
     if signal_number or iter_num == max_iters:
-        finish_saving()
+        finish_saving(must)
         break
     t0 = time.time()
     torch.manual_seed(seed + ddp_rank + iter_num * ddp_world_size)   # dropout differs on each rank

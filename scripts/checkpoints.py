@@ -48,7 +48,7 @@ def hold(folder):
     foreign = f"{path}: not the file that a run makes there; move it"
     require(not os.path.lexists(path) or os.path.isfile(path) and not os.path.islink(path), foreign)
     while True:
-        file = open(path, "a+", encoding="utf-8")
+        file = open(path, "a+", encoding="utf-8", errors="replace")
         try:
             import fcntl   # not on Windows
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -98,9 +98,10 @@ def remove_leftovers(folder):
     """Delete the temporary files of killed runs. Their names are this program's alone."""
     for name in os.listdir(folder):
         path = os.path.join(folder, name)
-        if re.fullmatch(r"(train_config|exported_files|metrics|README)\.(jsonl?|md)\.tmp\d+", name):
+        if os.path.isfile(path) and re.fullmatch(
+                r"(train_config|exported_files|metrics|README)\.(jsonl?|md)\.tmp\d+", name):
             os.remove(path)
-        elif re.fullmatch(r"checkpoint-\d{7}\.tmp", name):
+        elif re.fullmatch(r"checkpoint-\d{7}\.tmp", name) and not os.path.isfile(path):
             remove_checkpoint(path)
     if read_run_settings(folder):   # before an export there is a run
         shutil.rmtree(os.path.join(folder, "export.tmp"), ignore_errors=True)
@@ -141,15 +142,15 @@ saving = None   # the save under way
 LATE = 90       # seconds until NFS shows a file of another machine, at the latest
 
 
-def save_checkpoint(model, optimizer, folder, iter_num, settings, log):
+def save_checkpoint(model, optimizer, folder, iter_num, settings, log, must=True):
     """Write folder/checkpoint-<iter_num>. The run waits while its tensors are copied to the host's
     memory. A thread of each rank writes its part; when all are there, the first rank gives the
     folder its name, deletes all checkpoints but the last few, and logs it.
 
-    Raises UserError where the save before this one could not be written.
+    Raises UserError where the save before this one could not be written, if it `must` be.
     """
     global saving
-    finish_saving()
+    finish_saving(must)
     path, (rank, ranks) = os.path.join(folder, f"checkpoint-{iter_num:07d}"), rank_and_size()
     mine = {name: tensor for name, tensor in training_tensors(model, optimizer).items()
             if rank == 0 or isinstance(tensor, DTensor)}   # others are the same on every rank
@@ -158,13 +159,13 @@ def save_checkpoint(model, optimizer, folder, iter_num, settings, log):
     for name, tensor in mine.items():
         tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         mine[name] = tensor.to("cpu", copy=True).contiguous()
-    saving = SimpleNamespace(path=path, error=None, written=Event(), all_written=Event())
+    saving = SimpleNamespace(path=path, log=log, error=None, written=Event(), all_written=Event())
     saving.thread = Thread(target=write_part, daemon=True,
-                           args=(saving, mine, about, rank, settings["keep_checkpoints"], log))
+                           args=(saving, mine, about, rank, settings["keep_checkpoints"]))
     saving.thread.start()
 
 
-def write_part(save, mine, about, rank, keep, log):
+def write_part(save, mine, about, rank, keep):
     """What the thread of a save does. An error is kept for finish_saving."""
     t0, temporary = time.time(), save.path + ".tmp"
     file = os.path.join(temporary, f"{rank}.safetensors")
@@ -189,22 +190,23 @@ def write_part(save, mine, about, rank, keep, log):
             sync(metrics)   # the steps before this one, which no run will make again
         publish(temporary, save.path)
         remove_checkpoints(os.path.dirname(save.path), keep)
-        log(f"{save.path}: {size / 1e6:,.1f} MB in {time.time() - t0:.1f} s")
+        save.log(f"{save.path}: {size / 1e6:,.1f} MB in {time.time() - t0:.1f} s")
     except (OSError, SafetensorError) as e:
         save.error = UserError(f"{save.path}: not written ({first_line(e)}); if the disk is full, "
-                               "free space; an earlier checkpoint is intact")
+                               "free space; what was saved before is intact")
     except Exception as e:
         save.error = e
     finally:
         save.written.set()
 
 
-def finish_saving():
-    """Wait for the save under way, on all ranks. Raises UserError where it could not be written."""
+def finish_saving(must=True):
+    """Wait for the save under way, on all ranks. UserError where it could not be written; unless it
+    `must` be: then a warning says so, and what there is of it goes."""
     global saving
     if saving is None:
         return
-    (_, ranks), save = rank_and_size(), saving
+    (rank, ranks), save = rank_and_size(), saving
     save.written.wait()
     if ranks > 1:
         dist.barrier()
@@ -213,8 +215,11 @@ def finish_saving():
     if ranks > 1:            # a rank that ends now must not end the first one before this
         dist.barrier()
     saving = None
-    if save.error:
+    if save.error and (must or not isinstance(save.error, UserError)):
         raise save.error
+    if save.error and rank == 0:
+        save.log(f"warning: {save.error}")
+        remove_checkpoint(save.path + ".tmp")
 
 
 def leave_time_to_save():
@@ -317,7 +322,8 @@ def read_rows(pieces, start, stop):
 
 
 def checkpoints(folder):
-    return sorted(glob.glob(os.path.join(glob.escape(folder), "checkpoint-" + "[0-9]" * 7)))
+    found = glob.glob(os.path.join(glob.escape(folder), "checkpoint-" + "[0-9]" * 7))
+    return sorted(path for path in found if not os.path.isfile(path))
 
 
 def last_checkpoint(folder):
@@ -355,7 +361,10 @@ def open_metrics(path, start_iter):
     A new run (start_iter 0) empties it. One that goes on keeps the steps before start_iter, and
     makes those after it again.
     """
-    past = read_metrics(path) if start_iter else []
+    past = read_metrics(path) if start_iter and os.path.exists(path) else []
+    require(not start_iter or any(record["iter"] == 0 and "eval/loss" in record for record in past),
+            f"{path}: without the first evaluation, which the end of a run is compared with; bring "
+            "the file back, or start anew in another out_dir")
     write_text(path, "".join(json.dumps(record) + "\n" for record in past
                              if record["iter"] < start_iter))
     return open(path, "a", buffering=1, encoding="utf-8")

@@ -44,8 +44,8 @@ import data
 import model as llama
 from configurator import (
     HERE, UserError, all_beside_the_checkout, beside_the_checkout, cache_path, check_numbers,
-    load_cache, one_line_errors, printable, read_run_settings, read_settings, read_text, reading,
-    require, run_sum, save_cache, write_json)
+    is_finished, load_cache, one_line_errors, printable, read_run_settings, read_settings,
+    read_text, reading, require, run_sum, save_cache, write_json)
 
 BRANCHES = 16   # continuations of a tree, at most
 
@@ -335,6 +335,8 @@ def main():
     run_folder = os.path.expanduser(first)
     run = read_run_settings(run_folder)
     with_pairs = args.pairs or run and args.pairs is None
+    require(args.pairs or not with_pairs or is_finished(run_folder), f"{first}: its run isn't "
+            "finished; go on with --resume=True, or give --pairs to evaluate an earlier run's model")
     require(with_pairs or args.choices or args.text, f"{first}: say what to evaluate, --pairs, "
             "--choices or --text" + " (a run's held-out pairs need none of these, but there is no "
             "run's train_config.json there)" * (not run))

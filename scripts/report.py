@@ -4,6 +4,7 @@ What a run does and did, in words: the lines of its log, and its model card, out
 $ python -m scripts.report out/mine      # the last lines and the card again, from what it recorded
 """
 import argparse
+import hashlib
 import math
 import os
 import re
@@ -133,11 +134,14 @@ def hub_ids(sources):
 
 
 def write_model_card(out_dir):
-    """out_dir/README.md, with the hub's metadata. One that a person wrote is left alone."""
-    path = os.path.join(out_dir, "README.md")
-    if os.path.lexists(path) and not (os.path.isfile(path)
-                                      and b"- nanommpo\n" in Path(path).read_bytes()):
-        return
+    """out_dir/README.md, with the hub's metadata. One that a person wrote or changed is left alone,
+    which its last line tells, a sha256 of the others."""
+    path, signature = os.path.join(out_dir, "README.md"), "<!-- by nanoMMPO, sha256 %s -->\n"
+    if os.path.lexists(path):
+        content = Path(path).read_bytes() if os.path.isfile(path) else b""
+        *lines, last = content.splitlines(True) or [b""]
+        if last.decode(errors="replace") != signature % hashlib.sha256(b"".join(lines)).hexdigest():
+            return
     settings, first, last, _ = read_run(out_dir)
     defaults = {k: s.value for k, s in read_settings(os.path.join(HERE, "train.py")).items()}
     changed = {key: settings[key] for key, default in defaults.items()
@@ -154,14 +158,16 @@ def write_model_card(out_dir):
             if key in last]
     command = " \\\n    ".join(["python train.py", *(f"--{key}={shlex.quote(str(value))}"
                                                     for key, value in changed.items())])
-    write_text(path, "\n".join([
+    text = "\n".join([
         "---", *header, "---", "",
         f"# {os.path.basename(os.path.abspath(out_dir))}", "",
         f"{base}, trained with {objective.upper()} on {settings['dataset']} by nanoMMPO, in "
         f"{last['iter']:,} steps of {settings['batch_size']} pairs.", "",
         "| on held-out pairs | before | after |", "|---|---|---|", *rows, "",
         "Settings that differ from nanoMMPO's defaults (all are in train_config.json):", "",
-        "```", command, "```", ""]))
+        "```", command, "```", ""])
+    write_text(path, text + signature % hashlib.sha256(
+        text.encode("utf-8", "backslashreplace")).hexdigest())
 
 
 def main():
