@@ -3836,7 +3836,7 @@ def test_metrics(name, runs):
     assert first.keys() == last.keys() >= {f"eval/{key}" for key in common | {"kl", "kl_error"}}
     assert first["eval/kl"] == 0 != last["eval/kl"]
     assert not reads_the_reference or first["eval/rewards/margins"] == 0
-    assert first["eval/accuracy/implicit"] == 0 < last["eval/accuracy/implicit"]
+    assert first["eval/accuracy/implicit"] == 0.5 < last["eval/accuracy/implicit"]   # all ties
     assert not reads_the_reference or (last["eval/rewards/accuracies"]
                                        == last["eval/accuracy/implicit"])
 
@@ -4124,10 +4124,16 @@ def test_evaluate_a_base_model(checkpoint, tmp_path, monkeypatch, capsys):
     write_json(base / "tokenizer_config.json", config)
     items = write_rows(tmp_path / "i.jsonl", [{"pairs": [["a", " b"], ["a", " c"]], "gold": 0}])
     pairs = write_rows(tmp_path / "p.jsonl", word_rows(3))
-    for args in (["--choices", items], [f"--pairs={pairs}", "--prompts=0", "--chat_template=chatml"]):
+    named = write_rows(tmp_path / "n.jsonl", [
+        {"q": row["prompt"]} | row | {"prompt": None} for row in word_rows(3)])
+    bare = ["--prompts=0", "--chat_template=chatml"]
+    for args in (["--choices", items], [f"--pairs={pairs}", *bare],
+                 [f"--pairs={named}", "--columns=prompt:q", *bare]):
         monkeypatch.setattr(sys, "argv", ["evaluate", str(base), *args])
         evaluate.main()
-    assert "| choices/i/acc |" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "| choices/i/acc |" in out and "reference: none" in out
+    assert f"{named}: 3 rows = 3 used + 0 dropped" in out
     talk = write_rows(tmp_path / "t.jsonl", [{"prompt": "a fox", "completion": "a dog"}] * 3)
     monkeypatch.setattr(sys, "argv", ["evaluate", str(base), f"--pairs={talk}", "--prompts=2",
                                       "--chat_template=chatml", "--max_new_tokens=3"])
@@ -4212,7 +4218,10 @@ CLOSING = {   # what a run's last evaluation and settings are: what its last lin
     "unlikely": ({"eval/logps/chosen": -40.0}, {"pref_weight": 40.0},
                  ["WARNING", "20.0 nats less likely", "pref_weight (now 40)"], []),
     "nothing": ({"eval/accuracy/mean": 0.52}, {}, ["note", "no preference"], ["WARNING"]),
-    "clipped": ({}, {"grad_clip": 0.1}, ["3 of 4", "grad_clip"], ["WARNING"])}
+    "sft": ({"eval/kl": 1.2}, {"objective": "sft"}, ["WARNING", "learning_rate"], ["objective="]),
+    "clipped": ({}, {"grad_clip": 0.1}, ["3 of 4", "grad_clip"], ["WARNING", "changed nothing"]),
+    "skipped": ({"norms": (math.inf, math.nan, 4.0, 5.0)}, {"grad_clip": 0.1},
+                ["note: 4 logged steps, 2 of which changed nothing"], ["grad_clip"])}
 
 
 @pytest.mark.parametrize("name", CLOSING)
@@ -4222,7 +4231,8 @@ def test_closing_lines(name, evaluated, tmp_path):
     first = {"eval/loss": 1.0, "eval/accuracy/mean": 0.5, "eval/accuracy/implicit": 0.0,
              "eval/logps/chosen": -20.0, "eval/kl": 0.0}
     last = first | {"eval/accuracy/mean": 0.8, "eval/kl": 0.05} | last
-    steps = [{"grad_norm": norm, "loss": 1.0} for norm in (0.5, 3.0, 4.0, 5.0)]
+    norms = last.pop("norms", (0.5, 3.0, 4.0, 5.0))
+    steps = [{"grad_norm": norm, "loss": 1.0} for norm in norms]
     write_rows(tmp_path / "metrics.jsonl",
                [{"iter": i} | m for i, m in enumerate([first, *steps, last])])
     write_json(tmp_path / "train_config.json",
@@ -4250,7 +4260,7 @@ def test_read_metrics(text, words, tmp_path):
 
 def test_hub_ids():
     """A model card's metadata name repositories, not their revisions, folders or files here."""
-    sources = f"a/b, a/b:c@v1,o/n/dir/sub@main,{__file__},/x/y,./m/n,mine.jsonl"
+    sources = f"a/b, a/b:c@v1,o/n/dir/sub@main,{__file__},/x/y,./m/n,mine.jsonl,assets/demo"
     assert report.hub_ids(sources) == ["a/b", "a/b", "o/n"]
 
 
@@ -4342,7 +4352,7 @@ def test_compare(tmp_path):
     weights = tmp_path / "objective=dpo_seed=1" / "model.safetensors"
     made = weights.stat().st_mtime_ns
     stopped = tmp_path / "objective=mmpo_seed=1" / "train_config.json"   # before its end
-    write_json(stopped, read_json(stopped) | {"finished": False})
+    write_json(stopped, {k: v for k, v in read_json(stopped).items() if k != "finished"})
     os.remove(tmp_path / "objective=mmpo_seed=1" / "README.md")
     assert_done(run_process(command))
     assert weights.stat().st_mtime_ns == made
@@ -4371,6 +4381,8 @@ def test_compare_arguments(tmp_path, monkeypatch, capsys):
     other = one | {"pairs": [*"abd"]}   # of as many pairs and prompts
     assert compare.difference([one], [one, turned]).startswith("+0.167 (")   # 2 and 1 of 3 gained
     assert compare.difference([one], [one]).startswith("+0.000 (+0.000 to")
+    still = one | {"margins": {"implicit": [0.0, 0.0, 0.0]}}   # which is chance
+    assert compare.difference([still], [one]).startswith("-0.167 (")
     assert compare.difference([one], [other]) == "other pairs"
     assert compare.difference([one | {"pairs": []}], [one]) == ""
 
@@ -5088,7 +5100,7 @@ def test_weights_and_biases(checkpoint, tmp_path):
 import types
 from importlib.machinery import ModuleSpec
 wandb = sys.modules["wandb"] = types.ModuleType("wandb")
-wandb.__spec__ = ModuleSpec("wandb", None)
+wandb.__spec__ = ModuleSpec("wandb", None, origin="somewhere")
 wandb.init = lambda project, name, config: print("sent:", project, name, config["beta"])
 def log(metrics, step):
     print("sent:", step, *sorted(metrics)[:1])

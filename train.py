@@ -385,7 +385,7 @@ def evaluate(iter_num):
     metrics = mmpo.measure(objective, logps, eval_lengths, eval_ref_logps, eval_R, **loss_knobs)
     if held_out.n_responses > 1:   # also where the objective doesn't read the reference
         gains = logps - eval_ref_logps
-        metrics["accuracy/implicit"] = (gains[:, 0] > gains[:, -1]).float().mean().item()
+        metrics["accuracy/implicit"] = ((gains[:, 0] - gains[:, -1]).sign() + 1).mean().item() / 2
     if kl_prompts:
         gaps = kl_ref_logps - score(kl_pairs, np.arange(len(kl_pairs)))
         metrics |= mmpo.kl_estimate(gaps, torch.from_numpy(kl_pairs.lengths[:, 1:]))
@@ -508,12 +508,12 @@ llama.export(raw_model, out_dir, hf_config, files, getattr(torch, export_dtype),
              chat_template=tokenizer.template_text, in_bf16=dtype == "bfloat16")
 answer("sample after")
 if master_process:
-    report.write_model_card(out_dir)
+    card = report.write_model_card(out_dir)
     write_json(os.path.join(out_dir, "train_config.json"), settings | {"finished": max_iters})
     remove_checkpoints(out_dir, keep=1)   # from which it goes on if there are more epochs
     metrics_file.close()
     log(report.closing_lines(out_dir))
-    log(f"aligned model, its card and metrics.jsonl: {out_dir}" +
+    log(f"aligned model, {card} and metrics.jsonl: {out_dir}" +
         ("; its checkpoint is there for more epochs, so delete it if there won't be any"
          if last_checkpoint(out_dir)[1] else ""))
 if ddp:

@@ -102,7 +102,7 @@ def ratio(top, bottom=None, groups=None, of=lambda x: x, draws=1000, rate=False)
         sums = np.hstack([sums, [[1, 0], [1, 1]]])
     n = sums.shape[1]
     drawn = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=draws) @ sums.T
-    with np.errstate(invalid="ignore", divide="ignore"):   # a draw without such pairs counts not
+    with np.errstate(all="ignore"):   # a draw without such pairs counts not
         value, drawn = of(top.sum() / bottom.sum()), of(drawn[:, 0] / drawn[:, 1])
         return [float(value), *(float(x) for x in np.nanpercentile(drawn, [2.5, 97.5]))]
 
@@ -130,13 +130,13 @@ def preference(pairs, model, base):
     if margins:   # pairs of SFT have one response, and nothing to compare
         metrics["accuracy/longer"] = share(longer + 0.5 * ~(longer | shorter), groups=prompts)
     for how, margin in margins.items():
-        right = margin > 0
+        right = (margin > 0) + 0.5 * (margin == 0)   # as chance would have it
         metrics |= {f"accuracy/{how}": share(right, groups=prompts),
-                    f"accuracy/{how}/chosen_shorter": share(right & shorter, shorter, prompts),
+                    f"accuracy/{how}/chosen_shorter": share(right * shorter, shorter, prompts),
                     f"margin/{how}": ratio(margin, groups=prompts)}
     return {"metrics": metrics, "logps": logps.tolist(), "prompts": prompts,
             "pairs": [hashlib.sha256(str(x).encode()).hexdigest()[:16] for x in ids],
-            "margins": {how: margin.round(5).tolist() for how, margin in margins.items()}}
+            "margins": {how: margin.tolist() for how, margin in margins.items()}}
 
 
 def encode(tokenizer, context, continuation):
@@ -245,19 +245,20 @@ def describe(answers, stop_ids):
 
 def held_out(args, run, tokenizer):
     """The pairs to evaluate: those of --pairs, or those that the run held out."""
-    if args.pairs:
-        source, split = args.pairs, args.split
-    elif run["eval_dataset"]:
-        source, split = run["eval_dataset"], run["eval_split"]
-    else:
-        source, split = run["dataset"], run["train_split"]
+    names = ("eval_dataset", "eval_split") if run.get("eval_dataset") else (
+        "dataset", "train_split")
+    source, split = (args.pairs, args.split) if args.pairs else (run[name] for name in names)
     source = all_beside_the_checkout(source)   # as a config file names it
     told = {name: s.value for name, s in read_settings(os.path.join(HERE, "train.py")).items()}
     told |= run   # its settings, or the defaults where there is no run
+    if args.pairs:   # which may have other fields
+        told |= {"columns": args.columns, "use_scores": False}
     pairs = data.load_pairs(source, split, tokenizer, args.max_length or told["max_length"],
                             args.max_prompt_length or told["max_prompt_length"],
                             told["bad_rows"], told["columns"], told["use_scores"])
-    if not args.pairs:   # as train.py draws them
+    if args.pairs:
+        print(f"{source}: {pairs.report}")
+    else:   # as train.py draws them
         order = np.random.default_rng(run["seed"]).permutation(len(pairs))
         pairs = pairs.subset(order[:run["eval_pairs"]])
         require(pairs.fingerprint() == run["eval_dataset_sha256"],
@@ -313,6 +314,7 @@ def arguments(argv=None):
     parser.add_argument("--pairs", help="preference pairs, as train.py's dataset; default: what\n"
                                         "the run held out; --pairs= takes none")
     parser.add_argument("--split", default="test_prefs", help="of a hub dataset")
+    parser.add_argument("--columns", default="", help="of --pairs, as in train.py")
     parser.add_argument("--chat_template", default="", help="as in train.py, for a base model")
     parser.add_argument("--choices", nargs="+", default=[], metavar="FILE")
     parser.add_argument("--limit", type=int, default=0, help="items of each such file; 0: all")
@@ -398,12 +400,10 @@ def main():
         model, _ = llama.from_pretrained(folder, device, torch.bfloat16 if device == "cuda" else
                                          torch.float32)
         model.check_length(longest)   # not after all else was measured
-        result, metrics = {}, {}
-        for question in questions:
-            found = question(model, base)
-            metrics |= found["metrics"]
-            result |= found
-        result["metrics"] = {name: value for name, value in metrics.items() if value}
+        found = [question(model, base) for question in questions]
+        result = {name: value for one in found for name, value in one.items()}
+        result["metrics"] = {name: value for one in found for name, value in one["metrics"].items()
+                             if value}
         if name == reference:
             save_cache(path, result=json.dumps(result))
         return result
@@ -412,17 +412,18 @@ def main():
     for name, folder in folders.items():
         results[name] = answer(name, folder, results.get(reference))
         if name in args.models:
-            kept = {k: results[name].get(k) for k in (
-                "metrics", "pairs", "prompts", "margins", "answers")}
             here = os.path.expanduser(name)   # a folder of LoRA adapters is not what `folder` is
             beside = os.path.abspath(here) if os.path.isdir(here) else name.replace("/", "_")
             try:
                 write_json(f"{beside}.evaluation.json", {
                     "model": name, "run": run_sum(here), "reference": reference,
                     "settings": vars(args),
-                    "before": results[reference]["metrics"] if reference else None, **kept})
+                    "before": results[reference]["metrics"] if reference else None,
+                    **{k: results[name].get(k) for k in (
+                        "metrics", "pairs", "prompts", "margins", "answers")}})
             except OSError as e:
                 print(f"note: {beside}.evaluation.json not written ({e.strerror})")
+    print(f"\nreference: {reference or 'none'}")
     print_table(results)
 
 

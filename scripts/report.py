@@ -14,14 +14,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))   # for `python scripts/report.py`
 from configurator import (
-    HERE, is_finished, one_line_errors, read_json, read_metrics, read_settings, reading, require,
-    write_text)
+    HERE, beside_the_checkout, is_finished, one_line_errors, read_json, read_metrics,
+    read_settings, reading, require, write_text)
 
 FAR_KL = 0.3       # nats a token; twice what assets/results.md's short recipe needs on sentences
 FAR_CHOSEN = 0.1   # share by which the chosen response's log-prob fell; there it rises
 CLIPPED = 10       # times grad_clip
 
-NOT_TOLD = "out_dir", "overwrite", "resume", "dtype"   # where a run went, not what it was
+NOT_TOLD = "out_dir", "overwrite", "resume"   # where a run went, not what it was
 TABLE = {   # metric of an evaluation: what it is called
     "eval/accuracy/mean": "chosen likelier than rejected, by mean log-probs",
     "eval/accuracy/sum": "the same by summed log-probs",
@@ -108,12 +108,20 @@ def closing_lines(out_dir):
                      "learning_rate, more steps" +
                      ", a higher pref_weight" * (settings["objective"] == "mmpo"
                                                  and settings["pref_weight"] < 10))
+    if skipped(norms):
+        lines.append(f"note: {len(norms)} logged steps{skipped(norms)}")
     clip = settings["grad_clip"]
-    clipped = sum(norm > CLIPPED * clip for norm in norms)
+    clipped = sum(CLIPPED * clip < norm < math.inf for norm in norms)
     if clip and clipped > len(norms) / 2:
         lines.append(f"note: in {clipped} of {len(norms)} logged steps the gradient's norm was over"
                      f" {CLIPPED} times grad_clip ({clip:g}); learning_rate alone set their size")
     return "\n".join(lines)
+
+
+def skipped(norms):
+    """How many of the logged steps did nothing, in words, where there are any."""
+    n = sum(not math.isfinite(norm) for norm in norms)
+    return f", {n} of which changed nothing, since their gradient was not finite" * (n > 0)
 
 
 def gentler(settings, fell):
@@ -121,7 +129,7 @@ def gentler(settings, fell):
     advice = [f"a lower learning_rate (now {settings['learning_rate']:g})"]
     if settings["objective"] == "mmpo" and settings["pref_weight"] > 1 and fell > FAR_CHOSEN:
         advice.append(f"a lower pref_weight (now {settings['pref_weight']:g})")
-    elif settings["objective"] != "mmpo":
+    elif settings["objective"] not in ("mmpo", "sft"):   # whose rows may have no rejected response
         advice.append("objective=mmpo with pref_weight=10")
     return ", or ".join(advice)
 
@@ -130,28 +138,30 @@ def hub_ids(sources):
     """owner/name of those comma-separated sources that are no files here."""
     names = [re.split("[:@]", source.strip())[0] for source in sources.split(",")]
     return ["/".join(name.split("/")[:2]) for name in names
-            if re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)+", name) and not os.path.exists(name)]
+            if re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)+", name)
+            and not os.path.exists(beside_the_checkout(name))]
 
 
 def write_model_card(out_dir):
-    """out_dir/README.md, with the hub's metadata. One that a person wrote or changed is left alone,
-    which its last line tells, a sha256 of the others."""
+    """out_dir/README.md, with the hub's metadata -> what to call it. One that a person wrote or
+    changed is left alone, which its last line tells, a sha256 of the others."""
     path, signature = os.path.join(out_dir, "README.md"), "<!-- by nanoMMPO, sha256 %s -->\n"
     if os.path.lexists(path):
         content = Path(path).read_bytes() if os.path.isfile(path) else b""
         *lines, last = content.splitlines(True) or [b""]
         if last.decode(errors="replace") != signature % hashlib.sha256(b"".join(lines)).hexdigest():
-            return
-    settings, first, last, _ = read_run(out_dir)
+            return "the README.md that was there, which isn't of this run,"
+    settings, first, last, norms = read_run(out_dir)
     defaults = {k: s.value for k, s in read_settings(os.path.join(HERE, "train.py")).items()}
     changed = {key: settings[key] for key, default in defaults.items()
                if settings.get(key, default) != default and key not in NOT_TOLD}
     base, objective = settings["init_from"], settings["objective"]
-    header = [f"base_model: {name}" for name in hub_ids(base)]
+    adapter = os.path.join(os.path.expanduser(base), "adapter_config.json")
+    root = os.path.exists(adapter) and read_json(adapter).get("base_model_name_or_path") or base
+    header = [f"base_model: {name}" for name in hub_ids(str(root))]
     if datasets := hub_ids(settings["dataset"]):
         header += ["datasets:", *(f"- {name}" for name in datasets)]
-    adapter = settings["export_adapter"]
-    header += [f"library_name: {'peft' if adapter else 'transformers'}",
+    header += [f"library_name: {'peft' if settings['export_adapter'] else 'transformers'}",
                "pipeline_tag: text-generation", "tags:", "- nanommpo", f"- {objective}",
                *["- lora"] * bool(settings["lora_rank"])]
     rows = [f"| {title} | {first[key]:.3f} | {last[key]:.3f} |" for key, title in TABLE.items()
@@ -162,12 +172,13 @@ def write_model_card(out_dir):
         "---", *header, "---", "",
         f"# {os.path.basename(os.path.abspath(out_dir))}", "",
         f"{base}, trained with {objective.upper()} on {settings['dataset']} by nanoMMPO, in "
-        f"{last['iter']:,} steps of {settings['batch_size']} pairs.", "",
+        f"{last['iter']:,} steps of {settings['batch_size']} pairs{skipped(norms)}.", "",
         "| on held-out pairs | before | after |", "|---|---|---|", *rows, "",
         "Settings that differ from nanoMMPO's defaults (all are in train_config.json):", "",
         "```", command, "```", ""])
     write_text(path, text + signature % hashlib.sha256(
         text.encode("utf-8", "backslashreplace")).hexdigest())
+    return "its card"
 
 
 def main():
