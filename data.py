@@ -758,7 +758,7 @@ NAMES = {name: names.split() for name, names in {
     "chosen": "chosen chosen_response response_chosen chosen_conversations preferred_output "
               "response_j",
     "rejected": "rejected rejected_response response_rejected rejected_conversations "
-                "non_preferred_output response_k rejected_messages",
+                "non_preferred_output response_k rejected_messages rejected_message",
     "completion": "completion response output solution answer generation",
     "thoughts": "thoughts reasoning_content thinking",   # before a completion that is text
     "responses": "responses generations",
@@ -789,9 +789,10 @@ MESSAGE = {"role", "content"}, {"from", "value"}   # the fields of a message, an
 SPEAKERS = [re.compile(rf"^(?:.{{0,4}}\b(?:{who})\s?[:\uff1a]|<extra_id_1>(?:{who})$)",
                        re.IGNORECASE | re.MULTILINE)
             for who in ("human|user|prompter", "assistant|ai|bot")]
-# what chat templates write around turns, as in mlabonne/chatml_dpo_pairs
+# what chat templates write around turns, as in mlabonne/chatml_dpo_pairs, and Alpaca's and Vicuna's
 RENDERED = re.compile(r"<\|(im_start|im_end|start_header_id|eot_id|user|assistant)\|>|\[/INST\]|"
-                      "<start_of_turn>")
+                      r"<start_of_turn>|^### ?(Human|Instruction|User):|ASSISTANT:\s*\Z",
+                      re.MULTILINE)
 
 THOUGHTS = "reasoning_content", "thinking", "reasoning"   # the names of an answer's thoughts
 CALLS = "tool_calls", "function_calls"   # the latter as text, in OLMo 3
@@ -910,7 +911,7 @@ def take_answers(row, columns):
     else:
         raise row.missing("chosen")
     texts = [row.value("prompt"), *(value for _, value in answers)]
-    if len(texts) > 2 and all(isinstance(text, str) and re.fullmatch(
+    if len(texts) > 1 and all(isinstance(text, str) and re.fullmatch(
             r'\s*\[".*"\]\s*', text, re.DOTALL) for text in texts):   # as in the Arena's 55k
         raise BadRow("prompt and responses are lists kept as text; make them texts or turns")
     return answers
@@ -936,7 +937,8 @@ def best_first(row, answers, columns, use_scores):
 def take_template(row):
     """What the chat template gets beside the turns."""
     template = {name: value for name in ("tools", "documents", "chat_template_kwargs")
-                if row.value(name) not in (None, "") and (value := listed(*row.take(name)))}
+                if row.value(name) not in (None, "", "null", "None")
+                and (value := listed(*row.take(name)))}
     if "tools" in template:
         template["tools"] = tools_of(template["tools"])
     if not isinstance(template.get("chat_template_kwargs", {}), dict):
@@ -953,8 +955,8 @@ def not_used(row, given, columns, new, dialogues):
               and name not in row.used | roots
               and not (isinstance(value, str) and (value.strip() in said or hh_turns(value)))]
     unused += [path for path in columns.values() if at(given, path) is None]
-    return unused + [*{key for turns in new for t in turns for key in ("score", "rating", "rank")
-                       if key in t}]
+    return unused + [*{key for turns in new for t in turns for key in (
+        "score", "rating", "rank", "reward", "label", "is_correct") if key in t}]
 
 
 def parse_line(row):
@@ -975,7 +977,7 @@ def parse_line(row):
 
 def is_answered(row):
     """Whether the row has a conversation that ends in an answer, so that others only repeat it."""
-    value = row.value("messages")
+    value = parse_messages("messages", row.value("messages"))
     turns = turns_of("messages", value, "") if isinstance(value, list) else []
     return turns != [] and turns[-1]["role"] == "assistant"
 
@@ -996,9 +998,16 @@ def translate(row, columns):
     for name in {"prompt", "input", "system", "completion", "thoughts"} & found.keys():
         if "+" in columns[name] and all(isinstance(text, str) for text in found[name]):
             found[name] = "\n\n".join(found[name])
-    other = ("chosen", "rejected") if "responses" in found else ()
+    other = {"chosen", "rejected"} if "responses" in found else set()
+    if "prompt" in found:   # by a path into messages, which would bring it once more
+        other.add(columns["prompt"].split(".")[0])
     row = Fields({name: value for name, value in row.items()
                   if name not in columns.values() and name not in other} | found)
+    for name in {"rating", "scores", "functions", "contents", "history"} & row.keys():
+        with contextlib.suppress(BadRow):   # lists kept as text, as a CSV does
+            row[name] = listed(name, row[name])
+    if isinstance(row.get("input"), str) and re.match(r'\s*\{\s*"messages"\s*:', row["input"]):
+        row["input"] = listed("input", row["input"])
     if isinstance(row.get("rating"), list) and not row.has("rewards"):   # distilabel's, of old
         row["rewards"] = row.pop("rating")
     if isinstance(row.get("scores"), list) and row.has("responses") and not row.has("rewards"):
@@ -1010,6 +1019,8 @@ def translate(row, columns):
         row["messages"] = row.pop("contents")
     if isinstance(row.get("input"), dict):   # OpenAI's preferences
         row |= row.pop("input")
+    if row.has("rejected") and row.get("accepted") and not row.name("chosen"):   # Vezora's
+        row["chosen"] = row.pop("accepted")
     if row.has("rejected") and row.has("messages") and not row.has("chosen", "completion"):
         name = row.name("messages")      # ms-swift's, of which the last is the chosen one
         *before, chosen = turns_of(name, row.pop(name), "user") or [None]
@@ -1193,6 +1204,8 @@ def turns_of(name, value, role, prompt=""):
     """A field's value -> turns. It holds messages, one message, text of the role's, or an hh-rlhf
     dialogue. (What looks like one and lacks the prompt is text.)"""
     if isinstance(value, str):
+        if prompt and hh_turns(prompt, "user"):   # as in yitingxie/rlhf-reward-datasets
+            value = re.sub(r"^\s*Assistant:", "", value)
         hh = " ".join(prompt.split()) in " ".join(value.split()) and hh_turns(value, role)
         return hh or [turn(role, value)]
     if not isinstance(value, (list, dict)):
@@ -1204,7 +1217,7 @@ def turns_of(name, value, role, prompt=""):
         messages = [turn(("user", "assistant")[i % 2], text) for i, text in enumerate(messages)]
     turns = []
     for message in messages:
-        several = exchange(message) if isinstance(value, list) else []
+        several = exchange(message, name != "history") if isinstance(value, list) else []
         for t in several or [check_message(name, message)]:
             if t["role"] in ("function_call", "tool_call"):
                 t = with_calls(name, t, turns)
@@ -1224,13 +1237,13 @@ def with_calls(name, t, turns):
     return t | {"tool_calls": [*t.get("tool_calls", ()), *calls]}
 
 
-def exchange(value):
+def exchange(value, roles=True):
     """The turns of what a list may have in place of messages, or []: {"input": .., "output": ..} as
     in Capybara, {"human": .., "assistant": ..} as in Firefly, [asked, answered] as in a history,
-    [role, text] as in FastChat."""
+    with `roles` [role, text] as in FastChat."""
     if isinstance(value, list) and len(value) == 2 and all(isinstance(x, str) for x in value):
         role = value[0].lower()
-        if role in ROLES or role in ROLES.values():
+        if roles and (role in ROLES or role in ROLES.values()):
             return [turn(ROLES.get(role, role), value[1])]
         value = dict(zip(("user", "assistant"), value))
     if not isinstance(value, dict) or not all(
@@ -1274,7 +1287,8 @@ def check_message(name, message):
     spans = parts if isinstance(parts, list) else rest.get("train_detail") or []
     if role == "assistant" and any(map(is_masked, spans)):
         raise BadRow(f'"{name}" has turns with parts that are not to be trained on')
-    return turn(role, content) | rest
+    # An empty list of calls is none: templates would write its frame, or refuse it.
+    return turn(role, content) | {k: v for k, v in rest.items() if v or k not in CALLS}
 
 
 def joined(name, value):
@@ -1327,11 +1341,14 @@ def same(a, b):
 
 def listed(name, value):
     """A list or an object, also where it is kept as text."""
-    if isinstance(value, str):
+    if isinstance(text := value, str):
         for parse in (parse_json, ast.literal_eval):
             with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
-                value = parse(value)
+                value = parse(text)
                 break
+        if parse is ast.literal_eval and re.search(r"""(['"])\s+['"]""", text) and isinstance(
+                value, list) and len(value) == 1:   # numpy's, which Python reads as one text
+            raise BadRow(f'"{name}" is a list without commas, kept as text', f"got {text[:50]}")
     if not isinstance(value, (list, dict)):
         raise BadRow(f'"{name}" must be a list', f"got {kind_of(value)}")
     return value

@@ -2947,6 +2947,49 @@ def test_rows_that_mislead(tokenizer, tmp_path):
     assert "; 1 in which the data spells markers of a chat template" in load(path, tokenizer).report
     write_rows(path, [{"prompt": f"Hi. {said}", "output": said} for said in ("a dog", "a dog " * 9)])
     assert "; 1 whose prompt ends in a response; does" in load(path, tokenizer).report
+    for prompt in ("### Instruction:\nHi\n\n### Response:\n", "USER: Hi ASSISTANT: "):
+        write_rows(path, [GOOD | {"prompt": prompt}])
+        assert "; 1 in which the data spells markers" in load(path, tokenizer).report
+
+
+@pytest.mark.parametrize("row, columns, turns, responses", [   # None: refused
+    ({"messages": [*say("Hi", "A", "Who?")[:1], {"role": "assistant", "content": "A", "tool_calls":
+      []}, *say("Who?")], "chosen": "a", "rejected": "b"}, {}, say("Hi", "A", "Who?"), "ab"),
+    ({"prompt": "Hi", "responses": "['Moo!' 'No idea.']"}, {}, None, "list without commas"),
+    ({"prompt": "Hi", "responses": '["a \'x\' \'y\'"]'}, {}, say("Hi"), ["a 'x' 'y'"]),
+    ({"prompt": "\n\nHuman: Hi \n\nAssistant: A \n\nHuman: Who? ", "chosen": "Assistant: a",
+      "rejected": "Assistant: b"}, {}, say("Hi", "A", "Who?"), [" a", " b"]),
+    ({"prompt": "Hi", "chosen": "Assistant: a", "rejected": "b"}, {}, say("Hi"),
+     ["Assistant: a", "b"]),
+    ({"input": json.dumps({"messages": say("Hi")}), "preferred_output": json.dumps(say(0, "a")[1:]),
+      "non_preferred_output": json.dumps(say(0, "b")[1:])}, {}, say("Hi"), "ab"),
+    ({"prompt": "Hi", "responses": '["b", "a"]', "scores": "[1, 5]"}, {}, say("Hi"), "ab"),
+    ({"prompt": "Who?", "history": '[["Hi", "A"]]', "output": "a"}, {}, say("Hi", "A", "Who?"), "a"),
+    ({"prompt": "Who?", "history": [["AI", "A"]], "output": "a"}, {}, say("AI", "A", "Who?"), "a"),
+    ({"prompt": '["Hi"]', "output": '["a"]'}, {}, None, "lists kept as text"),
+    ({"prompt": "Hi", "accepted": "a", "rejected": "b", "answer": "42"}, {}, say("Hi"), "ab"),
+    ({"prompt": "Hi", "accepted": True, "answer": "a"}, {}, say("Hi"), "a"),
+    ({"messages": say("Hi", "a"), "rejected_message": say(0, "b")[1]}, {}, say("Hi"), "ab"),
+    ({"context": say("Hi", "A", "Who?"), "a": "a", "b": "b"}, {
+        "prompt": "context.2.content", "chosen": "a", "rejected": "b"}, say("Who?"), "ab"),
+    ({"prompt": "Hi", "output": "a", "tools": "null"}, {}, say("Hi"), "a"),
+    ({"messages": json.dumps(say("Hi", "a")), "output": "b"}, {}, say("Hi"), "a")])
+def test_rows_as_they_are_meant(row, columns, turns, responses):
+    """Rows by which a person would mean another thing than what was trained on before."""
+    if turns is None:
+        with pytest.raises(data.BadRow, match=responses):
+            data.parse_row(row, columns)
+        return
+    [found], unused = data.parse_row(row, columns)
+    assert found.turns == turns, found.turns
+    assert [[t["content"] for t in r] for r in found.responses] == [[r] for r in responses]
+
+
+def test_unused_marks_of_messages_are_told():
+    """Numbers in messages that may rank them, which are in no field that is read."""
+    for key in ("score", "reward", "label", "is_correct"):
+        messages = [{"role": "assistant", "content": x, key: n} for n, x in enumerate("ba")]
+        assert key in data.parse_row({"prompt": "Hi", "responses": messages})[1]
 
 
 def test_conversations(tokenizer, tmp_path):
