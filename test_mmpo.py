@@ -3077,16 +3077,17 @@ def test_another_revision_of_a_hub_dataset(tmp_path, monkeypatch):
 
 def test_pairs_that_change_meanwhile(tokenizer, tmp_path, monkeypatch):
     """Pairs whose file changes while they are tokenized are not cached as those of either."""
-    path, tokenize = write_rows(tmp_path / "a.jsonl", [GOOD]), data.tokenize
+    rows = [GOOD | {"prompt": "Who changes?"}]   # which no other test has cached
+    path, tokenize = write_rows(tmp_path / "a.jsonl", rows), data.tokenize
 
     def changing(*args):
         pairs = tokenize(*args)
-        write_rows(path, [GOOD, GOOD])
+        write_rows(path, rows * 2)
         return pairs
     monkeypatch.setattr(data, "tokenize", changing)
     with pytest.raises(UserError, match="a.jsonl: changed while it was read"):
         load(path, tokenizer)
-    write_rows(path, [GOOD])
+    write_rows(path, rows)
     monkeypatch.setattr(data, "tokenize", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         load(path, tokenizer)
@@ -4301,6 +4302,18 @@ def test_read_metrics(text, words, tmp_path):
         configurator.read_metrics(path)
 
 
+@pytest.mark.parametrize("finished", ["null", '"4"', "[4]", "{}", "1e400"])
+def test_read_run_settings(finished, tmp_path):
+    """A train_config.json whose base is no text, or whose end no step, is told by its name."""
+    path = tmp_path / "train_config.json"
+    for text in ('{"init_from": 5}', f'{{"init_from": "a", "finished": {finished}}}'):
+        path.write_text(text)
+        with pytest.raises(UserError, match="train_config.json: init_from is no text, or finished"):
+            configurator.is_finished(str(tmp_path))
+    path.write_text('{"init_from": "a", "finished": 4}')
+    assert configurator.is_finished(str(tmp_path)) == 4
+
+
 def test_hub_ids():
     """A model card's metadata name repositories, not their revisions, folders or files here."""
     sources = f"a/b, a/b:c@v1,o/n/dir/sub@main,{__file__},/x/y,./m/n,mine.jsonl,assets/demo"
@@ -5283,7 +5296,7 @@ def test_reference_is_cached(idle):
 # --- what goes wrong
 
 @pytest.mark.parametrize("args, where", [
-    (["--save_interval=1"], "checkpoint-0000001"), ([], "model.safetensors")],
+    (["--save_interval=1", "--max_iters=3"], "checkpoint-0000001"), ([], "model.safetensors")],
     ids=["checkpoint", "export"])
 def test_full_disk(args, where, checkpoint, tmp_path):
     """What can't be written ends in one line; the earlier files stay, no half one does."""
