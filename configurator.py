@@ -345,10 +345,11 @@ def read_run_settings(folder):
     program may have a file of that name."""
     path = os.path.join(folder, "train_config.json")
     found = read_json(path) if os.path.exists(path) else {}
-    require(isinstance(found.get("init_from", ""), str)
-            and isinstance(found.get("finished", 0), int),   # in runs of old True
-            f"{path}: init_from is no text, or finished no step; bring the run's own back")
-    return found if "init_from" in found else {}
+    if not isinstance(found.get("init_from"), str):
+        return {}
+    require(isinstance(found.get("finished", 0), int),   # in runs of old True
+            f"{path}: finished should be a step; bring the run's own file back")
+    return found
 
 
 def run_sum(folder):

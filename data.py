@@ -758,7 +758,7 @@ NAMES = {name: names.split() for name, names in {
     "chosen": "chosen chosen_response response_chosen chosen_conversations preferred_output "
               "response_j",
     "rejected": "rejected rejected_response response_rejected rejected_conversations "
-                "non_preferred_output response_k rejected_messages rejected_message",
+                "non_preferred_output response_k rejected_messages",
     "completion": "completion response output solution answer generation",
     "thoughts": "thoughts reasoning_content thinking",   # before a completion that is text
     "responses": "responses generations",
@@ -911,7 +911,7 @@ def take_answers(row, columns):
     else:
         raise row.missing("chosen")
     texts = [row.value("prompt"), *(value for _, value in answers)]
-    if len(texts) > 1 and all(isinstance(text, str) and re.fullmatch(
+    if len(texts) > (1 if columns else 2) and all(isinstance(text, str) and re.fullmatch(
             r'\s*\[".*"\]\s*', text, re.DOTALL) for text in texts):   # as in the Arena's 55k
         raise BadRow("prompt and responses are lists kept as text; make them texts or turns")
     return answers
@@ -977,7 +977,9 @@ def parse_line(row):
 
 def is_answered(row):
     """Whether the row has a conversation that ends in an answer, so that others only repeat it."""
-    value = parse_messages("messages", row.value("messages"))
+    value = row.value("messages")
+    with contextlib.suppress(BadRow):
+        value = parse_messages("messages", value)
     turns = turns_of("messages", value, "") if isinstance(value, list) else []
     return turns != [] and turns[-1]["role"] == "assistant"
 
@@ -999,15 +1001,15 @@ def translate(row, columns):
         if "+" in columns[name] and all(isinstance(text, str) for text in found[name]):
             found[name] = "\n\n".join(found[name])
     other = {"chosen", "rejected"} if "responses" in found else set()
-    if "prompt" in found:   # by a path into messages, which would bring it once more
-        other.add(columns["prompt"].split(".")[0])
+    root = columns.get("prompt", "").split(".")[0]
+    if root in NAMES["input"] and isinstance(row.get(root), list):   # it would come once more
+        other.add(root)
     row = Fields({name: value for name, value in row.items()
                   if name not in columns.values() and name not in other} | found)
-    for name in {"rating", "scores", "functions", "contents", "history"} & row.keys():
-        with contextlib.suppress(BadRow):   # lists kept as text, as a CSV does
+    lists = {"rating", "scores", "functions", "contents", "history"}
+    for name in (lists | {"input"} if "preferred_output" in row else lists) & row.keys():
+        with contextlib.suppress(BadRow):   # kept as text, as a CSV does
             row[name] = listed(name, row[name])
-    if isinstance(row.get("input"), str) and re.match(r'\s*\{\s*"messages"\s*:', row["input"]):
-        row["input"] = listed("input", row["input"])
     if isinstance(row.get("rating"), list) and not row.has("rewards"):   # distilabel's, of old
         row["rewards"] = row.pop("rating")
     if isinstance(row.get("scores"), list) and row.has("responses") and not row.has("rewards"):
@@ -1019,8 +1021,11 @@ def translate(row, columns):
         row["messages"] = row.pop("contents")
     if isinstance(row.get("input"), dict):   # OpenAI's preferences
         row |= row.pop("input")
-    if row.has("rejected") and row.get("accepted") and not row.name("chosen"):   # Vezora's
-        row["chosen"] = row.pop("accepted")
+    if row.has("rejected") and not row.name("chosen") and str(row.get("accepted")).lower() not in (
+            "none", "", "true", "false", "yes", "no", "0", "1"):
+        row["chosen"] = row.pop("accepted")   # Vezora's
+    if row.has("messages") and row.get("rejected_message") and not row.has("rejected"):
+        row["rejected"] = row.pop("rejected_message")   # OpenPipe's
     if row.has("rejected") and row.has("messages") and not row.has("chosen", "completion"):
         name = row.name("messages")      # ms-swift's, of which the last is the chosen one
         *before, chosen = turns_of(name, row.pop(name), "user") or [None]
@@ -1217,7 +1222,7 @@ def turns_of(name, value, role, prompt=""):
         messages = [turn(("user", "assistant")[i % 2], text) for i, text in enumerate(messages)]
     turns = []
     for message in messages:
-        several = exchange(message, name != "history") if isinstance(value, list) else []
+        several = exchange(message) if isinstance(value, list) else []
         for t in several or [check_message(name, message)]:
             if t["role"] in ("function_call", "tool_call"):
                 t = with_calls(name, t, turns)
@@ -1237,13 +1242,13 @@ def with_calls(name, t, turns):
     return t | {"tool_calls": [*t.get("tool_calls", ()), *calls]}
 
 
-def exchange(value, roles=True):
+def exchange(value):
     """The turns of what a list may have in place of messages, or []: {"input": .., "output": ..} as
     in Capybara, {"human": .., "assistant": ..} as in Firefly, [asked, answered] as in a history,
-    with `roles` [role, text] as in FastChat."""
+    [role, text] as in FastChat."""
     if isinstance(value, list) and len(value) == 2 and all(isinstance(x, str) for x in value):
         role = value[0].lower()
-        if roles and (role in ROLES or role in ROLES.values()):
+        if role in ROLES or role in ROLES.values():
             return [turn(ROLES.get(role, role), value[1])]
         value = dict(zip(("user", "assistant"), value))
     if not isinstance(value, dict) or not all(
@@ -1339,6 +1344,11 @@ def same(a, b):
     return a == b
 
 
+# numpy's list of texts, which Python reads as one text
+WITHOUT_COMMAS = re.compile(
+    r"""\s*\[(\s*('(\\.|[^'\\])*'|"(\\.|[^"\\])*")){2,}\s*\]\s*""", re.DOTALL)
+
+
 def listed(name, value):
     """A list or an object, also where it is kept as text."""
     if isinstance(text := value, str):
@@ -1346,8 +1356,7 @@ def listed(name, value):
             with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
                 value = parse(text)
                 break
-        if parse is ast.literal_eval and re.search(r"""(['"])\s+['"]""", text) and isinstance(
-                value, list) and len(value) == 1:   # numpy's, which Python reads as one text
+        if isinstance(value, list) and WITHOUT_COMMAS.fullmatch(text):
             raise BadRow(f'"{name}" is a list without commas, kept as text', f"got {text[:50]}")
     if not isinstance(value, (list, dict)):
         raise BadRow(f'"{name}" must be a list', f"got {kind_of(value)}")
@@ -1496,8 +1505,8 @@ def read_folder(source, split):
     require(saved or not kinds or not kinds <= READERS.keys() - {".parquet"},
             f"{source}: no parquet files in this folder; of others give the names, as *.jsonl")
     found = load_from_disk(source) if saved else load_dataset(   # splits by the files' names
-        "parquet", data_files=DataFilesDict.from_patterns(get_data_patterns(source), source,
-                                                          allowed_extensions=[".parquet"]))
+        "parquet", data_files=DataFilesDict.from_patterns(
+            get_data_patterns(source), source, allowed_extensions=[".parquet", ".PARQUET"]))
     splits = found if isinstance(found, dict) else {split: found}
     require(split in splits or len(splits) == 1, f"{source}: no split {split}; it has "
             f"{', '.join(splits)}; give --train_split (or --eval_split)")
@@ -1642,7 +1651,8 @@ def content(sources):
     contents = []
     for source, split in sources:
         files = [source, *sorted(glob.glob(f"{glob.escape(source)}/**", recursive=True))]
-        sums = [sha256(file) for file in files if os.path.isfile(file)]
+        sums = [sha256(file) for file in files if os.path.isfile(file) and (
+            file == source or file.endswith((".parquet", ".PARQUET", ".arrow", ".json")))]
         if not os.path.exists(source):   # a hub dataset is known by its commit
             sums = [source, *sorted(commits_of(open_hub(source, split)))]
         contents.append([split, *sums])
@@ -1660,7 +1670,7 @@ def find_sources(sources, split):
         name = os.path.expanduser(name)
         files = [] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
         if "**" in name:   # it finds folders beside all that is in them
-            files = [*filter(os.path.isfile, files)]
+            files = [*filter(os.path.isfile, files)] or files
         found += [(file, split.strip()) for file in files or [name]]
     return found
 

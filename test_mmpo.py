@@ -2965,8 +2965,18 @@ def test_rows_that_mislead(tokenizer, tmp_path):
       "non_preferred_output": json.dumps(say(0, "b")[1:])}, {}, say("Hi"), "ab"),
     ({"prompt": "Hi", "responses": '["b", "a"]', "scores": "[1, 5]"}, {}, say("Hi"), "ab"),
     ({"prompt": "Who?", "history": '[["Hi", "A"]]', "output": "a"}, {}, say("Hi", "A", "Who?"), "a"),
-    ({"prompt": "Who?", "history": [["AI", "A"]], "output": "a"}, {}, say("AI", "A", "Who?"), "a"),
-    ({"prompt": '["Hi"]', "output": '["a"]'}, {}, None, "lists kept as text"),
+    ({"question": '["Hi"]', "a": '["a"]'}, {"prompt": "question", "completion": "a"}, None,
+     "lists kept as text"),
+    ({"prompt": '["b"]', "output": '["a"]'}, {}, say('["b"]'), ['["a"]']),
+    ({"prompt": "Hi", "responses": str(['" ".join(x)'])}, {}, say("Hi"), ['" ".join(x)']),
+    ({"instruction": "Sum up.", "input": json.dumps({"messages": say("Hi", "A")}), "output": "a"},
+     {}, say("Sum up.\n\n" + json.dumps({"messages": say("Hi", "A")})), "a"),
+    ({"x": 1, "chosen": say("Hi", "a"), "rejected": say("Hi", "b")}, {"prompt": "chosen.0.content"},
+     say("Hi"), "ab"),
+    ({"prompt": "Hi", "answer": "a", "rejected": "b", "accepted": "yes"}, {}, say("Hi"), "ab"),
+    ({"prompt": "Hi", "completion": "a", "rejected_message": "too short"}, {}, say("Hi"), "a"),
+    ({"prompt": "Hi", "output": "a", "messages": str(say("Hi")).replace(",", "\n") + "\n"}, {},
+     say("Hi"), "a"),
     ({"prompt": "Hi", "accepted": "a", "rejected": "b", "answer": "42"}, {}, say("Hi"), "ab"),
     ({"prompt": "Hi", "accepted": True, "answer": "a"}, {}, say("Hi"), "a"),
     ({"messages": say("Hi", "a"), "rejected_message": say(0, "b")[1]}, {}, say("Hi"), "ab"),
@@ -4265,7 +4275,7 @@ CLOSING = {   # what a run's last evaluation and settings are: what its last lin
     "sft": ({"eval/kl": 1.2}, {"objective": "sft"}, ["WARNING", "learning_rate"], ["objective="]),
     "clipped": ({}, {"grad_clip": 0.1}, ["3 of 4", "grad_clip"], ["WARNING", "changed nothing"]),
     "skipped": ({"norms": (math.inf, math.nan, 4.0, 5.0)}, {"grad_clip": 0.1},
-                ["note: 4 logged steps, 2 of which changed nothing"], ["grad_clip"])}
+                ["note: 2 of 4 logged steps changed nothing"], ["grad_clip"])}
 
 
 @pytest.mark.parametrize("name", CLOSING)
@@ -4304,14 +4314,15 @@ def test_read_metrics(text, words, tmp_path):
 
 @pytest.mark.parametrize("finished", ["null", '"4"', "[4]", "{}", "1e400"])
 def test_read_run_settings(finished, tmp_path):
-    """A train_config.json whose base is no text, or whose end no step, is told by its name."""
+    """A train_config.json whose end is no step is told by its name. One whose base is no text is
+    another program's."""
     path = tmp_path / "train_config.json"
-    for text in ('{"init_from": 5}', f'{{"init_from": "a", "finished": {finished}}}'):
-        path.write_text(text)
-        with pytest.raises(UserError, match="train_config.json: init_from is no text, or finished"):
-            configurator.is_finished(str(tmp_path))
-    path.write_text('{"init_from": "a", "finished": 4}')
-    assert configurator.is_finished(str(tmp_path)) == 4
+    path.write_text(f'{{"init_from": "a", "finished": {finished}}}')
+    with pytest.raises(UserError, match="train_config.json: finished should be a step"):
+        configurator.is_finished(str(tmp_path))
+    for base, end in (('"a"', 4), ('"a"', True), ("5", False)):
+        path.write_text(f'{{"init_from": {base}, "finished": {int(end)}}}')
+        assert configurator.is_finished(str(tmp_path)) == end
 
 
 def test_hub_ids():

@@ -332,8 +332,8 @@ if master_process:
     write_json(os.path.join(out_dir, "train_config.json"), settings)
     metrics_file = open_metrics(os.path.join(out_dir, "metrics.jsonl"), start_iter)
     if wandb_log:
-        import wandb
         try:
+            import wandb
             wandb.init(project=wandb_project, name=os.path.basename(os.path.abspath(out_dir)),
                        config=settings)
         except Exception as e:
@@ -385,7 +385,8 @@ def evaluate(iter_num):
     metrics = mmpo.measure(objective, logps, eval_lengths, eval_ref_logps, eval_R, **loss_knobs)
     if held_out.n_responses > 1:   # also where the objective doesn't read the reference
         gains = logps - eval_ref_logps
-        metrics["accuracy/implicit"] = ((gains[:, 0] - gains[:, -1]).sign() + 1).mean().item() / 2
+        gap = gains[:, 0] - gains[:, -1]   # a tie is half
+        metrics["accuracy/implicit"] = ((gap > 0).float() + 0.5 * (gap == 0)).mean().item()
     if kl_prompts:
         gaps = kl_ref_logps - score(kl_pairs, np.arange(len(kl_pairs)))
         metrics |= mmpo.kl_estimate(gaps, torch.from_numpy(kl_pairs.lengths[:, 1:]))

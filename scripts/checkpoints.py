@@ -217,9 +217,11 @@ def finish_saving(must=True):
     saving = None
     if save.error and (must or not isinstance(save.error, UserError)):
         raise save.error
+    if save.error:
+        print(f"warning: {save.error}")
     if save.error and rank == 0:
-        save.log(f"warning: {save.error}")
-        remove_checkpoint(save.path + ".tmp")
+        with contextlib.suppress(OSError):
+            remove_checkpoint(save.path + ".tmp")
 
 
 def leave_time_to_save():

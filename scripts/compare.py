@@ -222,7 +222,8 @@ def difference(group, base):
     pairs, prompts, margins = zip(*found)
     if not all(np.array_equal(some, pairs[0]) for some in pairs):
         return "other pairs"
-    gained = (np.sign(margins) + 1) / 2   # a tie is half
+    margins = np.array(margins)
+    gained = (margins > 0) + 0.5 * (margins == 0)
     a, b = gained[:len(base)].mean(0), gained[len(base):].mean(0)
     value, low, high = evaluate.ratio(b - a, groups=prompts[0])
     return f"{value:+.3f} ({low:+.3f} to {high:+.3f})"

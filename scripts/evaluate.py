@@ -130,7 +130,7 @@ def preference(pairs, model, base):
     if margins:   # pairs of SFT have one response, and nothing to compare
         metrics["accuracy/longer"] = share(longer + 0.5 * ~(longer | shorter), groups=prompts)
     for how, margin in margins.items():
-        right = (margin > 0) + 0.5 * (margin == 0)   # as chance would have it
+        right = (margin > 0) + 0.5 * (margin == 0)   # a tie is half
         metrics |= {f"accuracy/{how}": share(right, groups=prompts),
                     f"accuracy/{how}/chosen_shorter": share(right * shorter, shorter, prompts),
                     f"margin/{how}": ratio(margin, groups=prompts)}
@@ -252,7 +252,9 @@ def held_out(args, run, tokenizer):
     told = {name: s.value for name, s in read_settings(os.path.join(HERE, "train.py")).items()}
     told |= run   # its settings, or the defaults where there is no run
     if args.pairs:   # which may have other fields
-        told |= {"columns": args.columns, "use_scores": False}
+        told["use_scores"] = False
+    if args.columns is not None:
+        told["columns"] = args.columns
     pairs = data.load_pairs(source, split, tokenizer, args.max_length or told["max_length"],
                             args.max_prompt_length or told["max_prompt_length"],
                             told["bad_rows"], told["columns"], told["use_scores"])
@@ -314,7 +316,7 @@ def arguments(argv=None):
     parser.add_argument("--pairs", help="preference pairs, as train.py's dataset; default: what\n"
                                         "the run held out; --pairs= takes none")
     parser.add_argument("--split", default="test_prefs", help="of a hub dataset")
-    parser.add_argument("--columns", default="", help="of --pairs, as in train.py")
+    parser.add_argument("--columns", help="of --pairs, as in train.py; default: the run's")
     parser.add_argument("--chat_template", default="", help="as in train.py, for a base model")
     parser.add_argument("--choices", nargs="+", default=[], metavar="FILE")
     parser.add_argument("--limit", type=int, default=0, help="items of each such file; 0: all")
@@ -337,8 +339,10 @@ def main():
     run_folder = os.path.expanduser(first)
     run = read_run_settings(run_folder)
     with_pairs = args.pairs or run and args.pairs is None
-    require(args.pairs or not with_pairs or is_finished(run_folder), f"{first}: its run isn't "
-            "finished; go on with --resume=True, or give --pairs to evaluate an earlier run's model")
+    for name in args.models if with_pairs and not args.pairs else []:
+        theirs = os.path.expanduser(name)
+        require(not read_run_settings(theirs) or is_finished(theirs), f"{name}: its run isn't "
+                "finished; go on with --resume=True, or give --pairs for an earlier run's model")
     require(with_pairs or args.choices or args.text, f"{first}: say what to evaluate, --pairs, "
             "--choices or --text" + " (a run's held-out pairs need none of these, but there is no "
             "run's train_config.json there)" * (not run))

@@ -108,8 +108,8 @@ def closing_lines(out_dir):
                      "learning_rate, more steps" +
                      ", a higher pref_weight" * (settings["objective"] == "mmpo"
                                                  and settings["pref_weight"] < 10))
-    if skipped(norms):
-        lines.append(f"note: {len(norms)} logged steps{skipped(norms)}")
+    if said := skipped(norms):
+        lines.append(f"note: {said}")
     clip = settings["grad_clip"]
     clipped = sum(CLIPPED * clip < norm < math.inf for norm in norms)
     if clip and clipped > len(norms) / 2:
@@ -121,7 +121,8 @@ def closing_lines(out_dir):
 def skipped(norms):
     """How many of the logged steps did nothing, in words, where there are any."""
     n = sum(not math.isfinite(norm) for norm in norms)
-    return f", {n} of which changed nothing, since their gradient was not finite" * (n > 0)
+    return f"{n} of {len(norms)} logged steps changed nothing, as their gradient was not finite" * (
+        n > 0)
 
 
 def gentler(settings, fell):
@@ -150,7 +151,7 @@ def write_model_card(out_dir):
         content = Path(path).read_bytes() if os.path.isfile(path) else b""
         *lines, last = content.splitlines(True) or [b""]
         if last.decode(errors="replace") != signature % hashlib.sha256(b"".join(lines)).hexdigest():
-            return "the README.md that was there, which isn't of this run,"
+            return "the README.md that was there, which a person may have changed,"
     settings, first, last, norms = read_run(out_dir)
     defaults = {k: s.value for k, s in read_settings(os.path.join(HERE, "train.py")).items()}
     changed = {key: settings[key] for key, default in defaults.items()
@@ -172,7 +173,8 @@ def write_model_card(out_dir):
         "---", *header, "---", "",
         f"# {os.path.basename(os.path.abspath(out_dir))}", "",
         f"{base}, trained with {objective.upper()} on {settings['dataset']} by nanoMMPO, in "
-        f"{last['iter']:,} steps of {settings['batch_size']} pairs{skipped(norms)}.", "",
+        f"{last['iter']:,} steps of {settings['batch_size']} pairs" + "; " * bool(skipped(norms))
+        + f"{skipped(norms)}.", "",
         "| on held-out pairs | before | after |", "|---|---|---|", *rows, "",
         "Settings that differ from nanoMMPO's defaults (all are in train_config.json):", "",
         "```", command, "```", ""])
@@ -189,8 +191,7 @@ def main():
     with reading(folder, "a run of train.py"):
         require(is_finished(folder), f"{folder}: no run that is finished; its step lines and "
                 "metrics.jsonl say how far it is")
-        write_model_card(folder)
-        print(closing_lines(folder))
+        print(f"{folder}: {write_model_card(folder)}\n{closing_lines(folder)}")
 
 
 if __name__ == "__main__":
