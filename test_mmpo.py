@@ -2534,6 +2534,7 @@ def test_row_formats(name):
 
 
 GOOD = {"prompt": "Hi", "chosen": "a fox", "rejected": "a dog"}
+DEEP = 700 if sys.version_info < (3, 12) else 3000   # more than Python's stack, JSON can be deeper
 MATRIX = {   # a row, or its line of .jsonl -> an error's words, why it is dropped, or "used"
     "null": (GOOD | {"chosen": None}, ["chosen", "null"]),
     "null_prompt": (GOOD | {"prompt": None}, ["prompt", "null"]),
@@ -2563,7 +2564,7 @@ MATRIX = {   # a row, or its line of .jsonl -> an error's words, why it is dropp
     "tie": ({"prompt": "Hi", "responses": ["a", "b"], "best": "Tie (both bad)"},
             "no response is the better one"),
     "kwargs": (GOOD | {"chat_template_kwargs": "[1]"}, ["chat_template_kwargs", "object"]),
-    "deep_tools": (GOOD | {"tools": json.loads("[" * 700 + "]" * 700)}, ["nested too deeply"]),
+    "deep_tools": (GOOD | {"tools": json.loads("[" * DEEP + "]" * DEEP)}, ["nested too deeply"]),
     "turns": ({"messages": say("a", "b") * 251}, "over 500 turns"),
     "pair_of_turns": ({"chosen": say("a", "b") * 251, "rejected": say("a", "c") * 251},
                       "over 500 turns"),
@@ -5186,7 +5187,7 @@ wandb.log = log
     script.write_text(script.read_text().replace("print(", "int(", 1))   # it can't start
     process = train(checkpoint, f"{tmp_path}/run2", f"--dataset={pairs}", "--eval_pairs=2",
                     "--max_iters=3", "--wandb_log", script=script)
-    assert_one_line(process, "wandb_log: int() takes at most 2 arguments")
+    assert_one_line(process, "wandb_log: int", "at most 2 arguments")
 
 
 @pytest.mark.parametrize("event", ["os.kill(os.getpid(), signal.SIGTERM)",

@@ -8,7 +8,6 @@ the run would use a CPU, a few packs are computed there too, and its time and me
 """
 import math
 import re
-import sys
 import time
 
 import numpy as np
@@ -155,6 +154,7 @@ def time_packs(model, packs, bf16):
 def free_memory():
     """Bytes of memory that this machine can give now; 0 where that can't be known."""
     try:
+        peak_memory()   # is to be known as well
         with open("/proc/meminfo") as f:
             return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", f.read())[1])
     except (OSError, TypeError):   # not on Linux
@@ -162,10 +162,10 @@ def free_memory():
 
 
 def peak_memory():
-    """Bytes of memory that this process has held at most."""
-    import resource   # not on Windows
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    """Bytes of memory that this process has held at most, on Linux. (Its ru_maxrss may be that of
+    the program that started it.)"""
+    with open("/proc/self/status") as f:
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", f.read())[1])
 
 
 def step_flops(model, lengths):
