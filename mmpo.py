@@ -188,6 +188,11 @@ def preference_metrics(logps, lengths, ref_logps=None, R=None, *, beta=0.05, len
 
 
 @torch.no_grad()
+def wins(margins):
+    """1 for each margin (N,) above 0, and a half for a tie, as chance would have it. Arrays too."""
+    return (margins > 0) + 0.5 * (margins == 0)
+
+
 def kl_estimate(gaps, lengths):
     """KL(reference || policy) in nats a token, from S samples that the reference gave, and its
     standard error, where S is above 1.

@@ -385,8 +385,7 @@ def evaluate(iter_num):
     metrics = mmpo.measure(objective, logps, eval_lengths, eval_ref_logps, eval_R, **loss_knobs)
     if held_out.n_responses > 1:   # also where the objective doesn't read the reference
         gains = logps - eval_ref_logps
-        gap = gains[:, 0] - gains[:, -1]   # a tie is half
-        metrics["accuracy/implicit"] = ((gap > 0).float() + 0.5 * (gap == 0)).mean().item()
+        metrics["accuracy/implicit"] = mmpo.wins(gains[:, 0] - gains[:, -1]).mean().item()
     if kl_prompts:
         gaps = kl_ref_logps - score(kl_pairs, np.arange(len(kl_pairs)))
         metrics |= mmpo.kl_estimate(gaps, torch.from_numpy(kl_pairs.lengths[:, 1:]))

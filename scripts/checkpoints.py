@@ -159,13 +159,13 @@ def save_checkpoint(model, optimizer, folder, iter_num, settings, log, must=True
     for name, tensor in mine.items():
         tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         mine[name] = tensor.to("cpu", copy=True).contiguous()
-    saving = SimpleNamespace(path=path, log=log, error=None, written=Event(), all_written=Event())
+    saving = SimpleNamespace(path=path, error=None, written=Event(), all_written=Event())
     saving.thread = Thread(target=write_part, daemon=True,
-                           args=(saving, mine, about, rank, settings["keep_checkpoints"]))
+                           args=(saving, mine, about, rank, settings["keep_checkpoints"], log))
     saving.thread.start()
 
 
-def write_part(save, mine, about, rank, keep):
+def write_part(save, mine, about, rank, keep, log):
     """What the thread of a save does. An error is kept for finish_saving."""
     t0, temporary = time.time(), save.path + ".tmp"
     file = os.path.join(temporary, f"{rank}.safetensors")
@@ -190,7 +190,7 @@ def write_part(save, mine, about, rank, keep):
             sync(metrics)   # the steps before this one, which no run will make again
         publish(temporary, save.path)
         remove_checkpoints(os.path.dirname(save.path), keep)
-        save.log(f"{save.path}: {size / 1e6:,.1f} MB in {time.time() - t0:.1f} s")
+        log(f"{save.path}: {size / 1e6:,.1f} MB in {time.time() - t0:.1f} s")
     except (OSError, SafetensorError) as e:
         save.error = UserError(f"{save.path}: not written ({first_line(e)}); if the disk is full, "
                                "free space; what was saved before is intact")
@@ -218,10 +218,10 @@ def finish_saving(must=True):
     if save.error and (must or not isinstance(save.error, UserError)):
         raise save.error
     if save.error:
-        print(f"warning: {save.error}")
-    if save.error and rank == 0:
-        with contextlib.suppress(OSError):
-            remove_checkpoint(save.path + ".tmp")
+        print(f"warning: {save.error}")   # on each rank, whose reasons may differ
+        if rank == 0:
+            with contextlib.suppress(OSError):
+                remove_checkpoint(save.path + ".tmp")
 
 
 def leave_time_to_save():

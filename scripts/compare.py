@@ -222,8 +222,7 @@ def difference(group, base):
     pairs, prompts, margins = zip(*found)
     if not all(np.array_equal(some, pairs[0]) for some in pairs):
         return "other pairs"
-    margins = np.array(margins)
-    gained = (margins > 0) + 0.5 * (margins == 0)
+    gained = mmpo.wins(np.array(margins))
     a, b = gained[:len(base)].mean(0), gained[len(base):].mean(0)
     value, low, high = evaluate.ratio(b - a, groups=prompts[0])
     return f"{value:+.3f} ({low:+.3f} to {high:+.3f})"

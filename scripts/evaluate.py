@@ -41,11 +41,12 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))   # for `python scripts/evaluate.py`
 import data
+import mmpo
 import model as llama
 from configurator import (
     HERE, UserError, all_beside_the_checkout, beside_the_checkout, cache_path, check_numbers,
-    is_finished, load_cache, one_line_errors, printable, read_run_settings, read_settings,
-    read_text, reading, require, run_sum, save_cache, write_json)
+    load_cache, one_line_errors, printable, read_run_settings, read_settings, read_text, reading,
+    require, run_sum, save_cache, write_json)
 
 BRANCHES = 16   # continuations of a tree, at most
 
@@ -130,7 +131,7 @@ def preference(pairs, model, base):
     if margins:   # pairs of SFT have one response, and nothing to compare
         metrics["accuracy/longer"] = share(longer + 0.5 * ~(longer | shorter), groups=prompts)
     for how, margin in margins.items():
-        right = (margin > 0) + 0.5 * (margin == 0)   # a tie is half
+        right = mmpo.wins(margin)
         metrics |= {f"accuracy/{how}": share(right, groups=prompts),
                     f"accuracy/{how}/chosen_shorter": share(right * shorter, shorter, prompts),
                     f"margin/{how}": ratio(margin, groups=prompts)}
@@ -339,16 +340,14 @@ def main():
     run_folder = os.path.expanduser(first)
     run = read_run_settings(run_folder)
     with_pairs = args.pairs or run and args.pairs is None
-    for name in args.models if with_pairs and not args.pairs else []:
-        theirs = os.path.expanduser(name)
-        require(not read_run_settings(theirs) or is_finished(theirs), f"{name}: its run isn't "
-                "finished; go on with --resume=True, or give --pairs for an earlier run's model")
     require(with_pairs or args.choices or args.text, f"{first}: say what to evaluate, --pairs, "
             "--choices or --text" + " (a run's held-out pairs need none of these, but there is no "
             "run's train_config.json there)" * (not run))
-    for other in args.models[1:] if with_pairs and not args.pairs else []:
+    for other in args.models if with_pairs and not args.pairs else []:
         theirs = read_run_settings(os.path.expanduser(other))
-        require(not theirs or any(run[key] and run[key] == theirs[key] for key in (
+        require(not theirs or theirs.get("finished"), f"{other}: its run isn't finished; go on "
+                "with --resume=True, or give --pairs for an earlier run's model")
+        require(theirs in ({}, run) or any(run[key] and run[key] == theirs[key] for key in (
             "eval_dataset", "eval_dataset_sha256")), f"{other}: its run held out other pairs than "
             f"that of {first}, and may have trained on these; give --pairs")
     reference = args.reference or beside_the_checkout(run.get("init_from", "")) or None

@@ -153,6 +153,7 @@ def write_model_card(out_dir):
         if last.decode(errors="replace") != signature % hashlib.sha256(b"".join(lines)).hexdigest():
             return "the README.md that was there, which a person may have changed,"
     settings, first, last, norms = read_run(out_dir)
+    idle = skipped(norms)
     defaults = {k: s.value for k, s in read_settings(os.path.join(HERE, "train.py")).items()}
     changed = {key: settings[key] for key, default in defaults.items()
                if settings.get(key, default) != default and key not in NOT_TOLD}
@@ -173,8 +174,7 @@ def write_model_card(out_dir):
         "---", *header, "---", "",
         f"# {os.path.basename(os.path.abspath(out_dir))}", "",
         f"{base}, trained with {objective.upper()} on {settings['dataset']} by nanoMMPO, in "
-        f"{last['iter']:,} steps of {settings['batch_size']} pairs" + "; " * bool(skipped(norms))
-        + f"{skipped(norms)}.", "",
+        f"{last['iter']:,} steps of {settings['batch_size']} pairs{idle and f'; {idle}'}.", "",
         "| on held-out pairs | before | after |", "|---|---|---|", *rows, "",
         "Settings that differ from nanoMMPO's defaults (all are in train_config.json):", "",
         "```", command, "```", ""])
