@@ -1692,9 +1692,8 @@ def parse_columns(text):
 def tokenize(sources, tokenizer, max_length, max_prompt_length, bad_rows, columns, use_scores):
     """load_pairs without the cache. Every row is used, or counted as dropped, by its reason."""
     tokenizer.require_template()
-    pairs, rewards, ranked = [], [], set()
-    seen, used, asked_again, tied, transcripts, rendered, repeated = 0, 0, 0, 0, 0, 0, 0
-    dropped, left_out, cut, unused, ignored = (Counter() for _ in range(5))
+    pairs, rewards, ranked, seen, used = [], [], set(), 0, 0
+    dropped, left_out, cut, told, unused, ignored = (Counter() for _ in range(6))
     every = (found for source in sources for found in read_rows(*source))
     for where, line in tqdm(every, "rows", disable=None):   # None: only on a terminal
         seen += 1
@@ -1725,18 +1724,10 @@ def tokenize(sources, tokenizer, max_length, max_prompt_length, bad_rows, column
             raise UserError(f"{where}: {e}") from e
         used += 1
         cut.update(shortened)
+        told.update(remarks(row))
         unused.update(names)
         left_out.update(reasons)
         ranked.add(row.ranked)
-        asked_again += any(t["role"] == "user" for turns in row.responses for t in turns)
-        rendered += any(RENDERED.search(text_of(t)) for turns in (row.turns, *row.responses)
-                        for t in turns)
-        transcripts += any(all(who.search(text_of(t)) for who in SPEAKERS) for t in row.turns
-                           if t["role"] == "user")
-        # as in python_code_instructions_18k_alpaca, whose prompt holds all of the row
-        repeated += any(len(said) > 20 and text_of(row.turns[-1]).rstrip().endswith(said)
-                        for said in (text_of(turns[-1]).strip() for turns in row.responses))
-        tied += row.rewards is not None and len({*row.rewards}) == 1 < len(row.rewards)
         pairs += made
         rewards += [row.rewards for row in good if row.rewards is not None]
 
@@ -1751,18 +1742,32 @@ def tokenize(sources, tokenizer, max_length, max_prompt_length, bad_rows, column
         f"{seen:,} rows = {used:,} used + {sum(dropped.values()):,} dropped{why}",
         len(pairs) != used and f"{len(pairs):,} pairs, one for each turn of the assistant",
         left_out and f"turns left out: {counted(left_out)}",
-        asked_again and f"{asked_again:,} with the user's next turns in a response, which are "
-                        "trained on too",
-        transcripts and f"{transcripts:,} with what looks like a dialogue in one turn of the user, "
-                        "which it stays; messages, or turns at \\n\\nHuman: and \\n\\nAssistant:, "
-                        "are turns of their own",
-        rendered and f"{rendered:,} in which the data spells markers of a chat template, which are "
-                     "text there; was it rendered before?",
-        repeated and f"{repeated:,} whose prompt ends in a response; does its field hold both?",
-        tied and f"{tied:,} with equal rewards, whose first response counts as the best",
+        *(f"{n:,} {remark}" for remark, n in told.items()),
         counted(cut) and f"cut to length: {counted(cut)}",
         unused + ignored and "fields not used: " + ", ".join(
             str(name) or '""' for name in unused + ignored)])))
+
+
+def remarks(row):
+    """What a person should know of a row that is trained on, as the report says it after a number
+    of such rows."""
+    response_turns = [t for turns in row.responses for t in turns]
+    texts, prompt = [text_of(t) for t in row.turns + response_turns], text_of(row.turns[-1])
+    if any(t["role"] == "user" for t in response_turns):
+        yield "with the user's next turns in a response, which are trained on too"
+    if any(all(who.search(text_of(t)) for who in SPEAKERS) for t in row.turns
+           if t["role"] == "user"):
+        yield ("with what looks like a dialogue in one turn of the user, which it stays; messages, "
+               "or turns at \\n\\nHuman: and \\n\\nAssistant:, are turns of their own")
+    if any(map(RENDERED.search, texts)):
+        yield ("in which the data spells markers of a chat template, which are text there; was it "
+               "rendered before?")
+    # as in python_code_instructions_18k_alpaca, whose prompt holds all of the row
+    if any(len(said) > 20 and prompt.rstrip().endswith(said)
+           for said in (text_of(turns[-1]).strip() for turns in row.responses)):
+        yield "whose prompt ends in a response; does its field hold both?"
+    if row.rewards and len({*row.rewards}) == 1 < len(row.rewards):
+        yield "with equal rewards, whose first response counts as the best"
 
 
 def counted(reasons):
