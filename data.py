@@ -332,7 +332,6 @@ class Tokenizer:
         if characters:   # spaces as in a text, and byte tokens as what they stand for
             self.bytes_of = {i: b.replace(SPACE.encode(), b" ") for i, b in self.bytes_of.items()}
             self.bytes_of |= {vocab[f"<0x{b:02X}>"]: bytes([b]) for b in range(256)}
-        self.n_vocab = max(self.bytes_of) + 1
         decoder = steps_of(spec.get("decoder"))   # SentencePiece takes the first space off again
         self.strip = any(step["type"] == "Strip" and step["start"] or step["type"] == "Metaspace"
                          and step.get("prepend_scheme") != "never" for step in decoder)
@@ -893,7 +892,8 @@ def take_answers(row, columns):
     if row.has("chosen") or row.has("rejected") or row.has("completion") and row.name("rejected"):
         name = "chosen" if row.name("chosen") or not row.has("completion") else "completion"
         answers = [row.take(name), row.take("rejected")]
-    elif row.has("responses") and not {"messages", "completion"} & columns.keys():
+    elif row.has("responses") and not {"messages", "completion"} & columns.keys() and not (
+            in_no_order(row) and is_answered(row)):
         name, values = row.take("responses")
         values = listed(name, values)
         if not values or isinstance(values, dict):
@@ -928,7 +928,7 @@ def best_first(row, answers, columns, use_scores):
         return [answers[i] for i in order], [rewards[i] for i in order], ""
     if row.took("responses") and ("best" in columns or row.name("best")):
         return (answers if first_is_best(row, answers) else answers[::-1]), None, "best"
-    if row.took("responses") and row.name("responses") == "generations" and len(answers) > 1:
+    if row.took("responses") and in_no_order(row) and len(answers) > 1:
         raise BadRow('"generations" without "ratings" are in no order', "if the best is the first: "
                      "--columns=responses:generations")
     return answers, None, "order" if row.took("responses") else ""
@@ -970,9 +970,15 @@ def parse_line(row):
                          "a row on several lines?") from None
     if not isinstance(row, dict):
         raise BadRow("a row must be an object with fields", f"got {kind_of(row)}")
+    row = {name: value if value == value else None for name, value in row.items()}   # pandas' NaN
     if None in row:   # where csv puts what has no column, and read_csv what has too few cells
         raise BadRow("not as many cells as columns; quote text that has commas or lines in it")
     return row
+
+
+def in_no_order(row):
+    """Whether the responses are distilabel's or Open-R1's generations, not rated."""
+    return row.name("responses") == "generations" and not row.has("rewards")
 
 
 def is_answered(row):
@@ -1141,8 +1147,9 @@ def take_prompt(row, whole):
     if whole and texts:
         row.used.discard(found[0][0])
         return []
-    turns = [t for name, value in found if not isinstance(value, str)
-             for t in turns_of(name, value, "user")]
+    # turns of the input come before what is asked
+    turns = [t for name, value in sorted(found, key=lambda field: field[0] not in NAMES["input"])
+             if not isinstance(value, str) for t in turns_of(name, value, "user")]
     if texts:
         turns += turns_of(found[0][0], "\n\n".join(filter(None, texts)), "user")
     return turns
@@ -1209,8 +1216,8 @@ def turns_of(name, value, role, prompt=""):
     """A field's value -> turns. It holds messages, one message, text of the role's, or an hh-rlhf
     dialogue. (What looks like one and lacks the prompt is text.)"""
     if isinstance(value, str):
-        if prompt and hh_turns(prompt, "user"):   # as in yitingxie/rlhf-reward-datasets
-            value = re.sub(r"^\s*Assistant:", "", value)
+        if prompt and hh_turns(prompt, "user"):   # as in Dahoas/full-hh-rlhf, yitingxie's
+            value = re.sub(r"^\s*Assistant:", "", value).strip()   # rlhf-reward-datasets
         hh = " ".join(prompt.split()) in " ".join(value.split()) and hh_turns(value, role)
         return hh or [turn(role, value)]
     if not isinstance(value, (list, dict)):
@@ -1276,7 +1283,13 @@ def check_message(name, message):
     if not isinstance(role, str) or not (isinstance(content, str)
                                          or content is None and {*CALLS} & rest.keys()):
         field, of = next((word for word, names in NAMES.items() if name in names), name), ""
-        if isinstance(message, dict):
+        texts = {k: v for k, v in message.items() if isinstance(v, str)} \
+            if isinstance(message, dict) and role is None else {}
+        if texts and field in ("chosen", "rejected", "responses"):
+            longest = max(texts, key=lambda key: len(texts[key]))   # a label is shorter
+            path = f"{name}.*.{longest}" if field == "responses" else f"{name}.{longest}"
+            of = f" with {', '.join(message)}; a path takes one of these: --columns={field}:{path}"
+        elif isinstance(message, dict):
             of = f", {kind_of(role)} and {kind_of(content)}"
         elif field in ("chosen", "rejected", "completion"):
             of = (f"; of a list of texts --columns={field}:{name}.0 takes the first, and "

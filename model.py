@@ -911,7 +911,8 @@ def merge(weight, name, adapter, config):
             raise ValueError("NaN or infinite")
     for part in parts:   # else addition would broadcast some that don't fit
         if part.shape != weight.shape:
-            raise ValueError(f"shape {tuple(part.shape)}, not {tuple(weight.shape)}")
+            raise ValueError(f"shape {tuple(part.shape)}, not {tuple(weight.shape)}, as of a "
+                             "vocabulary that was resized: merge it in peft")
     return sum(parts[1:], start=parts[0])
 
 

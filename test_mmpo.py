@@ -1978,7 +1978,8 @@ def test_tokens_beside_tokenizer_json(style, checkpoint, tmp_path):
     ends an answer is taken from all that say so."""
     from transformers import AutoTokenizer
     folder = shutil.copytree(checkpoint, str(tmp_path / "model"))
-    config, n = read_json(f"{folder}/tokenizer_config.json"), data.Tokenizer(folder).n_vocab
+    config = read_json(f"{folder}/tokenizer_config.json")
+    n = max(data.Tokenizer(folder).bytes_of) + 1
     write_json(f"{folder}/generation_config.json", {})
     damage_config(eos_token_id=[7, 8])(folder)
     assert data.Tokenizer(folder).stop_ids() == {7, 8, data.Tokenizer(folder).eos_id}
@@ -2013,7 +2014,7 @@ def test_tokens_that_only_other_files_name(name, checkpoint, tmp_path):
         config["added_tokens_decoder"] = tokens | {str(i): tokens["4"] | {"content": "<|new|>"}}
     write_json(f"{folder}/tokenizer_config.json", config)
     [id] = AutoTokenizer.from_pretrained(folder).encode("<|new|>", add_special_tokens=False)
-    assert id == data.Tokenizer(checkpoint).n_vocab != i
+    assert id == max(data.Tokenizer(checkpoint).bytes_of) + 1 != i
     with pytest.raises(UserError, match=r"tokenizer.json: added token '<.new.>' has id .* get"):
         data.Tokenizer(folder)
 
@@ -2959,7 +2960,15 @@ def test_rows_that_mislead(tokenizer, tmp_path):
     ({"prompt": "Hi", "responses": "['Moo!' 'No idea.']"}, {}, None, "list without commas"),
     ({"prompt": "Hi", "responses": '["a \'x\' \'y\'"]'}, {}, say("Hi"), ["a 'x' 'y'"]),
     ({"prompt": "\n\nHuman: Hi \n\nAssistant: A \n\nHuman: Who? ", "chosen": "Assistant: a",
-      "rejected": "Assistant: b"}, {}, say("Hi", "A", "Who?"), [" a", " b"]),
+      "rejected": " b"}, {}, say("Hi", "A", "Who?"), "ab"),
+    ({"context": say("Hi", "A"), "instruction": say("Who?")[0], "chosen": "a", "rejected": "b"}, {},
+     say("Hi", "A", "Who?"), "ab"),
+    ({"messages": say("Hi", "a"), "generations": ["x", "y"]}, {}, say("Hi"), "a"),
+    ({"prompt": "Hi", "input": math.nan, "chosen": "a", "rejected": "b"}, {}, say("Hi"), "ab"),
+    ({"prompt": "Hi", "responses": [{"model": "x", "text": "Moo!"}] * 2}, {}, None,
+     "--columns=responses:responses.*.text"),
+    ({"prompt": "Hi", "chosen": {"answer": "a", "score": 1}, "rejected": "b"}, {}, None,
+     "--columns=chosen:chosen.answer"),
     ({"prompt": "Hi", "chosen": "Assistant: a", "rejected": "b"}, {}, say("Hi"),
      ["Assistant: a", "b"]),
     ({"input": json.dumps({"messages": say("Hi")}), "preferred_output": json.dumps(say(0, "a")[1:]),
@@ -5343,6 +5352,8 @@ MISTAKES = {   # arguments, words of the error
     "device": (["--device=cuda"], ["device: no"]),
     "single": ([*USABLE, "--eval_dataset={folder}/single.jsonl"], ["single.jsonl", "one response"]),
     "window": ([*USABLE, "--init_from={folder}/windowed"], ["tokens", "sliding_window, 8"]),
+    "beyond": ([*USABLE, "--init_from={folder}/padded", "--chat_template={folder}/pad.jinja"],
+               ["padded: the pairs have the id", "does tokenizer.json belong to it?"]),
     "memory": (USABLE, ["not enough memory", "--debug shows where"]),
     "rank": (["--dataset={folder}/good.jsonl,{folder}/good.jsonl", "--eval_pairs=1",
               "--lora_rank=999"], ["lora_rank: 999 is more than the model's width"]),
@@ -5360,7 +5371,8 @@ def test_more_processes_than_gpus(tmp_path):
 
 @pytest.fixture(scope="module")
 def mistakes(checkpoint, tmp_path_factory):
-    """{name: process} of MISTAKES, of one with --debug, and of a fork that has a bug."""
+    """{name: process} of MISTAKES, of one with --debug, of a fork that has a bug, and of a model
+    whose tokenizer has a padding token that the model lacks."""
     folder, good = tmp_path_factory.mktemp("mistakes"), word_rows(3)
     shutil.copytree(checkpoint, folder / "model")
     os.remove(folder / "model" / "model.safetensors")
@@ -5371,6 +5383,12 @@ def mistakes(checkpoint, tmp_path_factory):
                        "null": [GOOD | {"chosen": None}], "same": [GOOD | {"chosen": "a dog"}] * 4,
                        "single": [{"prompt": "x", "responses": ["y"]}]}.items():
         write_rows(folder / f"{name}.jsonl", rows)
+    padded = shutil.copytree(checkpoint, folder / "padded")
+    spec = read_json(padded / "tokenizer.json")
+    pad = spec["added_tokens"][-1] | {"id": read_json(padded / "config.json")["vocab_size"]}
+    spec["added_tokens"].append(pad | {"content": "<pad>"})
+    write_json(padded / "tokenizer.json", spec)
+    (folder / "pad.jinja").write_text(data.TEMPLATES["chatml"].replace("<|im_start|>", "<pad>"))
     (folder / "half.jsonl").write_text(json.dumps(GOOD) + "\n" + json.dumps(GOOD)[:30])
     (folder / "typo.py").write_text("learnig_rate = 1e-3\n")
     with open(TRAIN, encoding="utf-8") as f:
@@ -5381,7 +5399,8 @@ def mistakes(checkpoint, tmp_path_factory):
         scripts[name].write_text("import os, sys\nsys.path.insert(0, os.getcwd())\n" + before + does
                                  + setup + after)
     jobs = {name: args for name, (args, _) in MISTAKES.items()}
-    jobs |= {"debug": ["--min_lr=1", "--debug"], "fork": []}
+    jobs |= {"debug": ["--min_lr=1", "--debug"], "fork": [],
+             "padded": [*USABLE, "--init_from={folder}/padded", "--max_iters=1"]}
     jobs = {name: [arg.format(folder=folder, checkpoint=checkpoint) for arg in args]
             for name, args in jobs.items()}
     return train_all(checkpoint, folder, jobs, scripts)
@@ -5407,6 +5426,12 @@ def test_leaks_are_warned_of(mistakes, tokenizer, tmp_path):
     assert data.n_leaked(first.subset(np.array([1])), turns) == 0
     warning = "1 of 1 held-out pairs have a prompt that is trained on too"
     assert warning in mistakes["rank"].stdout and warning not in mistakes["diverged"].stdout
+
+
+def test_a_token_beyond_the_vocabulary(mistakes):
+    """A tokenizer may have a token that the model lacks, as copies of Llama 2 have for padding, as
+    long as no pair has it."""
+    assert_done(mistakes["padded"])
 
 
 def test_few_pairs_are_warned_of(mistakes):

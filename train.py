@@ -233,9 +233,10 @@ if checkpoint and is_finished(out_dir) and max(start_iter, is_finished(out_dir))
 frozen_dtype = torch.bfloat16 if lora_rank and dtype == "bfloat16" else torch.float32
 raw_model, hf_config = llama.build(folder, frozen_dtype)
 files = llama.files_beside_weights(folder)   # for the export, as they are now
-require(tokenizer.n_vocab <= raw_model.config.vocab_size,
-        f"{folder}: tokenizer.json has {tokenizer.n_vocab} ids, config.json "
-        f"{raw_model.config.vocab_size}; do they belong together?")
+# Some tokenizers have a padding token beyond the model's vocabulary, which no pair has.
+last_id = max(pairs.tokens.max() for pairs in (train_pairs, held_out))
+require(last_id < raw_model.config.vocab_size, f"{folder}: the pairs have the id {last_id}, but "
+        f"config.json {raw_model.config.vocab_size} ids; does tokenizer.json belong to it?")
 if lora_rank:
     llama.add_lora(raw_model, lora_rank, lora_alpha, lora_dropout,
                    lora_targets.replace(",", " ").split())
