@@ -114,8 +114,8 @@ def one_line_errors():
             message = f"error: another rank ended ({first_line(error):.99}); its error says why"
         elif issubclass(kind, MemoryError) or re.search("out of|allocate", str(error)) and \
                 "memory" in str(error):   # torch's, of a GPU and of a CPU
-            message = (f"error: not enough memory ({first_line(error)}); lower pack_tokens, or see "
-                       "--dry_run and Troubleshooting in README. --debug shows where")
+            message = (f"error: not enough memory ({first_line(error)}); Troubleshooting in README "
+                       "says what takes less; of train.py also --dry_run, and --debug where it was")
         else:
             return sys.__excepthook__(kind, error, trace)
         message = printable(message).replace("\n", "\\n")
@@ -138,8 +138,8 @@ def reading(path, what):
 
     A file that isn't what it claims to be fails in endless ways: a missing key, a list where an
     object should be, nesting that is too deep, a panic of a library written in Rust (which is a
-    BaseException). Checks one by one never end, so this is the boundary. --debug=True shows the
-    traceback.
+    BaseException). Checks one by one never end, so this is the boundary. In train.py --debug shows
+    the traceback.
     """
     try:
         yield
@@ -353,8 +353,8 @@ def read_run_settings(folder):
 
 
 def run_sum(folder):
-    """What tells a run from another one in the same folder: the sum of its metrics.jsonl, in which
-    there are times. None without a run."""
+    """What tells a run from another one in the same folder: the sum of its metrics.jsonl, which has
+    the speed of each step, so that no two are equal. None without a run."""
     path = os.path.join(folder, "metrics.jsonl")
     return sha256(path) if os.path.exists(path) else None
 
@@ -463,17 +463,12 @@ def configure(namespace, argv, source, choices={}):
     return defaults | overrides, overrides
 
 
-CONFIG_SECONDS = 30   # of CPU time that a config file may take, which can loop
 PATHS = ("init_from", "dataset", "eval_dataset", "chat_template")   # settings that name files
 
 
 def run_config_file(path, known):
-    """The settings that a config file makes. It sees the current ones, so it can compute with them.
-
-    What the file names and is not found from here is looked for beside the checkout, so that
-    config/demo.py runs from any folder.
-    """
-    path = beside_the_checkout(path)
+    """The settings that a config file makes. It sees the current ones, so it can compute with them,
+    and its own path, __file__."""
     require(os.path.exists(path),
             f"{path}: no such config file; settings are written --key=value")
     require(path.endswith(".py") or os.path.isdir(path), f"{path}: config files end in .py; "
@@ -482,8 +477,7 @@ def run_config_file(path, known):
     text = read_text(path, "a config file", "utf-8-sig")
     try:
         tree = ast.parse(text, path)
-        with limited(CONFIG_SECONDS, "this file"):
-            exec(compile(tree, path, "exec"), scope)
+        exec(compile(tree, path, "exec"), scope)
     except SyntaxError as e:
         raise UserError(f"{path}:{e.lineno or 1}: {e.msg}; a config file is Python") from e
     except (Exception, SystemExit) as e:   # sys.exit() in one would look like a run that ended well
@@ -495,23 +489,10 @@ def run_config_file(path, known):
                 f"{path}:{node.lineno}: {ast.unparse(node)} sets nothing; write name = value")
     assigned = {node.id for node in ast.walk(tree)
                 if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-    found = {key: value for key, value in scope.items()
-             if (key not in known or key in assigned or value is not known[key])
-             and not key.startswith("_")
-             and (key in known or not isinstance(value, ModuleType) and not callable(value))}
-    for key in found.keys() & PATHS:
-        if isinstance(found[key], str):
-            found[key] = all_beside_the_checkout(found[key])
-    return found
-
-
-def beside_the_checkout(path):
-    there = os.path.join(HERE, path)
-    return there if path and not os.path.exists(path) and os.path.exists(there) else path
-
-
-def all_beside_the_checkout(paths):
-    return ",".join(beside_the_checkout(path.strip()) for path in paths.split(","))
+    return {key: value for key, value in scope.items()
+            if (key not in known or key in assigned or value is not known[key])
+            and not key.startswith("_")
+            and (key in known or not isinstance(value, ModuleType) and not callable(value))}
 
 
 # what TRL or nanoGPT call a setting, and what to give here
@@ -698,16 +679,3 @@ def same_on_all_ranks(settings):
         other = next((found[name] for found in everywhere if found[name] != value), value)
         require(name in PATHS or other == value, f"{name}: {value!r:.60} on rank {dist.get_rank()} "
                 f"and {other!r:.60} on another; start all ranks with the same")
-
-
-def once_on_each_node(function, *args):
-    """function(*args), called by local rank 0 of each machine -> its result on every rank. Raises
-    UserError where the machines' results differ."""
-    first = not dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0"
-    results = [function(*args) if first else None] * rank_and_size()[1]
-    if dist.is_initialized():
-        dist.all_gather_object(results, results[0])
-    found = [result for result in results if result is not None]
-    require(found.count(found[0]) == len(found),
-            f"the machines have other files than each other: {str(args)[1:-1]:.99}")
-    return found[0]

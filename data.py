@@ -1941,22 +1941,23 @@ def collate(pairs, batch, members, pad_to=1):
 
 
 @torch.no_grad()
-def score(model, pairs, indices, pack_tokens, title=None):
-    """Summed log-probs of each response of the pairs at `indices` -> (len(indices), n) fp32.
+def score(model, pairs, indices, pack_tokens, title=None, also=None):
+    """Summed log-probs of each response of the pairs at `indices` -> (len(indices), n) fp32. With
+    `also`, as the model takes it, what it gives is summed too -> (2, len(indices), n).
 
     Every rank calls it, computes a share, and gets all. The title is that of a progress bar.
     """
     device = model.head_weight.device
     rank, ranks = rank_and_size()
-    logps = torch.zeros(len(indices), pairs.n_responses, device=device)
+    sums = torch.zeros(2 if also else 1, len(indices), pairs.n_responses, device=device)
     packs = plan_packs(pairs.lengths[indices].sum(1), pack_tokens, ranks, equal_counts=True)[rank]
     was_training = model.training
     model.eval()
     for members in tqdm(packs, title, disable=None if title and rank == 0 else True):
         pack = collate(pairs, indices, members, pad_multiple(device)).to(device)
-        per_token_logps, _ = model(pack)
-        logps[pack.members] = pack.sum_by_response(per_token_logps)
+        for some, per_token in zip(sums, model(pack, also)):
+            some[pack.members] = pack.sum_by_response(per_token)
     model.train(was_training)
     if ranks > 1:
-        dist.all_reduce(logps)
-    return logps.cpu()
+        dist.all_reduce(sums)
+    return sums.cpu() if also else sums[0].cpu()

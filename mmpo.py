@@ -159,16 +159,20 @@ def preference_loss(objective, logps, lengths, ref_logps=None, R=None, *, beta=0
 
 
 @torch.no_grad()
-def preference_metrics(logps, lengths, ref_logps=None, R=None, *, beta=0.05, length_norm=True):
-    """What is worth logging about B pairs, a dict of floats. logps/* and rewards/* are TRL's names.
+def measure(objective, logps, lengths, ref_logps, R, *, beta, length_norm, **knobs):
+    """What is worth logging about B pairs, a dict of floats. knobs: the others of preference_loss.
 
-    rewards/*: implicit rewards, beta (log pi - log ref), or beta mean log pi without a reference;
-    accuracies don't depend on beta, which may be 0.
+    loss: their mean loss, without the entropy term. logps/* and rewards/* are TRL's names.
+    rewards/*: implicit rewards, beta (log pi - log ref), or beta mean log pi where the objective
+    doesn't read the reference; accuracies don't depend on beta, which may be 0.
     weights/*: q of the chosen response, with R; upweighted is the share with q > 1/n. accuracy/*:
     the share whose chosen response is the likelier one, by mean and by sum. All but weights/*
     compare the first response with the last.
     """
-    metrics = {"logps/chosen": logps[:, 0].mean()}
+    ref_logps, R = (ref_logps, R) if OBJECTIVES[objective] else (None, None)
+    losses = preference_loss(objective, logps, lengths, ref_logps, R, beta=beta,
+                             length_norm=length_norm, **knobs)
+    metrics = {"loss": losses.mean(), "logps/chosen": logps[:, 0].mean()}
     if logps.size(1) > 1:
         means = logps / lengths
         gains = logps - ref_logps if ref_logps is not None else means
@@ -205,16 +209,3 @@ def kl_estimate(gaps, lengths):
         spread = (gaps - found["kl"] * lengths).std()
         found["kl_error"] = spread * len(gaps) ** 0.5 / lengths.sum()
     return {name: value.item() for name, value in found.items()}
-
-
-def measure(objective, logps, lengths, ref_logps, R, *, beta, length_norm, **knobs):
-    """The mean loss of B pairs, without the entropy term, and their metrics, as a dict of floats.
-
-    knobs: the others of preference_loss. Where the objective doesn't read the reference, implicit
-    rewards are not relative to it, and there are no weights/*.
-    """
-    ref_logps, R = (ref_logps, R) if OBJECTIVES[objective] else (None, None)
-    shared = dict(beta=beta, length_norm=length_norm)
-    losses = preference_loss(objective, logps, lengths, ref_logps, R, **shared, **knobs)
-    return {"loss": losses.mean().item(),
-            **preference_metrics(logps, lengths, ref_logps, R, **shared)}

@@ -65,6 +65,13 @@ class LlamaConfig:
     unrotated: tuple = ()               # SmolLM3: which layers have no rotary embedding
     limits: tuple = ()   # (field of config.json, the longest sequence that is exact under it), ..
 
+    def check_length(self, n):
+        """UserError unless a sequence of n tokens is computed exactly."""
+        for field, limit in self.limits:
+            require(n <= limit, f"a sequence of {n} tokens is longer than the model's {field}, "
+                    f"{limit}, beyond which this code isn't exact; shorten it (max_length, "
+                    "max_new_tokens)")
+
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM",
                  "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
@@ -464,17 +471,10 @@ class Llama(nn.Module):
         for block in self.model.layers:
             block.compile(dynamic=True)
 
-    def check_length(self, n):
-        """UserError unless a sequence of n tokens is computed exactly."""
-        for field, limit in self.config.limits:
-            require(n <= limit, f"a sequence of {n} tokens is longer than the model's {field}, "
-                    f"{limit}, beyond which this code isn't exact; shorten it (max_length, "
-                    "max_new_tokens)")
-
     def hidden(self, tokens, positions, layout, caches=None):
         """tokens, positions (B, T) -> final hidden states (B, T, C)."""
         if self.config.limits:                     # else a GPU need not wait for the CPU
-            self.check_length(int(positions.max()) + 1)
+            self.config.check_length(int(positions.max()) + 1)
         x = self.model.embed_tokens(tokens)        # (B, T, C)
         turned = rotary(positions, self.config)    # the same in all blocks, but for SmolLM3
         if self.config.unrotated:
@@ -487,16 +487,16 @@ class Llama(nn.Module):
                 x = block(x, rope, layout, caches[i] if caches else None)
         return self.model.norm(x)
 
-    def forward(self, pack, entropy=False):
-        """A data.Pack -> (log pi of each response token, entropies), (R,) fp32 each.
+    def forward(self, pack, also=None):
+        """A data.Pack -> log pi of each response token, and what `also` makes of its hidden state,
+        the head and that token (token_entropy, token_misses), or None: (R,) fp32 each.
 
-        Entropies are those of the next-token distributions, in nats, and None unless asked for.
         Only the R hidden states that predict a response token meet the vocabulary.
         """
         x = self.hidden(pack.tokens, pack.positions, tree_layout(pack))
         x = x[0, pack.predict_from]                                        # (R, C)
         per_token_logps = TokenLogProbs.apply(x, self.head_weight, pack.targets)
-        return per_token_logps, token_entropy(x, self.head_weight) if entropy else None
+        return per_token_logps, also(x, self.head_weight, pack.targets) if also else None
 
     def logits(self, tokens):
         """Plain causal sequences (B, T) -> logits (B, T, V)."""
@@ -514,7 +514,7 @@ class Llama(nn.Module):
         does not depend on its neighbours.
         """
         longest = max(map(len, prompts))
-        self.check_length(longest + max_new_tokens)
+        self.config.check_length(longest + max_new_tokens)
         was_training = self.training
         self.eval()
         device = self.head_weight.device
@@ -652,13 +652,20 @@ class TokenLogProbs(torch.autograd.Function):
         return dx, dw, None
 
 
-def token_entropy(x, weight):
-    """Entropy in nats (R,) fp32 of the next-token distributions of hidden states x (R, C)."""
+def token_entropy(x, weight, targets=None):
+    """Entropy in nats (R,) fp32 of the next-token distributions of hidden states x (R, C), whatever
+    the targets."""
     def chunk_entropy(xs):
         logps = F.linear(xs, weight).float().log_softmax(-1)
         return -(logps.exp() * logps).sum(-1)
     found = [checkpoint(chunk_entropy, x[s], use_reentrant=False) for s in chunks(x, weight)]
     return torch.cat([x.new_zeros(0, dtype=torch.float32), *found])
+
+
+def token_misses(x, weight, targets):
+    """1 where the likeliest token is not the target (R,), else 0, of hidden states x (R, C)."""
+    found = [F.linear(x[s], weight).argmax(-1) != targets[s] for s in chunks(x, weight)]
+    return torch.cat([targets[:0], *found]).float()
 
 
 # -----------------------------------------------------------------------------

@@ -417,7 +417,7 @@ def test_longest_sequence(name, tmp_path):
     for n in (limit, limit + 1):   # of the whole pair, beside a short one, and with padding
         pack = pack_of(data.Pairs.from_ids([[ids[:9], ids[9:n], [1]], [[1], [2], [3]]]), 256)
         calls = (lambda: model.logits(tokens[:, :n]), lambda: model(pack),
-                 lambda: model.generate([ids[:n - 3]], 3), lambda: model.check_length(n))
+                 lambda: model.generate([ids[:n - 3]], 3), lambda: model.config.check_length(n))
         for call in calls:
             if n == limit:
                 call()
@@ -1789,18 +1789,22 @@ def test_orpo_of_a_certain_response():
     assert losses.isfinite().all()
 
 
-def test_preference_metrics():
+def test_measure():
     """Metrics of two pairs made by hand, one learned and one not."""
     logps, ref = torch.tensor([[[-10.0, -30.0], [-40.0, -20.0]], [[-12.0, -28.0], [-38.0, -21.0]]])
     lengths, R = torch.tensor([[5, 10], [20, 10]]), torch.full((2, 2), 0.5)
-    m = mmpo.preference_metrics(logps, lengths, ref, R, beta=0.1, length_norm=True)
-    assert m == pytest.approx({
+
+    def measure(objective, beta):
+        return mmpo.measure(objective, logps, lengths, ref, R, beta=beta, length_norm=True)
+
+    m = measure("mmpo", 0.1)
+    assert m.pop("loss") == mmpo.mmpo_loss(logps / lengths, R).mean() and m == pytest.approx({
         "rewards/accuracies": 0.5, "rewards/margins": 0.1 * ((2 + 2) + (-2 - 1)) / 2,
         "logps/chosen": -25.0, "logps/rejected": -25.0, "accuracy/mean": 0.5, "accuracy/sum": 0.5,
         "weights/upweighted": 0.5, "weights/chosen": (1 / (1 + math.exp(-1)) + 0.5) / 2}, abs=1e-6)
-    m = mmpo.preference_metrics(logps, lengths, beta=0.1)   # without a reference: beta mean log pi
+    m = measure("simpo", 0.1)   # which doesn't read the reference: beta mean log pi
     assert m["rewards/margins"] == pytest.approx(0.1 * (1 + 0) / 2) and "weights/chosen" not in m
-    m = mmpo.preference_metrics(logps, lengths, ref, beta=0.0)   # who gained more, without a scale
+    m = measure("dpo", 0.0)   # who gained more, without a scale
     assert (m["rewards/accuracies"], m["rewards/margins"]) == (0.5, 0.0)
 
 
@@ -3440,7 +3444,6 @@ def test_config_that_sets_nothing_it_seems_to(configure, tmp_path):
     ("--max_iters=1e30", ["below 2 ** 63"]), ("--max_iters=" + "9" * 5000, ["whole number"]),
     ("--dropout=1.5", ["from 0 to below 1"]),
     ("import sys\nmax_iters = 5\nsys.exit(0)", ["file.py:3", "SystemExit"]),
-    ("max_iters = 5\nwhile True:\n    max_iters += 1", ["file.py:", "CPU time; does it end?"]),
     ("--compile=maybe", ["true or false"]), ("--objective=dpoo", ["mmpo, dpo, sft", '"dpo"']),
     ("learnig_rate = 1", ['"learnig_rate"', 'did you mean "learning_rate"']),
     ("max_iters = 'many'", ["whole number"]), ("max_iters = True", ["whole number"]),
@@ -3449,9 +3452,8 @@ def test_config_that_sets_nothing_it_seems_to(configure, tmp_path):
     ("out_dir = 5", ["text"]), ("compile = 2", ["true or"]), ("learning_rate = -1.0", ["above 0"]),
     ("objective = 'ppo'", ["mmpo, dpo, sft"]), ("max_iters = 5\nmax_iters = = 6", ["file.py:2"]),
     ("\nmax_iters = 1 / 0", ["file.py:2", "ZeroDivisionError"])])
-def test_config_errors(text, words, configure, monkeypatch):
+def test_config_errors(text, words, configure):
     """A wrong key or value, on the command line or in a file: an error that says where and what."""
-    monkeypatch.setattr(configurator, "CONFIG_SECONDS", 1)
     in_file = " = " in text
     with pytest.raises(UserError) as e:
         configure("file.py", file=text) if in_file else configure(text)
@@ -3545,15 +3547,13 @@ def test_configs_load(path):
 
 
 def test_config_from_another_folder(tmp_path, monkeypatch):
-    """A config file of the checkout and the files that it names are found from anywhere; what it
-    writes goes where the user is. What is there goes before what is beside the checkout."""
+    """The demo's files are found from anywhere; what it writes goes where the user is."""
     monkeypatch.chdir(tmp_path)
-    for argv in (["config/demo.py"], [f"{ROOT}/config/demo.py"]):
-        found = configure_train(*argv)
-        for name in ("init_from", "dataset", "eval_dataset"):
-            assert os.path.isabs(found[name]) and os.path.exists(found[name])
-        assert found["out_dir"] == "out/demo"
-    (tmp_path / "assets" / "demo").mkdir(parents=True)
+    found = configure_train(f"{ROOT}/config/demo.py")
+    for name in ("init_from", "dataset", "eval_dataset"):
+        assert os.path.exists(found[name])
+    assert found["out_dir"] == "out/demo"
+    monkeypatch.chdir(ROOT)
     assert configure_train("config/demo.py")["init_from"] == "assets/demo"
 
 
@@ -3744,29 +3744,6 @@ def test_two_ranks_give_one_gradient(tmp_path):
         model = tiny_model()
         step_gradient(model, pairs, 10 ** 6)
         assert_same_grads(first, grads(model), 1e-6)
-
-
-def machines_worker(rank, folder, local_ranks):
-    """One of four ranks on two machines: the first of each computes, and they must agree."""
-    torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=4,
-                                         timeout=timedelta(seconds=PATIENCE))
-    os.environ["LOCAL_RANK"] = local_ranks[rank]
-    computed = []
-    assert configurator.once_on_each_node(lambda x: computed.append(x) or "same", rank) == "same"
-    assert computed == ([rank] if local_ranks[rank] == "0" else [])
-    with pytest.raises(UserError, match="the machines have other files than each other: 'base'"):
-        configurator.once_on_each_node(lambda base: rank, "base")
-    torch.distributed.destroy_process_group()
-
-
-def test_once_on_each_node(tmp_path):
-    """One rank of each machine computes, and all have its result; machines that differ are told."""
-    torch.multiprocessing.spawn(machines_worker, (str(tmp_path), "0101"), nprocs=4)
-    with pytest.MonkeyPatch.context() as patch:
-        for rank in "01":   # left from somewhere
-            patch.setenv("LOCAL_RANK", rank)
-            assert configurator.once_on_each_node(len, "one process") == 11
-            assert configurator.first_on_each_node(len, "one process") == 11
 
 
 LAUNCHED = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "here", "MASTER_PORT": "29500"}
@@ -4220,11 +4197,10 @@ def test_evaluate_two_runs(evaluated, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="other: its run held out other pairs .* give --pairs"):
         evaluate.main()
     settings = read_json(f"{evaluated[0]}/train_config.json")
-    for name, words in (("init_from", "its reference: /gone: .* --reference takes others"),
-                        ("eval_dataset", "its held-out pairs: /gone: no such .* --pairs takes others")):
+    for name in ("init_from", "eval_dataset"):
         write_json(one / "train_config.json", settings | {name: "/gone"})
         monkeypatch.setattr(sys, "argv", ["evaluate", str(one)])
-        with pytest.raises(UserError, match=words):
+        with pytest.raises(UserError, match="/gone: no such"):
             evaluate.main()
     write_json(one / "train_config.json", settings | {"init_from_sha256": "0"})
     monkeypatch.setattr(sys, "argv", ["evaluate", str(one)])
@@ -4481,16 +4457,15 @@ def test_compare_takes_the_gpus_that_are_visible(tmp_path, monkeypatch):
 
 
 def test_compare_knows_runs_by_content(tmp_path):
-    """An evaluation counts while the run that it is of is in the folder, however that is spelled. A
-    path may be spelled otherwise too, but runs on other data of one name are an error."""
+    """An evaluation counts while the run that it is of is in the folder, however that is spelled.
+    Runs on other data of one name are an error."""
     pytest.importorskip("matplotlib")
     from scripts import compare, plot
     runs = compare.plan(["config/demo.py"], [["objective=mmpo,dpo"]], [])
     for name, (_, settings) in runs.items():
         (tmp_path / name).mkdir()
         write_json(tmp_path / name / "train_config.json", settings | {
-            "dataset": f"{ROOT}/config/../{settings['dataset']}", "dataset_sha256": "a",
-            "finished": 56})
+            "dataset_sha256": "a", "finished": 56})
         assert compare.check_folder(str(tmp_path / name), settings) == 56
         with pytest.raises(UserError, match="a run with dataset="):
             compare.check_folder(str(tmp_path / name), settings | {"dataset": "other.jsonl"})
@@ -5263,7 +5238,7 @@ def test_an_interrupt_while_importing(tmp_path):
 
 
 @pytest.mark.parametrize("what", ["dataset", "init_from"])
-def test_content_of_a_resumed_run(what, interrupted):
+def test_content_of_a_resumed_run(what, interrupted, resumed):
     """A run doesn't go on with other pairs, nor on a base with noise in one matrix, in a file of
     the same name."""
     base, pairs = interrupted.base, interrupted.pairs
@@ -5354,7 +5329,7 @@ MISTAKES = {   # arguments, words of the error
     "window": ([*USABLE, "--init_from={folder}/windowed"], ["tokens", "sliding_window, 8"]),
     "beyond": ([*USABLE, "--init_from={folder}/padded", "--chat_template={folder}/pad.jinja"],
                ["padded: the pairs have the id", "does tokenizer.json belong to it?"]),
-    "memory": (USABLE, ["not enough memory", "--debug shows where"]),
+    "memory": (USABLE, ["not enough memory", "Troubleshooting in README"]),
     "rank": (["--dataset={folder}/good.jsonl,{folder}/good.jsonl", "--eval_pairs=1",
               "--lora_rank=999"], ["lora_rank: 999 is more than the model's width"]),
     "diverged": ([*USABLE, "--learning_rate=9e29", "--max_iters=9"], ["step", "not finite", "its pairs"]),

@@ -30,8 +30,8 @@ import mmpo
 import model as llama
 from configurator import (
     UserError, cache_path, configure, first_line, first_on_each_node, is_finished, join_ranks,
-    load_cache, once_on_each_node, one_line_errors, printable, read_run_settings, require,
-    same_on_all_ranks, save_cache, torchrun_ranks, write_json, writing)
+    load_cache, one_line_errors, printable, read_run_settings, require, same_on_all_ranks,
+    save_cache, torchrun_ranks, write_json, writing)
 from scripts import cost, report
 from scripts.checkpoints import (
     check_checkpoint, check_same_run, end_on_signals, finish_saving, hold, interrupted,
@@ -99,7 +99,7 @@ weight_decay = 0.0                # on matrices
 beta1 = 0.9                       # AdamW's
 beta2 = 0.999                     # AdamW's
 grad_clip = 1.0                   # the gradient's norm at most; 0 never clips
-skip_nonfinite = 0                # steps whose gradient is NaN or infinite to skip; one more ends
+skip_nonfinite = 0                # so many steps with a NaN or infinite gradient are skipped
 # schedule
 epochs = 5.0                      # passes over the pairs
 max_iters = 0                     # steps; 0 takes as many as epochs needs
@@ -245,7 +245,7 @@ if fsdp:
 log(f"{init_from}: {sum(p.numel() for p in raw_model.parameters()):,} parameters, "
     f"{sum(p.numel() for p in raw_model.parameters() if p.requires_grad):,} trained")
 for pairs in (train_pairs, held_out):
-    raw_model.check_length((pairs.lengths[:, 0] + pairs.lengths[:, 1:].max(1)).max())
+    raw_model.config.check_length((pairs.lengths[:, 0] + pairs.lengths[:, 1:].max(1)).max())
 if max_length > raw_model.config.max_position_embeddings:
     log(f"note: max_length {max_length} is beyond the model's context of "
         f"{raw_model.config.max_position_embeddings} tokens")
@@ -256,7 +256,8 @@ if dry_run:
     sys.exit()
 # A resumed run must be the same run: the same settings, pairs and base weights, by their content.
 written = llama.last_written(folder)
-settings["init_from_sha256"] = once_on_each_node(llama.weights_fingerprint, folder)
+settings["init_from_sha256"] = llama.weights_fingerprint(folder)
+same_on_all_ranks(settings)
 if checkpoint:
     check_same_run(settings, before)
     require(start_iter <= max_iters, f"max_iters: {max_iters}, and {checkpoint} is past that")
@@ -316,14 +317,14 @@ def constants_of(pairs, ref_logps):
                                             beta)
 
 
-ref_logps = torch.zeros(len(train_pairs), train_pairs.n_responses)
+train_ref_logps = torch.zeros(len(train_pairs), train_pairs.n_responses)
 if mmpo.OBJECTIVES[objective]:   # its loss reads the reference
     # the pairs that the run will visit: all, or fewer if it ends within the first epoch
     visited = np.sort(data.batch_indices(len(train_pairs), max_iters * batch_size, seed, 0))
     t0 = time.time()
-    ref_logps[visited] = reference_logps(train_pairs, visited)
+    train_ref_logps[visited] = reference_logps(train_pairs, visited)
     log(f"reference log-probs of {len(visited):,} pairs: {time.time() - t0:.0f} s")
-train_constants = constants_of(train_pairs, ref_logps)
+train_constants = constants_of(train_pairs, train_ref_logps)
 
 # --- the run's records; nothing of an earlier run has been touched so far
 if master_process:
@@ -461,7 +462,8 @@ for iter_num in tqdm(range(start_iter, max_iters + 1), "steps", max_iters, initi
         if ddp:            # DDP sums gradients over the ranks once, in the last micro-step
             model.require_backward_grad_sync = micro_step == len(packs) - 1
         with autocast:
-            per_token_logps, per_token_entropy = model(pack, entropy=entropy_coef > 0)
+            per_token_logps, per_token_entropy = model(
+                pack, also=llama.token_entropy if entropy_coef > 0 else None)
         logps = pack.sum_by_response(per_token_logps)                      # (pairs, n)
         losses = mmpo.preference_loss(objective, logps, lengths[i], ref_logps[i], R[i],
                                       **loss_knobs)

@@ -147,7 +147,7 @@ def save_checkpoint(model, optimizer, folder, iter_num, settings, log, must=True
     memory. A thread of each rank writes its part; when all are there, the first rank gives the
     folder its name, deletes all checkpoints but the last few, and logs it.
 
-    Raises UserError where the save before this one could not be written, if it `must` be.
+    Raises UserError where the save before this one could not be written, unless `must` is False.
     """
     global saving
     finish_saving(must)
@@ -201,8 +201,8 @@ def write_part(save, mine, about, rank, keep, log):
 
 
 def finish_saving(must=True):
-    """Wait for the save under way, on all ranks. UserError where it could not be written; unless it
-    `must` be: then a warning says so, and what there is of it goes."""
+    """Wait for the save under way, on all ranks. UserError where it could not be written. If
+    `must` is False, then a warning says so instead, and what there is of it goes."""
     global saving
     if saving is None:
         return
@@ -400,7 +400,7 @@ def check_same_run(settings, before):
 SIGNALS = [getattr(signal, n) for n in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, n)]
 PARENT = os.getppid()
 asked = []         # the first of these signals that came, and when
-may_leave = True   # whether it ends the program at once, or waits for interrupted()
+may_leave = True   # whether such a signal ends the program at once, or waits for interrupted()
 
 
 def end_on_signals():
@@ -439,8 +439,8 @@ def interrupted(device):
 
 
 def until_interrupted(device, function, *args):
-    """function(*args), or as much of it as a signal leaves time for. Where there are several ranks
-    it is finished, since one that leaves would keep the others waiting."""
+    """function(*args), which a signal cuts short. Where there are several ranks it is finished,
+    since one that leaves would keep the others waiting."""
     global may_leave
     if interrupted(device):
         return
@@ -448,7 +448,7 @@ def until_interrupted(device, function, *args):
         may_leave = not dist.is_initialized()
         function(*args)
         may_leave = False
-    except SystemExit:   # after a first signal, whatever may_leave is, only a second one is heard
+    except SystemExit:   # by the first signal; from now on only a second one does anything
         if not asked:
             raise
 

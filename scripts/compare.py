@@ -37,15 +37,17 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))   # for `python scripts/compare.py`
 import mmpo
 from configurator import (
-    HERE, PATHS, UserError, all_beside_the_checkout, configure, one_line_errors, read_json,
-    read_settings, reading, require, run_sum)
+    HERE, UserError, configure, one_line_errors, read_json, read_settings, reading, require,
+    run_sum)
 from scripts import evaluate, plot
 from scripts.checkpoints import last_checkpoint
 
 TRAIN, EVALUATE = os.path.join(HERE, "train.py"), evaluate.__file__
-COLUMNS = "accuracy", "logps", "choices", "text", "kl", "answers"   # of the table: beginnings
-# train_config.json has others of these than were asked for
+# the columns of the table are the metrics that begin so
+COLUMNS = "accuracy", "logps", "choices", "text", "kl", "answers"
+# what train.py may record otherwise than it was asked for
 RECORDED = ("out_dir", "overwrite", "resume", "dtype")
+# settings that a grid may not vary
 NO_AXES = ("out_dir", "overwrite", "resume", "dry_run", "debug")
 
 
@@ -78,17 +80,9 @@ def check_folder(folder, settings):
     config = os.path.join(folder, "train_config.json")
     found = read_json(config) if os.path.exists(config) else {}
     for key, value in settings.items():
-        other = found.get(key, value)
-        require(key in RECORDED or other == value or key in PATHS and same_files(other, value),
+        require(key in RECORDED or found.get(key, value) == value,
                 f"{folder}: a run with {key}={found.get(key)!r}, not {value!r}; give another --out")
     return found.get("finished", False)
-
-
-def same_files(one, other):
-    """Whether two lists of paths name the same files, from here or from beside the checkout."""
-    one, other = ([os.path.realpath(os.path.expanduser(path)) for path in
-                   all_beside_the_checkout(paths).split(",")] for paths in (one, other))
-    return one == other
 
 
 def run(folder, arguments, settings, evaluation, devices, references, first_evaluation):
@@ -166,7 +160,8 @@ def run_all(runs, out, evaluation, jobs):
 
 def table(runs, out, beside):
     """A row for each run, over its seeds: the mean of each metric, ± half of its 95% interval, and
-    the seeds' range; at last how its implicit reward accuracy differs from that of `beside`."""
+    the seeds' range; in the last column how much its implicit reward accuracy is above that
+    of `beside`."""
     groups = {}   # name without its seed: the evaluations
     for name in runs:
         found = read_json(os.path.join(out, f"{name}.evaluation.json"))

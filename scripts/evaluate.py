@@ -21,10 +21,9 @@ lm-evaluation-harness: acc by summed log-probs, acc_norm by log-probs a characte
 choice (LAMBADA) counts where the likeliest tokens spell it, and has a perplexity.
 
 Intervals are 95%, from a bootstrap that draws prompts with all their pairs, or multiple-choice
-items, or windows of the text. A mean of one of these alone has none.
+items, or windows of the text. Where there is only one of these, there is no interval.
 """
 import argparse
-import contextlib
 import hashlib
 import json
 import math
@@ -36,7 +35,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn.functional import linear
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))   # for `python scripts/evaluate.py`
@@ -44,9 +42,8 @@ import data
 import mmpo
 import model as llama
 from configurator import (
-    HERE, UserError, all_beside_the_checkout, beside_the_checkout, cache_path, check_numbers,
-    load_cache, one_line_errors, printable, read_run_settings, read_settings, read_text, reading,
-    require, run_sum, save_cache, write_json)
+    HERE, cache_path, check_numbers, load_cache, one_line_errors, printable, read_run_settings,
+    read_settings, read_text, reading, require, run_sum, save_cache, write_json)
 
 BRANCHES = 16   # continuations of a tree, at most
 
@@ -54,10 +51,9 @@ BRANCHES = 16   # continuations of a tree, at most
 # log-probs, and intervals
 
 
-@torch.no_grad()
 def score(model, requests, title=None, greedy=False, pack_tokens=0):
     """[(context, continuation), ..], tuples of ids -> log pi(continuation|context) of each (N,), in
-    nats, and with `greedy` whether the likeliest tokens are the continuation (N,)."""
+    nats. With `greedy` also whether the likeliest tokens are the continuation -> (2, N)."""
     behind = {}   # context: its continuations, each once
     for context, continuation in dict.fromkeys(requests):
         behind.setdefault(context, []).append(continuation)
@@ -66,23 +62,14 @@ def score(model, requests, title=None, greedy=False, pack_tokens=0):
     n = max(len(some) for _, some in trees)
     pairs = data.Pairs.from_ids([[context, *some, *[()] * (n - len(some))]
                                  for context, some in trees])   # () is a response of no tokens
-    device, everything = model.head_weight.device, np.arange(len(trees))
     # so many on a GPU, since launching a pack takes its time, however short it is
-    pack_tokens = pack_tokens or (32768 if device.type == "cuda" else 4096)
-    logps, misses = torch.zeros(2, len(trees), n, device=device)
-    for members in tqdm(data.plan_packs(pairs.lengths.sum(1), pack_tokens)[0], title, disable=None):
-        pack = data.collate(pairs, everything, members, data.pad_multiple(device)).to(device)
-        x = model.hidden(pack.tokens, pack.positions, llama.tree_layout(pack))[0, pack.predict_from]
-        logps[pack.members] = pack.sum_by_response(
-            llama.TokenLogProbs.apply(x, model.head_weight, pack.targets))
-        if greedy:
-            likeliest = torch.cat([linear(x[s], model.head_weight).argmax(-1)
-                                   for s in llama.chunks(x, model.head_weight)])
-            misses[pack.members] = pack.sum_by_response((likeliest != pack.targets).float())
+    pack_tokens = pack_tokens or (32768 if model.head_weight.is_cuda else 4096)
+    sums = data.score(model, pairs, np.arange(len(trees)), pack_tokens, title,
+                      llama.token_misses if greedy else None).double().numpy()
     at = {(context, ids): (i, j) for i, (context, some) in enumerate(trees)
           for j, ids in enumerate(some)}
-    places = tuple(np.array([at[request] for request in requests]).T)
-    return logps.double().cpu().numpy()[places], misses.cpu().numpy()[places] == 0
+    i, j = np.array([at[request] for request in requests]).T
+    return np.stack([sums[0, i, j], sums[1, i, j] == 0]) if greedy else sums[i, j]
 
 
 def ratio(top, bottom=None, groups=None, of=lambda x: x, draws=1000, rate=False):
@@ -103,7 +90,7 @@ def ratio(top, bottom=None, groups=None, of=lambda x: x, draws=1000, rate=False)
         sums = np.hstack([sums, [[1, 0], [1, 1]]])
     n = sums.shape[1]
     drawn = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=draws) @ sums.T
-    with np.errstate(all="ignore"):   # a draw without such pairs counts not
+    with np.errstate(all="ignore"):   # a draw without such pairs is left out
         value, drawn = of(top.sum() / bottom.sum()), of(drawn[:, 0] / drawn[:, 1])
         return [float(value), *(float(x) for x in np.nanpercentile(drawn, [2.5, 97.5]))]
 
@@ -112,14 +99,15 @@ share = partial(ratio, rate=True)
 
 # -----------------------------------------------------------------------------
 # The questions. Each is a function of a model and of the reference's results (None for the
-# reference itself) that returns {"metrics": {name: [value, low, high] or None}, ..}.
+# reference itself, or where there is none) that returns
+# {"metrics": {name: [value, low, high] or None}, ..}.
 
 
 def preference(pairs, model, base):
-    """Which response of data.Pairs is likelier. Also returns the margins for paired tests, {how:
-    (N,)} in nats, the number of each pair's prompt, and what tells pairs apart, a hash."""
+    """Which response of data.Pairs is likelier. Also returns the log-probs (N, 2), the margins for
+    paired tests, {how: (N,)} in nats, the number of each pair's prompt, and a hash of each pair."""
     ids = [[tuple(x.tolist()) for x in pairs.ids(i)] for i in range(len(pairs))]
-    logps = score(model, [(x[0], x[j]) for x in ids for j in (1, -1)], "pairs")[0].reshape(-1, 2)
+    logps = score(model, [(x[0], x[j]) for x in ids for j in (1, -1)], "pairs").reshape(-1, 2)
     number = {prompt: n for n, prompt in enumerate(dict.fromkeys(x[0] for x in ids))}
     prompts, lengths = [number[x[0]] for x in ids], pairs.lengths[:, [1, -1]]
     longer, shorter = lengths[:, 0] > lengths[:, 1], lengths[:, 0] < lengths[:, 1]
@@ -183,8 +171,9 @@ def read_items(file, tokenizer, limit, room):
 
 def multiple_choice(task, items, gold, characters, model, _):
     single = len(items[0]) == 1
-    logps, greedy = score(model, [choice for item in items for choice in item], task, single)
+    logps = score(model, [choice for item in items for choice in item], task, single)
     if single:
+        logps, greedy = logps
         found = {"acc": share(greedy), "perplexity": ratio(-logps, of=np.exp)}
     else:
         logps = np.split(logps, np.cumsum([len(item) for item in items])[:-1])
@@ -203,13 +192,13 @@ def text_windows(ids, size=1024):
 
 
 def perplexity(windows, model, _):
-    logps, tokens = score(model, windows, "text")[0], [len(ids) for _, ids in windows]
+    logps, tokens = score(model, windows, "text"), [len(ids) for _, ids in windows]
     return {"metrics": {"text/perplexity": ratio(-logps, tokens, of=np.exp)}}
 
 
 def talk(prompts, tokenizer, args, compared, model, base):
-    """The model's answers. Where models are compared with a reference also KL, on answers that the
-    reference gives, as likely as it gives them."""
+    """The model's answers. Where models are compared with a reference also KL, on answers that are
+    sampled from the reference at temperature 1."""
     stop_ids = tokenizer.stop_ids()
 
     def ask(title, temperature, top_p):
@@ -222,7 +211,7 @@ def talk(prompts, tokenizer, args, compared, model, base):
     found, metrics = {}, {}
     if compared:
         samples = base["samples"] if base else ask("samples", 1.0, 1.0)
-        logps = score(model, [*zip(prompts, map(tuple, samples))])[0]
+        logps = score(model, [*zip(prompts, map(tuple, samples))])
         found = {"samples": samples, "sample_logps": logps.tolist()}
         if base:
             metrics["kl"] = ratio(base["sample_logps"] - logps, [*map(len, samples)])
@@ -249,7 +238,6 @@ def held_out(args, run, tokenizer):
     names = ("eval_dataset", "eval_split") if run.get("eval_dataset") else (
         "dataset", "train_split")
     source, split = (args.pairs, args.split) if args.pairs else (run[name] for name in names)
-    source = all_beside_the_checkout(source)   # as a config file names it
     told = {name: s.value for name, s in read_settings(os.path.join(HERE, "train.py")).items()}
     told |= run   # its settings, or the defaults where there is no run
     if args.pairs:   # which may have other fields
@@ -265,19 +253,8 @@ def held_out(args, run, tokenizer):
         order = np.random.default_rng(run["seed"]).permutation(len(pairs))
         pairs = pairs.subset(order[:run["eval_pairs"]])
         require(pairs.fingerprint() == run["eval_dataset_sha256"],
-                f"{source}: not what the run held out; give --pairs, and its lengths")
+                f"{source}: not what the run held out; give --pairs (and --max_length)")
     return pairs
-
-
-@contextlib.contextmanager
-def of_the_run(what, option, told):
-    """An error about what the first model's run names says so, if that is `told` by the run."""
-    try:
-        yield
-    except UserError as e:
-        if told:
-            raise UserError(f"{what}: {e}; {option} takes others") from e
-        raise
 
 
 def sign_test(before, after):
@@ -334,98 +311,111 @@ def arguments(argv=None):
     return args
 
 
-def main():
-    args = arguments()
-    first = args.models[0]
-    run_folder = os.path.expanduser(first)
-    run = read_run_settings(run_folder)
-    with_pairs = args.pairs or run and args.pairs is None
-    require(with_pairs or args.choices or args.text, f"{first}: say what to evaluate, --pairs, "
-            "--choices or --text" + " (a run's held-out pairs need none of these, but there is no "
-            "run's train_config.json there)" * (not run))
-    for other in args.models if with_pairs and not args.pairs else []:
-        theirs = read_run_settings(os.path.expanduser(other))
-        require(not theirs or theirs.get("finished"), f"{other}: its run isn't finished; go on "
+def check_runs(args, run):
+    """UserError unless the held-out pairs of the first model's run are the other runs' too."""
+    for name in args.models:
+        theirs = read_run_settings(os.path.expanduser(name))
+        require(not theirs or theirs.get("finished"), f"{name}: its run isn't finished; go on "
                 "with --resume=True, or give --pairs for an earlier run's model")
         require(theirs in ({}, run) or any(run[key] and run[key] == theirs[key] for key in (
-            "eval_dataset", "eval_dataset_sha256")), f"{other}: its run held out other pairs than "
-            f"that of {first}, and may have trained on these; give --pairs")
-    reference = args.reference or beside_the_checkout(run.get("init_from", "")) or None
-    folders = {}   # the others are compared with the first
-    for name in dict.fromkeys([reference or first, *args.models]):
-        with of_the_run("its reference", "--reference", name == reference and not args.reference):
-            folders[name] = llama.checkpoint_folder(name)
-    sums = {name: llama.weights_fingerprint(folder) for name, folder in folders.items()}
-    require(args.reference or not reference or run.get("init_from_sha256", sums[reference]) ==
-            sums[reference], f"{reference}: has changed since the run in {first} started from it; "
-            "give that one as --reference, or this one, if you mean it")
-    kwargs = read_run_settings(folders[first]).get("chat_template_kwargs", "")   # a hub's run, too
-    tokenizer = data.Tokenizer(folders[first], args.chat_template, kwargs)
-    room = llama.config_from_dict(llama.read_config(folders[first])).max_position_embeddings
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+            "eval_dataset", "eval_dataset_sha256")), f"{name}: its run held out other pairs than "
+            f"that of {args.models[0]}, and may have trained on these; give --pairs")
 
-    key = [tokenizer.fingerprint, device, vars(args) | {"models": []}]   # of what is asked
-    questions = []
-    if with_pairs:
-        with reading(args.pairs or os.path.join(run_folder, "train_config.json"),
+
+def find_models(args, run):
+    """-> the name of the reference or None, and {name: (folder, sum of its weights)} of it and of
+    the models."""
+    reference = args.reference or run.get("init_from")
+    names = dict.fromkeys([*filter(None, [reference]), *args.models])
+    folders = {name: llama.checkpoint_folder(name) for name in names}
+    models = {name: (folder, llama.weights_fingerprint(folder)) for name, folder in folders.items()}
+    require(args.reference or not reference
+            or run.get("init_from_sha256", models[reference][1]) == models[reference][1],
+            f"{reference}: has changed since the run in {args.models[0]} started from it; give "
+            "that one as --reference, or this one, if you mean it")
+    return reference, models
+
+
+def questions_of(args, run, tokenizer, config, compared):
+    """What to ask: functions of a model and of the reference's results; and for a cache's name what
+    they ask about. config: the first model's LlamaConfig."""
+    pairs, windows, questions, room = None, None, [], config.max_position_embeddings
+    if args.pairs or run and args.pairs is None:
+        with reading(args.pairs or f"{args.models[0]}/train_config.json",
                      "pairs, or a run that has some"):
-            with of_the_run("its held-out pairs", "--pairs", not args.pairs):
-                pairs = held_out(args, run, tokenizer)
-        key.append(pairs.fingerprint())
+            pairs = held_out(args, run, tokenizer)
         questions.append(partial(preference, pairs))
     tasks = [read_items(file, tokenizer, args.limit, room) for file in args.choices]
     require(len({task for task, *_ in tasks}) == len(tasks),
             "--choices: two files of one name; rename one, since their metrics go by it")
-    key += tasks
     questions += [partial(multiple_choice, *task) for task in tasks]
     if args.text:
         with reading(args.text, "a text"):
             ids = tokenizer.encode(read_text(args.text, "a text"))
             windows = text_windows(ids, min(room, 1024))
         require(windows, f"{args.text}: too short, as its first token is not scored")
-        key.append(windows)
         questions.append(partial(perplexity, windows))
-    longest = 0   # tokens of a prompt and its answer
-    if with_pairs and args.prompts:
+    if pairs and args.prompts:
         prompts = [*dict.fromkeys(tuple(pairs.ids(i)[0].tolist()) for i in range(len(pairs)))]
         prompts = prompts[:args.prompts]
-        longest = max(map(len, prompts)) + args.max_new_tokens
-        key.append(sorted(tokenizer.stop_ids()))
-        questions.append(partial(talk, prompts, tokenizer, args, bool(reference)))
+        config.check_length(max(map(len, prompts)) + args.max_new_tokens)
+        questions.append(partial(talk, prompts, tokenizer, args, compared))
+    return questions, [pairs and pairs.fingerprint(), tasks, windows]
 
-    def answer(name, folder, base):
-        path = cache_path("evaluation", [sums[name], *key],
-                          ["data.py", "model.py", "scripts/evaluate.py"])
-        if not base and (cached := load_cache(path)):   # the reference's, of an earlier call
-            return json.loads(str(cached["result"]))
-        require(data.Tokenizer(folder, args.chat_template).bytes_of == tokenizer.bytes_of,
-                f"{name}: another vocabulary than that of {first}; evaluate it by itself")
-        model, _ = llama.from_pretrained(folder, device, torch.bfloat16 if device == "cuda" else
-                                         torch.float32)
-        model.check_length(longest)   # not after all else was measured
-        found = [question(model, base) for question in questions]
-        result = {name: value for one in found for name, value in one.items()}
-        result["metrics"] = {name: value for one in found for name, value in one["metrics"].items()
-                             if value}
-        if name == reference:
-            save_cache(path, result=json.dumps(result))
-        return result
+
+def write_result(name, result, before, reference, args):
+    """The JSON file beside a model's folder."""
+    here = os.path.expanduser(name)   # of an adapter, not the temporary folder on its base
+    beside = os.path.abspath(here) if os.path.isdir(here) else name.replace("/", "_")
+    try:
+        write_json(f"{beside}.evaluation.json", {
+            "model": name, "run": run_sum(here), "reference": reference, "settings": vars(args),
+            "before": before, **{key: result.get(key) for key in (
+                "metrics", "pairs", "prompts", "margins", "answers")}})
+    except OSError as e:
+        print(f"note: {beside}.evaluation.json not written ({e.strerror})")
+
+
+def main():
+    args = arguments()
+    first = args.models[0]
+    run = read_run_settings(os.path.expanduser(first))
+    require(args.pairs or args.choices or args.text or run and args.pairs is None,
+            f"{first}: say what to evaluate, --pairs, --choices or --text" + " (a run's held-out "
+            "pairs need none of these, but there is no run's train_config.json there)" * (not run))
+    if run and args.pairs is None:
+        check_runs(args, run)
+    reference, models = find_models(args, run)
+    folder, _ = models[first]
+    kwargs = read_run_settings(folder).get("chat_template_kwargs", "")   # a hub's run, too
+    tokenizer = data.Tokenizer(folder, args.chat_template, kwargs)
+    config = llama.config_from_dict(llama.read_config(folder))
+    questions, asked = questions_of(args, run, tokenizer, config, bool(reference))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    asked += [tokenizer.fingerprint, sorted(tokenizer.end_ids), device,
+              vars(args) | {"models": None}]
 
     results = {}
-    for name, folder in folders.items():
-        results[name] = answer(name, folder, results.get(reference))
+    for name, (folder, weights) in models.items():   # the others are compared with the first
+        base = results.get(reference)
+        path = cache_path("evaluation", [weights, *asked],
+                          ["data.py", "model.py", "scripts/evaluate.py"])
+        if not base and (cached := load_cache(path)):   # the reference's, of an earlier call
+            results[name] = json.loads(str(cached["result"]))
+        else:
+            require(data.Tokenizer(folder, args.chat_template).bytes_of == tokenizer.bytes_of,
+                    f"{name}: another vocabulary than that of {first}; evaluate it by itself")
+            model, _ = llama.from_pretrained(
+                folder, device, torch.bfloat16 if device == "cuda" else torch.float32)
+            found = [question(model, base) for question in questions]
+            results[name] = {key: value for one in found for key, value in one.items()}
+            results[name]["metrics"] = {metric: value for one in found for metric, value
+                                        in one["metrics"].items() if value}
+            if name == reference:
+                save_cache(path, result=json.dumps(results[name]))
         if name in args.models:
-            here = os.path.expanduser(name)   # a folder of LoRA adapters is not what `folder` is
-            beside = os.path.abspath(here) if os.path.isdir(here) else name.replace("/", "_")
-            try:
-                write_json(f"{beside}.evaluation.json", {
-                    "model": name, "run": run_sum(here), "reference": reference,
-                    "settings": vars(args),
-                    "before": results[reference]["metrics"] if reference else None,
-                    **{k: results[name].get(k) for k in (
-                        "metrics", "pairs", "prompts", "margins", "answers")}})
-            except OSError as e:
-                print(f"note: {beside}.evaluation.json not written ({e.strerror})")
+            write_result(name, results[name], reference and results[reference]["metrics"],
+                         reference, args)
     print(f"\nreference: {reference or 'none'}")
     print_table(results)
 

@@ -12,6 +12,7 @@ $ python -m scripts.make_demo          # about two minutes on a laptop
 4. keep the model, the training pairs, and held-out pairs about facts that the training pairs don't
    touch
 """
+import argparse
 import json
 import os
 import random
@@ -150,7 +151,7 @@ def main():
             f"user\n{row['prompt']}\nassistant\n{row['responses'][0]}" for row in sft_rows])
         random_llama(start, vocab_size)
         write_jsonl(sft, sft_rows)
-        subprocess.run([sys.executable, os.path.join(HERE, "train.py"), "config/demo.py",
+        subprocess.run([sys.executable, f"{HERE}/train.py", f"{HERE}/config/demo.py",
                         "--objective=sft", f"--init_from={start}", f"--dataset={sft}",
                         "--eval_dataset=", "--eval_pairs=48", f"--out_dir={trained}",
                         "--batch_size=32", "--epochs=12", "--learning_rate=3e-3",
@@ -166,4 +167,6 @@ def main():
 
 if __name__ == "__main__":
     one_line_errors()
+    argparse.ArgumentParser(description=__doc__,
+                            formatter_class=argparse.RawTextHelpFormatter).parse_args()
     main()

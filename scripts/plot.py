@@ -31,7 +31,7 @@ PANELS = {"loss": "loss", "accuracy/mean": "chosen likelier, mean log-probs",   
 IMPLICIT = "accuracy/implicit"   # as scripts/evaluate.py calls it
 ACCURACY = {True: "implicit reward accuracy", False: "held-out accuracy, mean log-probs"}
 KL_TICKS = [0, 0.005, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100]
-METHOD = ["length_norm", "reward_norm", "pref_weight", "entropy_coef", "reward_chosen"]
+GROUPS = "init_from", "data", "model", "optimizer", "schedule", "dtype"   # of settings, and two
 COLOURS = "#0072B2 #E69F00 #009E73 #CC79A7 #000000 #56B4E9 #D55E00".split()   # Okabe and Ito's
 LINES, MARKERS = ["-", "--", "-.", ":", (0, (7, 2, 1, 2, 1, 2))], "os^DvPX<>"
 STYLES = [{"color": COLOURS[i % 7], "linestyle": LINES[i % 5], "marker": MARKERS[i % 9],
@@ -52,14 +52,15 @@ def read_run(path):
     return os.path.basename(os.path.dirname(os.path.abspath(file))), curves
 
 
-def read_methods(paths, others=""):
+def read_methods(paths):
     """Runs' folders -> {label: {beta: [(KLs, accuracies, evaluation)]}}, all betas, and whether
-    scripts/evaluate.py was run on all of them, beside a reference. A label: objective, METHOD where
-    it isn't the default, and what the runs differ in of `others`, names and groups."""
+    scripts/evaluate.py was run on all of them, beside a reference. A label: the objective, its
+    settings that aren't the defaults, and what the runs differ in of GROUPS."""
     known, methods = read_settings(Path(__file__).parents[1] / "train.py"), {}
     runs = [read_json(os.path.join(path, "train_config.json")) for path in paths]
-    differ = [name for name in known if {name, known[name].group} & {*others.split()} and
-              name not in ["objective", "beta", *METHOD] and len({r.get(name) for r in runs}) > 1]
+    told = [name for name in known if name not in ("objective", "beta")
+            and (known[name].group == "objective" or {name, known[name].group} & {*GROUPS}
+                 and len({run.get(name) for run in runs}) > 1)]
     no_kl = []
     for path, run in zip(paths, runs):
         _, curves = read_run(path)
@@ -70,9 +71,10 @@ def read_methods(paths, others=""):
         require(found.get("run", now) == now, f"{file}: of another run than the "
                 "one that is there now; run scripts.evaluate again")
         with reading(path, "a run with accuracy and KL"):
-            names = [name for name in METHOD if run[name] != known[name].value] + differ
-            told = [run["objective"], *(f"{n} {run[n]}".removesuffix(".0") for n in names)]
-            methods.setdefault(plain(", ".join(told)), {}).setdefault(run["beta"], []).append(
+            names = [name for name in told if known[name].group != "objective"
+                     or run[name] != known[name].value]
+            label = [run["objective"], *(f"{n} {run[n]}".removesuffix(".0") for n in names)]
+            methods.setdefault(plain(", ".join(label)), {}).setdefault(run["beta"], []).append(
                 (curves.get("eval/kl", [[], []])[1], curves["eval/accuracy/mean"][1], found))
     every = [run for some in methods.values() for runs in some.values() for run in runs]
     evaluated = all({IMPLICIT, "kl"} <= found.get("metrics", {}).keys() for *_, found in every)
@@ -121,7 +123,7 @@ def plot(paths, out):
 def tradeoff(paths, out):
     """Accuracy against KL, over a run's evaluations. Where scripts/evaluate.py was run on all runs,
     the accuracy of implicit rewards at their ends instead, and that against multiple choice."""
-    methods, betas, evaluated = read_methods(paths, "learning_rate")
+    methods, betas, evaluated = read_methods(paths)
     left, right = Figure(figsize=(11, 4.5), layout="constrained").subplots(1, 2, sharey=True)
     left.set_xscale("symlog", linthresh=0.01)
     left.set(xticks=KL_TICKS, xticklabels=KL_TICKS, xlabel=PANELS["kl"], ylabel=ACCURACY[evaluated])
@@ -154,8 +156,7 @@ def bars(axis, x, y, look):
 
 def by_beta(paths, out):
     """Accuracy and KL at the end against beta; a bar spans the runs that differ in seed only."""
-    methods, betas, evaluated = read_methods(
-        paths, "init_from data model objective optimizer schedule dtype")
+    methods, betas, evaluated = read_methods(paths)
     axes = Figure(figsize=(11, 4.5), layout="constrained").subplots(1, 2)
     axes[1].set_yscale("symlog", linthresh=0.01)
     axes[1].set_yticks(KL_TICKS, KL_TICKS)
