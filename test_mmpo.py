@@ -4094,11 +4094,11 @@ def test_evaluate_intervals_cover():
     assert 180 <= held["clustered"] <= 199 and held["naive"] < 170
     for _ in range(200):
         right = rng.random(64) < 0.97
-        for rate in (True, False):
-            value, low, high = evaluate.ratio(right, draws=200, rate=rate)
+        for how in (evaluate.share, evaluate.ratio):
+            value, low, high = how(right, draws=200)
             assert low <= value <= high
-            held[rate] += low <= 0.97 <= high
-    assert 180 <= held[True] and held[False] < 175
+            held[how] += low <= 0.97 <= high
+    assert 180 <= held[evaluate.share] and held[evaluate.ratio] < 175
     assert evaluate.share([True, True], [0, 0]) is None
 
 
@@ -4184,6 +4184,19 @@ def test_evaluate_a_base_model(checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["evaluate", str(base), f"--pairs={pairs}"])
     with pytest.raises(UserError, match="base: no chat template .* --chat_template=chatml or llama3"):
         evaluate.main()
+
+
+def test_seeds_hold_out_the_same(checkpoint, tmp_path):
+    """Of an eval_dataset that has more than eval_pairs, all seeds take the same pairs, which
+    evaluate finds."""
+    pairs = write_rows(tmp_path / "pairs.jsonl", word_rows(12))
+    args = [f"--dataset={pairs}", f"--eval_dataset={pairs}", "--eval_pairs=4", "--max_iters=1"]
+    for process in train_all(checkpoint, tmp_path, {
+            seed: [*args, f"--seed={seed}"] for seed in "12"}).values():
+        assert_done(process)
+    one, other = (read_json(tmp_path / f"run-{seed}/train_config.json") for seed in "12")
+    assert one["eval_dataset_sha256"] == other["eval_dataset_sha256"] and one["held_out"] == 4
+    assert_done(run_process(["-m", "scripts.evaluate", f"{tmp_path}/run-2", "--prompts=0"]))
 
 
 def test_evaluate_two_runs(evaluated, tmp_path, monkeypatch):
@@ -4433,7 +4446,7 @@ def test_compare_arguments(tmp_path, monkeypatch, capsys):
     turned = {"margins": {"implicit": [-1.0, -1.0, 1.0]}, "prompts": [0, 0, 1], "pairs": [*"cba"]}
     other = one | {"pairs": [*"abd"]}   # of as many pairs and prompts
     assert compare.difference([one], [one, turned]).startswith("+0.167 (")   # 2 and 1 of 3 gained
-    assert compare.difference([one], [one]).startswith("+0.000 (+0.000 to")
+    assert compare.difference([one], [one]).startswith("+0.000 (-0.")   # as sure as 3 pairs are
     still = one | {"margins": {"implicit": [0.0, 0.0, 0.0]}}   # which is chance
     assert compare.difference([still], [one]).startswith("-0.167 (")
     assert compare.difference([one], [other]) == "other pairs"
@@ -4505,6 +4518,22 @@ def test_labels_of_a_picture(tmp_path):
         plot.plot(paths[1:], str(tmp_path / "a.png"))
     assert [*map(plot.plain, paths)] == seen[:3]
     assert [r" _run\$x_1\$", r"\$\frac\$"] == seen[4:6]
+
+    settings = {name: s.value for name, s in configurator.read_settings(TRAIN).items()}
+    for path, gamma in zip(paths, (0.4, 1.6, 1.6)):   # the default is not told
+        write_json(f"{path}/train_config.json", settings | {
+            "objective": "simpo", "gamma_beta_ratio": gamma, "lora_rank": 4 * (path == paths[2])})
+    with pytest.raises(UserError, match="without KL, or accuracy on pairs"):
+        plot.read_methods(paths)
+    for path, tasks in zip(paths, ("ab", "ab", "a")):
+        write_json(f"{path}.evaluation.json", {"metrics": dict.fromkeys(
+            ["accuracy/implicit", "kl", *(f"choices/{task}/acc" for task in tasks)], [0, 0, 0])})
+    assert [*plot.read_methods(paths[:2])[0]] == ["simpo, gamma_beta_ratio 0.4", "simpo"]
+    with pytest.raises(UserError, match="other --choices than each other"):
+        plot.read_methods(paths)
+    write_json(f"{paths[0]}.evaluation.json", read_json(f"{paths[2]}.evaluation.json"))
+    assert [*plot.read_methods(paths[::2])[0]] == [
+        "simpo, gamma_beta_ratio 0.4, lora_rank 0", "simpo, lora_rank 4"]
 
 
 # --- ranks, packs and compilation change nothing

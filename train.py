@@ -199,7 +199,8 @@ log(f"{dataset}: {train_pairs.report}")
 if eval_dataset:
     held_out = first_on_each_node(data.load_pairs, eval_dataset, eval_split, *tokenizing)
     log(f"{eval_dataset}: {held_out.report}")
-    held_out = held_out.subset(np.random.default_rng(seed).permutation(len(held_out))[:eval_pairs])
+    # the same pairs for every seed, so that runs can be compared
+    held_out = held_out.subset(np.random.default_rng(42).permutation(len(held_out))[:eval_pairs])
 else:
     train_pairs, held_out = data.hold_out(train_pairs, eval_pairs, seed)
     if len(train_pairs) < batch_size:

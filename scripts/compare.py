@@ -148,9 +148,9 @@ def run_all(runs, out, evaluation, jobs):
         for done, future in enumerate(as_completed(futures), 1):
             error, left = future.exception(), len(runs) - done
             seconds += [future.result()] if not error and future.result() > 1 else []
-            minutes = left * np.mean(seconds or 0) / jobs / 60
-            print(f"{done} of {len(runs)} runs done, about {minutes:.0f} min left: "
-                  f"{futures[future]}{f' FAILED: {error}' if error else ''}", flush=True)
+            minutes = f", about {left * np.mean(seconds) / jobs / 60:.0f} min left" * bool(seconds)
+            print(f"{done} of {len(runs)} runs done{minutes}: {futures[future]}"
+                  f"{f' FAILED: {error}' if error else ''}", flush=True)
             if error:
                 failed.append(str(error))
     finally:
@@ -219,7 +219,7 @@ def difference(group, base):
         return "other pairs"
     gained = mmpo.wins(np.array(margins))
     a, b = gained[:len(base)].mean(0), gained[len(base):].mean(0)
-    value, low, high = evaluate.ratio(b - a, groups=prompts[0])
+    value, low, high = evaluate.ratio(b - a, groups=prompts[0], unseen=[[1, -1], [1, 1]])
     return f"{value:+.3f} ({low:+.3f} to {high:+.3f})"
 
 

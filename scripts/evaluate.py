@@ -72,13 +72,13 @@ def score(model, requests, title=None, greedy=False, pack_tokens=0):
     return np.stack([sums[0, i, j], sums[1, i, j] == 0]) if greedy else sums[i, j]
 
 
-def ratio(top, bottom=None, groups=None, of=lambda x: x, draws=1000, rate=False):
+def ratio(top, bottom=None, groups=None, of=lambda x: x, draws=1000, unseen=None):
     """of(sum of top / sum of bottom), and its 95% interval -> [value, low, high]. None where bottom
     is all 0.
 
-    top, bottom (N,); no bottom is the mean of top. Items of one group (N,) are drawn together. With
-    `rate`, top counts successes out of bottom. The draws then have a success and a failure more
-    than were seen, or few items that all succeed would have an interval without width.
+    top, bottom (N,); no bottom is the mean of top. Items of one group (N,) are drawn together. The
+    draws are from these and from the `unseen` (2, ..), tops and bottoms, since few items that are
+    all alike would have an interval without width: of a share one success and one failure.
     """
     top = np.asarray(top, dtype=float)
     bottom = np.ones(len(top)) if bottom is None else np.asarray(bottom, dtype=float)
@@ -86,8 +86,8 @@ def ratio(top, bottom=None, groups=None, of=lambda x: x, draws=1000, rate=False)
         return None
     groups = np.arange(len(top)) if groups is None else np.unique(groups, return_inverse=True)[1]
     sums = np.stack([np.bincount(groups, x) for x in (top, bottom)])                 # (2, groups)
-    if rate:
-        sums = np.hstack([sums, [[1, 0], [1, 1]]])
+    if unseen:
+        sums = np.hstack([sums, unseen])
     n = sums.shape[1]
     drawn = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=draws) @ sums.T
     with np.errstate(all="ignore"):   # a draw without such pairs is left out
@@ -95,7 +95,7 @@ def ratio(top, bottom=None, groups=None, of=lambda x: x, draws=1000, rate=False)
         return [float(value), *(float(x) for x in np.nanpercentile(drawn, [2.5, 97.5]))]
 
 
-share = partial(ratio, rate=True)
+share = partial(ratio, unseen=[[1, 0], [1, 1]])
 
 # -----------------------------------------------------------------------------
 # The questions. Each is a function of a model and of the reference's results (None for the
@@ -250,7 +250,8 @@ def held_out(args, run, tokenizer):
     if args.pairs:
         print(f"{source}: {pairs.report}")
     else:   # as train.py draws them
-        order = np.random.default_rng(run["seed"]).permutation(len(pairs))
+        seed = 42 if run["eval_dataset"] else run["seed"]
+        order = np.random.default_rng(seed).permutation(len(pairs))
         pairs = pairs.subset(order[:run["eval_pairs"]])
         require(pairs.fingerprint() == run["eval_dataset_sha256"],
                 f"{source}: not what the run held out; give --pairs (and --max_length)")

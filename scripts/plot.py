@@ -26,7 +26,7 @@ from configurator import (
 PANELS = {"loss": "loss", "accuracy/mean": "chosen likelier, mean log-probs",   # metric: title
           "accuracy/sum": "chosen likelier, summed log-probs",
           "weights/chosen": "weight of the chosen response, q_w",
-          "rewards/margins": "implicit reward margin",
+          "accuracy/implicit": "implicit reward accuracy",
           "kl": "KL(reference || policy), nats a token"}
 IMPLICIT = "accuracy/implicit"   # as scripts/evaluate.py calls it
 ACCURACY = {True: "implicit reward accuracy", False: "held-out accuracy, mean log-probs"}
@@ -61,25 +61,30 @@ def read_methods(paths):
     told = [name for name in known if name not in ("objective", "beta")
             and (known[name].group == "objective" or {name, known[name].group} & {*GROUPS}
                  and len({run.get(name) for run in runs}) > 1)]
-    no_kl = []
+    lacking = []
     for path, run in zip(paths, runs):
         _, curves = read_run(path)
-        no_kl += [path] if "eval/kl" not in curves else []
+        lacking += [path] if not {"eval/kl", "eval/accuracy/mean"} <= curves.keys() else []
         file = os.path.abspath(path) + ".evaluation.json"
         found = read_json(file) if os.path.exists(file) else {}
         now = run_sum(path)   # older files don't say of which run they are
         require(found.get("run", now) == now, f"{file}: of another run than the "
                 "one that is there now; run scripts.evaluate again")
-        with reading(path, "a run with accuracy and KL"):
+        with reading(path, "a run's settings"):
             names = [name for name in told if known[name].group != "objective"
                      or run[name] != known[name].value]
             label = [run["objective"], *(f"{n} {run[n]}".removesuffix(".0") for n in names)]
             methods.setdefault(plain(", ".join(label)), {}).setdefault(run["beta"], []).append(
-                (curves.get("eval/kl", [[], []])[1], curves["eval/accuracy/mean"][1], found))
+                (*(curves.get(f"eval/{name}", [[], []])[1] for name in ("kl", "accuracy/mean")),
+                 found))
     every = [run for some in methods.values() for runs in some.values() for run in runs]
     evaluated = all({IMPLICIT, "kl"} <= found.get("metrics", {}).keys() for *_, found in every)
-    require(evaluated or not no_kl, f"{', '.join(no_kl)}: without KL; set kl_samples above 0, or "
-            "run scripts.evaluate on all runs, with --reference")
+    require(evaluated or not lacking, f"{', '.join(lacking)}: without KL, or accuracy on pairs; run "
+            "scripts.evaluate on all runs, with --reference, or train with kl_samples above 0")
+    tasks = {str(sorted(name for name in found["metrics"] if name.startswith("choices/")))
+             for *_, found in every if evaluated}
+    require(len(tasks) < 2, "the runs were evaluated on other --choices than each other; run "
+            "scripts.evaluate again on all of them")
     return methods, sorted({beta for some in methods.values() for beta in some}), evaluated
 
 

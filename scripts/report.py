@@ -98,9 +98,12 @@ def closing_lines(out_dir):
         f"the chosen response became {before - after:.1f} nats less likely"] * (
         not fell <= FAR_CHOSEN)
     if why:
+        objective, weight = settings["objective"], settings["pref_weight"]
         lines.append(f"WARNING: the model has moved far from its start: {' and '.join(why)}. Its "
-                     "accuracy then says little about its answers; read its sample. Gentler: "
-                     + gentler(settings, fell))
+                     "accuracy then says little about its answers; read its sample. Gentler: a "
+                     f"lower learning_rate (now {settings['learning_rate']:g})" +
+                     f", or a lower pref_weight (now {weight:g})" * (   # assets/results.md
+                         objective == "mmpo" and weight > 1 and fell > FAR_CHOSEN))
     elif not learned and "eval/accuracy/mean" in last:
         lines.append(f"note: {n_pairs} held-out pairs show no preference learned beyond the "
                      f"standard error, {error:.2f} of implicit rewards and "
@@ -123,16 +126,6 @@ def skipped(norms):
     n = sum(not math.isfinite(norm) for norm in norms)
     return f"{n} of {len(norms)} logged steps changed nothing, as their gradient was not finite" * (
         n > 0)
-
-
-def gentler(settings, fell):
-    """The settings to turn when a run moved too far, as assets/results.md shows them."""
-    advice = [f"a lower learning_rate (now {settings['learning_rate']:g})"]
-    if settings["objective"] == "mmpo" and settings["pref_weight"] > 1 and fell > FAR_CHOSEN:
-        advice.append(f"a lower pref_weight (now {settings['pref_weight']:g})")
-    elif settings["objective"] not in ("mmpo", "sft"):   # whose rows may have no rejected response
-        advice.append("objective=mmpo with pref_weight=10")
-    return ", or ".join(advice)
 
 
 def hub_ids(sources):
