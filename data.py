@@ -1230,7 +1230,7 @@ def turns_of(name, value, role, prompt=""):
     turns = []
     for message in messages:
         several = exchange(message) if isinstance(value, list) else []
-        for t in several or [check_message(name, message)]:
+        for t in several or [check_message(name, message, message is value)]:
             if t["role"] in ("function_call", "tool_call"):
                 t = with_calls(name, t, turns)
             turns.append(t)
@@ -1267,9 +1267,9 @@ def exchange(value):
         if len(texts["assistant"]) < 2 else []
 
 
-def check_message(name, message):
+def check_message(name, message, alone=False):
     """A message with its role and content by these names, and what else it has. (Null is what Arrow
-    writes for what isn't there.)"""
+    writes for what isn't there.) alone: whether it is all that the field holds."""
     rest = {k: v for k, v in message.items() if v is not None} if isinstance(message, dict) else {}
     role = rest.pop("role", rest.pop("from", "system" if name in NAMES["system"] else None))
     parts = next((rest.pop(key) for key in ("content", "value", "text", "parts") if key in rest),
@@ -1284,11 +1284,12 @@ def check_message(name, message):
                                          or content is None and {*CALLS} & rest.keys()):
         field, of = next((word for word, names in NAMES.items() if name in names), name), ""
         texts = {k: v for k, v in message.items() if isinstance(v, str)} \
-            if isinstance(message, dict) and role is None else {}
+            if alone and role is None and isinstance(message, dict) else {}
         if texts and field in ("chosen", "rejected", "responses"):
             longest = max(texts, key=lambda key: len(texts[key]))   # a label is shorter
             path = f"{name}.*.{longest}" if field == "responses" else f"{name}.{longest}"
-            of = f" with {', '.join(message)}; a path takes one of these: --columns={field}:{path}"
+            of = (f" with {', '.join(map(str, message))}; a path takes one of these: "
+                  f"--columns={field}:{path}")
         elif isinstance(message, dict):
             of = f", {kind_of(role)} and {kind_of(content)}"
         elif field in ("chosen", "rejected", "completion"):
