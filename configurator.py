@@ -211,9 +211,13 @@ def parse_json(text):
 
 
 def check_file(path):
-    """UserError if reading this file would never end, as of a pipe that nobody writes to."""
+    """UserError if reading this file would never end, as of a pipe that nobody writes to, or if it
+    is what git leaves in place of a large file."""
     require(stat.S_ISREG(os.stat(path).st_mode), f"{path}: not a file, but a pipe, device or "
             "folder; give a file")
+    with open(path, "rb") as f:
+        require(f.read(23) != b"version https://git-lfs",
+                f"{path}: a Git LFS pointer, not the file itself; run git lfs pull")
 
 
 def read_text(path, what, encoding="utf-8"):
@@ -456,7 +460,10 @@ def configure(namespace, argv, source, choices={}):
             for bound, holds, names in BOUNDS:
                 require(key not in names.split() or holds(value),
                         f"{where}: {key} must be {bound} (got {value})")
+            overrides.pop(key, None)   # so that they are in the order in which they were set
             overrides[key] = value
+    if [key for key in overrides if key in ("epochs", "max_iters")][1:] == ["epochs"]:
+        overrides["max_iters"] = 0   # epochs was set after it, as on top of the laptop's config
     namespace.update(overrides)
     if overrides.get("debug"):
         sys.excepthook = sys.__excepthook__

@@ -270,6 +270,9 @@ class Tokenizer:
                     "this tokenizer lacks; give a .jinja file whose turns end in {{ eos_token }}")
         with reading("chat_template_kwargs", 'an object like {"enable_thinking": false}'):
             self.template_kwargs = dict(parse_json(chat_template_kwargs or "{}"))
+        for name in self.template_kwargs:
+            require(name in self.template_text + for_tools,
+                    f"chat_template_kwargs: the template has no variable {name!r:.50}")
         self.find_markers()
         # each turn of a conversation has those before it in its prompt
         self.encode_plain = functools.lru_cache(256)(self.encode_plain)
@@ -1513,14 +1516,13 @@ def read_folder(source, split):
     """Rows of a folder that `Dataset.save_to_disk` made, or of a folder's parquet files."""
     from datasets import load_dataset, load_from_disk
     from datasets.data_files import DataFilesDict, get_data_patterns
-    saved = {"state.json", "dataset_dict.json"} & {*os.listdir(source)}
-    kinds = {os.path.splitext(file)[1] for file in
-             glob.glob(f"{glob.escape(source)}/**", recursive=True) if os.path.isfile(file)}
-    require(saved or not kinds or not kinds <= READERS.keys() - {".parquet"},
+    saved, here = {"state.json", "dataset_dict.json"} & {*os.listdir(source)}, glob.escape(source)
+    kinds = {os.path.splitext(file)[1].lower() for file in glob.glob(f"{here}/**", recursive=True)}
+    require(saved or ".parquet" in kinds,
             f"{source}: no parquet files in this folder; of others give the names, as *.jsonl")
     found = load_from_disk(source) if saved else load_dataset(   # splits by the files' names
         "parquet", data_files=DataFilesDict.from_patterns(
-            get_data_patterns(source), source, allowed_extensions=[".parquet", ".PARQUET"]))
+            get_data_patterns(here), here, allowed_extensions=[".parquet", ".PARQUET"]))
     splits = found if isinstance(found, dict) else {split: found}
     require(split in splits or len(splits) == 1, f"{source}: no split {split}; it has "
             f"{', '.join(splits)}; give --train_split (or --eval_split)")
@@ -1665,7 +1667,8 @@ def content(sources):
     contents = []
     for source, split in sources:
         files = [source, *sorted(glob.glob(f"{glob.escape(source)}/**", recursive=True))]
-        sums = [sha256(file) for file in files if os.path.isfile(file) and (
+        # with their names in a folder, by which parquet files belong to splits
+        sums = [[file[len(source):], sha256(file)] for file in files if os.path.isfile(file) and (
             file == source or file.endswith((".parquet", ".PARQUET", ".arrow", ".json")))]
         if not os.path.exists(source):   # a hub dataset is known by its commit
             sums = [source, *sorted(commits_of(open_hub(source, split)))]

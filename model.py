@@ -37,7 +37,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from configurator import (
-    BEHIND, UserError, first_line, is_finished, publish, rank_and_size, read_json,
+    BEHIND, UserError, check_file, first_line, is_finished, publish, rank_and_size, read_json,
     read_run_settings, reading, require, write_json, write_text, writing)
 
 # -----------------------------------------------------------------------------
@@ -810,15 +810,18 @@ def checkpoint_folder(name, weights=True, base_of=""):
                     *MODEL_FILES, "train_config.json", *(WEIGHT_FILES if weights else [])])
         except Exception as e:
             named = f", which {base_of} names as its base" if base_of else ""
-            raise UserError(f"{name}: {type(e).__name__}, since the hub can't be reached or refuses"
-                            f" ({first_line(e)}), and no such folder here{named}; is the name right"
-                            f"? A gated model asks you to accept its licence at huggingface.co/"
+            raise UserError(f"{name}: no such folder here{named}, and the hub can't be reached or "
+                            f"refuses ({type(e).__name__}: {first_line(e)}); is the name right? A "
+                            "gated model asks you to accept its licence at huggingface.co/"
                             f"{repo}, then to run `hf auth login`") from e
     check_files(folder)
-    has = [file for file in (*CONFIGS, "train_config.json")
-           if os.path.exists(os.path.join(folder, file))]
-    require(has != ["train_config.json"], f"{where}{name}: a run that isn't finished, so there is "
-            "no model yet; its command with --resume=True goes on")
+    begun = read_run_settings(folder)
+    require(not begun or begun.get("finished"), f"{where}{name}: a run that isn't finished, so its "
+            "model isn't there yet, at most that of an earlier run; its command with --resume=True "
+            "goes on")
+    has = {*CONFIGS} & {*model_files(folder)}
+    require(has, f"{where}{name}: no config.json; give the folder of a model in Hugging Face's "
+            "layout, in which it lies beside the weights")
     adapter = "adapter_config.json" in has
     require(not (adapter and base_of), f"{base_of}: its base is an adapter too; merge that one")
     return on_its_base(folder, weights) if adapter else folder
@@ -892,8 +895,6 @@ def files_beside_weights(folder):
 
 
 def read_config(folder):
-    require("config.json" in model_files(folder),
-            f"{folder}: no config.json; give a Hugging Face checkpoint folder")
     return read_json(os.path.join(folder, "config.json"))
 
 
@@ -944,10 +945,10 @@ def find_tensors(folder, stem="model"):
         require(os.path.basename(shard) == shard and shard.endswith(".safetensors"),
                 f"{index}: shard {json.dumps(shard):.60} is outside the model folder; refusing")
         require(os.path.exists(path), f"{path}: missing, but the index names it; download it")
+        check_file(path)
         with open(path, "rb") as f, reading(path, "a complete safetensors file"):
             head = f.read(8)
             size = int.from_bytes(head, "little")
-            require(head != b"version ", f"{path}: Git LFS pointer, not weights; run git lfs pull")
             require(0 < size < 100_000_000, f"{path}: not a safetensors file; download it again")
             for name, fields in json.loads(f.read(size), object_pairs_hook=list):
                 if name == "__metadata__":
@@ -1111,7 +1112,8 @@ def export(model, folder, hf_config, files={}, dtype=torch.bfloat16, adapter_of=
         write_json(os.path.join(temporary, f"{kind}model.safetensors.index.json"),
                    {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename})
     for file, content in files.items():
-        Path(temporary, file).write_bytes(content)
+        with writing(os.path.join(folder, file)):
+            Path(temporary, file).write_bytes(content)
     path = os.path.join(temporary, "generation_config.json")
     if os.path.exists(path):
         generation = read_json(path)

@@ -1130,15 +1130,17 @@ def test_hub_id(monkeypatch, tmp_path):
            "adapter_config.json", "adapter_model.safetensors", "special_tokens_map.json",
            "train_config.json", "models/old.safetensors", "model.fp16.safetensors",
            "original/consolidated.00.pth", "pytorch_model.bin"]
-    taken, asked = set(), []
+    taken, asked, folder = set(), [], str(tmp_path / "hub")
+    os.mkdir(folder)
+    write_json(f"{folder}/config.json", {})
 
     def download(name, revision, allow_patterns):
         asked.append((name, revision))
         taken.update(huggingface_hub.utils.filter_repo_objects(hub, allow_patterns=allow_patterns))
-        return "folder"
+        return folder
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     for name in ("meta-llama/Llama-3.2-1B", "a/b@v1.0", "a/b@refs/pr/3"):
-        assert llama.checkpoint_folder(name) == "folder"
+        assert llama.checkpoint_folder(name) == folder
     assert asked == [("meta-llama/Llama-3.2-1B", None), ("a/b", "v1.0"), ("a/b", "refs/pr/3")]
     assert taken == set(hub) - {"README.md", *hub[-4:]}
     taken.clear()
@@ -1147,9 +1149,11 @@ def test_hub_id(monkeypatch, tmp_path):
     for name in ("a/b@", "a", "a/b/c", "./a/b", "@v1"):
         with pytest.raises(UserError, match=f"{name}: no such folder; give"):
             llama.checkpoint_folder(name)
-    (tmp_path / "train_config.json").write_text("{}")
-    with pytest.raises(UserError, match="a run that isn't finished"):
+    with pytest.raises(UserError, match="no config.json; give the folder of a model"):
         llama.checkpoint_folder(str(tmp_path))
+    (tmp_path / "hub" / "train_config.json").write_text('{"init_from": "a"}')
+    with pytest.raises(UserError, match="a run that isn't finished.* at most that of an earlier"):
+        llama.checkpoint_folder(folder)
     for kind, words in ((GatedRepoError, "accept its licence at huggingface.co/a/b"),
                         (LocalEntryNotFoundError, "the hub can't be reached")):
         def refuse(name, revision, allow_patterns, error=kind.__new__(kind)):
@@ -2325,6 +2329,8 @@ def test_template_gets_all_of_a_row(checkpoint, tmp_path):
     assert ids.count(ours.special["<|im_end|>"]) == 1 and '"what": "<|im_end|>"' in ours.decode(ids)
     with pytest.raises(UserError, match="chat_template_kwargs: not an object"):
         data.Tokenizer(checkpoint, "", "thinking")
+    with pytest.raises(UserError, match="kwargs: the template has no variable 'enable_thinkng'"):
+        data.Tokenizer(checkpoint, "", '{"enable_thinkng": false}')
 
 
 def test_template_without_a_header(checkpoint, tmp_path):
@@ -2761,6 +2767,10 @@ def test_folders(tokenizer, tmp_path, monkeypatch):
     assert all_ids(data.load_pairs(path, "train,test", tokenizer, 512, 256)) == want
     with pytest.raises(UserError, match="2 splits for 1 datasets"):
         data.load_pairs(str(tmp_path / "both"), "train,test", tokenizer, 512, 256)
+    moved = shutil.copytree(tmp_path / "parquet", tmp_path / "[1] moved")   # no glob
+    assert all_ids(load(moved, tokenizer)) == want[:3]
+    os.rename(moved / "data/test-00000-of-00001.parquet", moved / "data/train-00001-of-00001.parquet")
+    assert all_ids(load(moved, tokenizer)) == want   # not what the cache has of these contents
 
 
 def test_hub_split(tokenizer, monkeypatch):
@@ -2861,7 +2871,7 @@ def test_what_a_row_gives_the_template(checkpoint, tmp_path):
     """From a file: messages with all they have, responses of several turns, tool calls and thoughts
     in them, the row's own tools and chat_template_kwargs. What is empty does not reach it."""
     (tmp_path / "t.jinja").write_text(EVERYTHING)
-    tokenizer = data.Tokenizer(checkpoint, str(tmp_path / "t.jinja"), '{"think": 1, "x": 2}')
+    tokenizer = data.Tokenizer(checkpoint, str(tmp_path / "t.jinja"), '{"think": 1, "tools": 2}')
     call = {"role": "assistant", "tool_calls": [{"id": "1"}]}
     result = {"role": "tool", "content": "2", "tool_call_id": "1", "name": "f"}
     thought = {"role": "assistant", "content": "b", "reasoning_content": "hm"}
@@ -3490,6 +3500,16 @@ BOUNDS = {
 def configure_train(*argv):
     """As train.py does -> what is set."""
     return configurator.configure({}, argv, TRAIN, {"objective": mmpo.OBJECTIVES})[1]
+
+
+def test_epochs_and_max_iters(tmp_path):
+    """The one that was set last counts, so that --epochs is heard where a config has max_iters."""
+    laptop, both = "config/smollm2_135m_laptop.py", tmp_path / "both.py"
+    both.write_text("max_iters = 7\nepochs = 3\n")
+    for argv, max_iters in (([laptop], 60), ([laptop, "--epochs=3"], 0), ([str(both)], 7),
+                            ([laptop, "config/recommended.py"], 0),
+                            (["config/demo.py", "--max_iters=5"], 5)):
+        assert configure_train(*argv)["max_iters"] == max_iters, argv
 
 
 def test_train_defaults_are_settings():
@@ -4243,7 +4263,7 @@ def test_bad_items(content, words, checkpoint, tmp_path):
     (["--max_new_tokens=0"], "--max_new_tokens must be 1 or more"),
     (["--temperature=nan"], "--temperature must"),
     ([], "say what to evaluate.* no run's train_config.json there"),
-    (["--pairs="], "say what to evaluate"), (["{folder}/begun"], "its run isn't finished.*--pairs"),
+    (["--pairs="], "say what to evaluate"), (["{folder}/begun"], "begun: a run that isn't finished"),
     (["--text={folder}/one.txt"], "one.txt: too short"), (["--text={folder}"], "{folder}"),
     (["--choices", "{folder}/a.jsonl", "{folder}/b/a.jsonl"], "two files of one name")])
 def test_evaluate_refuses(args, words, checkpoint, tmp_path, monkeypatch):
@@ -4252,7 +4272,7 @@ def test_evaluate_refuses(args, words, checkpoint, tmp_path, monkeypatch):
     model = shutil.copytree(checkpoint, tmp_path / "model")
     (model / "train_config.json").write_text("{}")
     begun = shutil.copytree(model, tmp_path / "begun")   # it will replace that model
-    write_json(begun / "train_config.json", {"init_from": "a"})
+    write_json(begun / "train_config.json", {"init_from": str(model)})
     (tmp_path / "one.txt").write_text("a")
     (tmp_path / "b").mkdir()
     for name in ("a.jsonl", "b/a.jsonl"):
@@ -5201,6 +5221,21 @@ wandb.log = log
     process = train(checkpoint, f"{tmp_path}/run2", f"--dataset={pairs}", "--eval_pairs=2",
                     "--max_iters=3", "--wandb_log", script=script)
     assert_one_line(process, "wandb_log: int", "at most 2 arguments")
+
+
+def test_a_signal_is_answered():
+    """In a step or a save the first signal says that it was heard, and what a second one does."""
+    process = run_process(["-c", """
+import os, signal
+from scripts import checkpoints
+checkpoints.end_on_signals()
+checkpoints.may_leave = False
+os.kill(os.getpid(), signal.SIGINT)
+print("goes on", flush=True)
+os.kill(os.getpid(), signal.SIGTERM)
+"""])
+    assert (process.returncode, process.stdout) == (128 + signal.SIGTERM, "goes on\n")
+    assert "ending after what is under way; a second signal ends at once" in process.stderr
 
 
 @pytest.mark.parametrize("event", ["os.kill(os.getpid(), signal.SIGTERM)",

@@ -414,6 +414,9 @@ def end_on_signals():
             asked[:] = number, time.monotonic()
             if may_leave:
                 sys.exit(128 + number)
+            if os.environ.get("RANK", "0") == "0":
+                with contextlib.suppress(OSError):   # nobody may read it
+                    os.write(2, b"\nending after what is under way; a second signal ends at once\n")
     for number in SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, come)
