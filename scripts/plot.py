@@ -79,8 +79,8 @@ def read_methods(paths):
                  found))
     every = [run for some in methods.values() for runs in some.values() for run in runs]
     evaluated = all({IMPLICIT, "kl"} <= found.get("metrics", {}).keys() for *_, found in every)
-    require(evaluated or not lacking, f"{', '.join(lacking)}: without KL, or accuracy on pairs; run "
-            "scripts.evaluate on all runs, with --reference, or train with kl_samples above 0")
+    require(evaluated or not lacking, f"{', '.join(lacking)}: without KL, or accuracy on pairs; "
+            "run scripts.evaluate on all runs, with --reference, or train with kl_samples above 0")
     tasks = {str(sorted(name for name in found["metrics"] if name.startswith("choices/")))
              for *_, found in every if evaluated}
     require(len(tasks) < 2, "the runs were evaluated on other --choices than each other; run "
