@@ -148,7 +148,8 @@ def run_all(runs, out, evaluation, jobs):
         for done, future in enumerate(as_completed(futures), 1):
             error, left = future.exception(), len(runs) - done
             seconds += [future.result()] if not error and future.result() > 1 else []
-            minutes = f", about {left * np.mean(seconds) / jobs / 60:.0f} min left" * bool(seconds)
+            minutes = f", about {left * np.mean(seconds) / jobs / 60:.0f} min left" \
+                if seconds else ""
             print(f"{done} of {len(runs)} runs done{minutes}: {futures[future]}"
                   f"{f' FAILED: {error}' if error else ''}", flush=True)
             if error:
