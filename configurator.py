@@ -460,10 +460,10 @@ def configure(namespace, argv, source, choices={}):
             for bound, holds, names in BOUNDS:
                 require(key not in names.split() or holds(value),
                         f"{where}: {key} must be {bound} (got {value})")
-            overrides.pop(key, None)   # so that they are in the order in which they were set
             overrides[key] = value
-    if [key for key in overrides if key in ("epochs", "max_iters")][1:] == ["epochs"]:
-        overrides["max_iters"] = 0   # epochs was set after it, as on top of the laptop's config
+    given = {arg[2:].partition("=")[0] for arg in argv if arg.startswith("--")}
+    if "epochs" in given and "max_iters" not in given and overrides.get("max_iters"):
+        overrides["max_iters"] = 0   # a file's, as the laptop's config has it; epochs is to count
     namespace.update(overrides)
     if overrides.get("debug"):
         sys.excepthook = sys.__excepthook__
@@ -474,8 +474,12 @@ PATHS = ("init_from", "dataset", "eval_dataset", "chat_template")   # settings t
 
 
 def run_config_file(path, known):
-    """The settings that a config file makes. It sees the current ones, so it can compute with them,
-    and its own path, __file__."""
+    """The settings that a config file makes. It sees the current ones, so it can compute with them.
+
+    What the file names and is not found from here is looked for beside the checkout, so that
+    config/demo.py runs from any folder.
+    """
+    path = beside_the_checkout(path)
     require(os.path.exists(path),
             f"{path}: no such config file; settings are written --key=value")
     require(path.endswith(".py") or os.path.isdir(path), f"{path}: config files end in .py; "
@@ -496,10 +500,23 @@ def run_config_file(path, known):
                 f"{path}:{node.lineno}: {ast.unparse(node)} sets nothing; write name = value")
     assigned = {node.id for node in ast.walk(tree)
                 if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-    return {key: value for key, value in scope.items()
-            if (key not in known or key in assigned or value is not known[key])
-            and not key.startswith("_")
-            and (key in known or not isinstance(value, ModuleType) and not callable(value))}
+    found = {key: value for key, value in scope.items()
+             if (key not in known or key in assigned or value is not known[key])
+             and not key.startswith("_")
+             and (key in known or not isinstance(value, ModuleType) and not callable(value))}
+    for key in found.keys() & PATHS:
+        if isinstance(found[key], str):
+            found[key] = all_beside_the_checkout(found[key])
+    return found
+
+
+def beside_the_checkout(path):
+    there = os.path.join(HERE, path)
+    return there if path and not os.path.exists(path) and os.path.exists(there) else path
+
+
+def all_beside_the_checkout(paths):
+    return ",".join(beside_the_checkout(path.strip()) for path in paths.split(","))
 
 
 # what TRL or nanoGPT call a setting, and what to give here

@@ -270,7 +270,7 @@ class Tokenizer:
                     "this tokenizer lacks; give a .jinja file whose turns end in {{ eos_token }}")
         with reading("chat_template_kwargs", 'an object like {"enable_thinking": false}'):
             self.template_kwargs = dict(parse_json(chat_template_kwargs or "{}"))
-        for name in self.template_kwargs:
+        for name in self.template_kwargs if self.template_text else ():
             require(name in self.template_text + for_tools,
                     f"chat_template_kwargs: the template has no variable {name!r:.50}")
         self.find_markers()
@@ -973,7 +973,8 @@ def parse_line(row):
                          "a row on several lines?") from None
     if not isinstance(row, dict):
         raise BadRow("a row must be an object with fields", f"got {kind_of(row)}")
-    row = {name: value if value == value else None for name, value in row.items()}   # pandas' NaN
+    row = {name: None if isinstance(value, float) and value != value else value   # pandas' NaN
+           for name, value in row.items()}
     if None in row:   # where csv puts what has no column, and read_csv what has too few cells
         raise BadRow("not as many cells as columns; quote text that has commas or lines in it")
     return row
@@ -981,7 +982,8 @@ def parse_line(row):
 
 def in_no_order(row):
     """Whether the responses are distilabel's or Open-R1's generations, not rated."""
-    return row.name("responses") == "generations" and not row.has("rewards")
+    return row.name("responses") == "generations" and not row.has("rewards") \
+        and not row.has("best")
 
 
 def is_answered(row):
@@ -1286,13 +1288,9 @@ def check_message(name, message, alone=False):
     if not isinstance(role, str) or not (isinstance(content, str)
                                          or content is None and {*CALLS} & rest.keys()):
         field, of = next((word for word, names in NAMES.items() if name in names), name), ""
-        texts = {k: v for k, v in message.items() if isinstance(v, str)} \
-            if alone and role is None and isinstance(message, dict) else {}
-        if texts and field in ("chosen", "rejected", "responses"):
-            longest = max(texts, key=lambda key: len(texts[key]))   # a label is shorter
-            path = f"{name}.*.{longest}" if field == "responses" else f"{name}.{longest}"
-            of = (f" with {', '.join(map(str, message))}; a path takes one of these: "
-                  f"--columns={field}:{path}")
+        if alone and role is None and field in ("chosen", "rejected", "responses"):
+            of = (f" with {', '.join(map(str, message))}, of which a path takes one: --columns="
+                  f"{field}:{name}{'.*' * (field == 'responses')}.NAME")
         elif isinstance(message, dict):
             of = f", {kind_of(role)} and {kind_of(content)}"
         elif field in ("chosen", "rejected", "completion"):

@@ -2980,9 +2980,9 @@ def test_rows_that_mislead(tokenizer, tmp_path):
     ({"messages": say("Hi", "a"), "generations": ["x", "y"]}, {}, say("Hi"), "a"),
     ({"prompt": "Hi", "input": math.nan, "chosen": "a", "rejected": "b"}, {}, say("Hi"), "ab"),
     ({"prompt": "Hi", "responses": [{"model": "x", "text": "Moo!"}] * 2}, {}, None,
-     "--columns=responses:responses.*.text"),
+     "--columns=responses:responses.*.NAME"),
     ({"prompt": "Hi", "chosen": {"answer": "a", "score": 1}, "rejected": "b"}, {}, None,
-     "--columns=chosen:chosen.answer"),
+     "--columns=chosen:chosen.NAME"),
     ({"prompt": "Hi", "chosen": "Assistant: a", "rejected": "b"}, {}, say("Hi"),
      ["Assistant: a", "b"]),
     ({"input": json.dumps({"messages": say("Hi")}), "preferred_output": json.dumps(say(0, "a")[1:]),
@@ -3502,12 +3502,12 @@ def configure_train(*argv):
     return configurator.configure({}, argv, TRAIN, {"objective": mmpo.OBJECTIVES})[1]
 
 
-def test_epochs_and_max_iters(tmp_path):
-    """The one that was set last counts, so that --epochs is heard where a config has max_iters."""
-    laptop, both = "config/smollm2_135m_laptop.py", tmp_path / "both.py"
-    both.write_text("max_iters = 7\nepochs = 3\n")
-    for argv, max_iters in (([laptop], 60), ([laptop, "--epochs=3"], 0), ([str(both)], 7),
-                            ([laptop, "config/recommended.py"], 0),
+def test_epochs_and_max_iters():
+    """max_iters counts, but --epochs is heard where a config file has max_iters."""
+    laptop = "config/smollm2_135m_laptop.py"
+    for argv, max_iters in (([laptop], 60), ([laptop, "--epochs=3"], 0),
+                            ([laptop, "--max_iters=5", "--epochs=3"], 5),
+                            ([laptop, "config/recommended.py"], 60),
                             (["config/demo.py", "--max_iters=5"], 5)):
         assert configure_train(*argv)["max_iters"] == max_iters, argv
 
@@ -3567,13 +3567,15 @@ def test_configs_load(path):
 
 
 def test_config_from_another_folder(tmp_path, monkeypatch):
-    """The demo's files are found from anywhere; what it writes goes where the user is."""
+    """A config file of the checkout and the files that it names are found from anywhere; what it
+    writes goes where the user is. What is there goes before what is beside the checkout."""
     monkeypatch.chdir(tmp_path)
-    found = configure_train(f"{ROOT}/config/demo.py")
-    for name in ("init_from", "dataset", "eval_dataset"):
-        assert os.path.exists(found[name])
-    assert found["out_dir"] == "out/demo"
-    monkeypatch.chdir(ROOT)
+    for argv in (["config/demo.py"], [f"{ROOT}/config/demo.py"]):
+        found = configure_train(*argv)
+        for name in ("init_from", "dataset", "eval_dataset"):
+            assert os.path.isabs(found[name]) and os.path.exists(found[name])
+        assert found["out_dir"] == "out/demo"
+    (tmp_path / "assets" / "demo").mkdir(parents=True)
     assert configure_train("config/demo.py")["init_from"] == "assets/demo"
 
 
@@ -4490,15 +4492,16 @@ def test_compare_takes_the_gpus_that_are_visible(tmp_path, monkeypatch):
 
 
 def test_compare_knows_runs_by_content(tmp_path):
-    """An evaluation counts while the run that it is of is in the folder, however that is spelled.
-    Runs on other data of one name are an error."""
+    """An evaluation counts while the run that it is of is in the folder, however that is spelled. A
+    path may be spelled otherwise too, but runs on other data of one name are an error."""
     pytest.importorskip("matplotlib")
     from scripts import compare, plot
     runs = compare.plan(["config/demo.py"], [["objective=mmpo,dpo"]], [])
     for name, (_, settings) in runs.items():
         (tmp_path / name).mkdir()
         write_json(tmp_path / name / "train_config.json", settings | {
-            "dataset_sha256": "a", "finished": 56})
+            "dataset": f"{ROOT}/config/../{settings['dataset']}", "dataset_sha256": "a",
+            "finished": 56})
         assert compare.check_folder(str(tmp_path / name), settings) == 56
         with pytest.raises(UserError, match="a run with dataset="):
             compare.check_folder(str(tmp_path / name), settings | {"dataset": "other.jsonl"})
@@ -4550,7 +4553,7 @@ def test_labels_of_a_picture(tmp_path):
             ["accuracy/implicit", "kl", *(f"choices/{task}/acc" for task in tasks)], [0, 0, 0])})
     assert [*plot.read_methods(paths[:2])[0]] == ["simpo, gamma_beta_ratio 0.4", "simpo"]
     with pytest.raises(UserError, match="other --choices than each other"):
-        plot.read_methods(paths)
+        plot.tradeoff(paths, str(tmp_path / "a.png"))
     write_json(f"{paths[0]}.evaluation.json", read_json(f"{paths[2]}.evaluation.json"))
     assert [*plot.read_methods(paths[::2])[0]] == [
         "simpo, gamma_beta_ratio 0.4, lora_rank 0", "simpo, lora_rank 4"]
@@ -5263,12 +5266,20 @@ mmpo.preference_loss = counted
 
 def test_ranks_with_other_settings(checkpoint, tmp_path):
     """A run whose ranks were not given the same ends before it trains."""
-    (tmp_path / "odd.py").write_text("import os\nbeta = 0.1 * (1 + int(os.environ['RANK']))")
     pairs = write_rows(tmp_path / "pairs.jsonl", word_rows(6))
-    process = train(checkpoint, f"{tmp_path}/two", f"--dataset={pairs}", "--eval_pairs=2",
-                    "--max_iters=1", str(tmp_path / "odd.py"))
-    assert process.returncode and "Traceback" not in process.stderr.split("torch/distributed")[0]
-    assert "error: beta: 0.1 on rank 0 and 0.2 on another" in process.stderr
+    for n in range(2):
+        shutil.copytree(checkpoint, tmp_path / f"base{n}")
+    add_noise(tmp_path / "base1", "model.layers.1.mlp.up_proj.weight")
+    for text, error in (("beta = 0.1 * (1 + int(_rank))", "beta: 0.1 on rank 0 and 0.2 on another"),
+                        (f"init_from = {str(tmp_path / 'base')!r} + _rank", "init_from_sha256: ")):
+        (tmp_path / "odd.py").write_text("import os\n_rank = os.environ['RANK']\n" + text)
+        process = run_process(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                               "train.py", *QUICK, f"--out_dir={tmp_path}/two", "--eval_pairs=2",
+                               f"--dataset={pairs}", "--max_iters=1", str(tmp_path / "odd.py"),
+                               *[f"--init_from={checkpoint}"] * ("beta" in text)],
+                              NANOMMPO_CACHE=f"{tmp_path}/cache", OMP_NUM_THREADS="1")
+        assert process.returncode and "Traceback" not in process.stderr.split("torch/distrib")[0]
+        assert f"error: {error}" in process.stderr, process.stderr
 
 
 def test_machines_with_files_in_other_places(checkpoint, tmp_path):

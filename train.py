@@ -101,7 +101,7 @@ beta2 = 0.999                     # AdamW's
 grad_clip = 1.0                   # the gradient's norm at most; 0 never clips
 skip_nonfinite = 0                # so many steps with a NaN or infinite gradient are skipped
 # schedule
-epochs = 5.0                      # passes over the pairs
+epochs = 5.0                      # passes over the pairs; --epochs counts before a file's max_iters
 max_iters = 0                     # steps; 0 takes as many as epochs needs
 warmup = 0.1                      # share of the steps in which the learning rate rises
 min_lr = 0.0                      # the learning rate at the end of the cosine

@@ -1,12 +1,9 @@
 # The embedded demo: MMPO teaches a rude model of 0.8M parameters manners, offline, on any CPU.
 # python train.py config/demo.py      under a minute on 2 cores; held-out accuracy 0.125 to 0.979
-import os
-
-_demo = os.path.relpath(f"{os.path.dirname(__file__)}/../assets/demo")   # found from any folder
 out_dir = "out/demo"
-init_from = _demo
-dataset = _demo + "/train.jsonl"
-eval_dataset = _demo + "/eval.jsonl"
+init_from = "assets/demo"
+dataset = "assets/demo/train.jsonl"
+eval_dataset = "assets/demo/eval.jsonl"
 sample_tokens = 48
 eval_interval = 14
 kl_samples = 96

@@ -37,8 +37,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))   # for `python scripts/compare.py`
 import mmpo
 from configurator import (
-    HERE, UserError, configure, one_line_errors, read_json, read_settings, reading, require,
-    run_sum)
+    HERE, PATHS, UserError, all_beside_the_checkout, configure, one_line_errors, read_json,
+    read_settings, reading, require, run_sum)
 from scripts import evaluate, plot
 from scripts.checkpoints import last_checkpoint
 
@@ -80,9 +80,17 @@ def check_folder(folder, settings):
     config = os.path.join(folder, "train_config.json")
     found = read_json(config) if os.path.exists(config) else {}
     for key, value in settings.items():
-        require(key in RECORDED or found.get(key, value) == value,
+        other = found.get(key, value)
+        require(key in RECORDED or other == value or key in PATHS and same_files(other, value),
                 f"{folder}: a run with {key}={found.get(key)!r}, not {value!r}; give another --out")
     return found.get("finished", False)
+
+
+def same_files(one, other):
+    """Whether two lists of paths name the same files, from here or from beside the checkout."""
+    one, other = ([os.path.realpath(os.path.expanduser(path)) for path in
+                   all_beside_the_checkout(paths).split(",")] for paths in (one, other))
+    return one == other
 
 
 def run(folder, arguments, settings, evaluation, devices, references, first_evaluation):

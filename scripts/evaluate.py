@@ -42,8 +42,9 @@ import data
 import mmpo
 import model as llama
 from configurator import (
-    HERE, cache_path, check_numbers, load_cache, one_line_errors, printable, read_run_settings,
-    read_settings, read_text, reading, require, run_sum, save_cache, write_json)
+    HERE, UserError, all_beside_the_checkout, beside_the_checkout, cache_path, check_numbers,
+    load_cache, one_line_errors, printable, read_run_settings, read_settings, read_text, reading,
+    require, run_sum, save_cache, write_json)
 
 BRANCHES = 16   # continuations of a tree, at most
 
@@ -238,6 +239,7 @@ def held_out(args, run, tokenizer):
     names = ("eval_dataset", "eval_split") if run.get("eval_dataset") else (
         "dataset", "train_split")
     source, split = (args.pairs, args.split) if args.pairs else (run[name] for name in names)
+    source = all_beside_the_checkout(source)   # as a config file names it
     told = {name: s.value for name, s in read_settings(os.path.join(HERE, "train.py")).items()}
     told |= run   # its settings, or the defaults where there is no run
     if args.pairs:   # which may have other fields
@@ -249,13 +251,13 @@ def held_out(args, run, tokenizer):
                             told["bad_rows"], told["columns"], told["use_scores"])
     if args.pairs:
         print(f"{source}: {pairs.report}")
-    else:   # as train.py draws them
-        seed = 42 if run["eval_dataset"] else run["seed"]
+        return pairs
+    for seed in (42, run["seed"]):   # as train.py draws them, of an eval_dataset and of dataset
         order = np.random.default_rng(seed).permutation(len(pairs))
-        pairs = pairs.subset(order[:run["eval_pairs"]])
-        require(pairs.fingerprint() == run["eval_dataset_sha256"],
-                f"{source}: not what the run held out; give --pairs (and --max_length)")
-    return pairs
+        found = pairs.subset(order[:run["eval_pairs"]])
+        if found.fingerprint() == run["eval_dataset_sha256"]:
+            return found
+    raise UserError(f"{source}: not what the run held out; give --pairs (and --max_length)")
 
 
 def sign_test(before, after):
@@ -324,7 +326,7 @@ def check_runs(args, run):
 def find_models(args, run):
     """-> the name of the reference or None, and {name: (folder, sum of its weights)} of it and of
     the models."""
-    reference = args.reference or run.get("init_from")
+    reference = args.reference or beside_the_checkout(run.get("init_from", "")) or None
     names = dict.fromkeys([*filter(None, [reference]), *args.models])
     folders = {name: llama.checkpoint_folder(name) for name in names}
     models = {name: (folder, llama.weights_fingerprint(folder)) for name, folder in folders.items()}
@@ -386,7 +388,8 @@ def main():
         check_runs(args, run)
     reference, models = find_models(args, run)
     folder, _ = models[first]
-    kwargs = read_run_settings(folder).get("chat_template_kwargs", "")   # a hub's run, too
+    kwargs = "" if args.chat_template else (   # those of its run, also of a hub's
+        read_run_settings(folder).get("chat_template_kwargs", ""))
     tokenizer = data.Tokenizer(folder, args.chat_template, kwargs)
     config = llama.config_from_dict(llama.read_config(folder))
     questions, asked = questions_of(args, run, tokenizer, config, bool(reference))
@@ -407,6 +410,7 @@ def main():
             model, _ = llama.from_pretrained(
                 folder, device, torch.bfloat16 if device == "cuda" else torch.float32)
             found = [question(model, base) for question in questions]
+            del model   # before the next one is read
             results[name] = {key: value for one in found for key, value in one.items()}
             results[name]["metrics"] = {metric: value for one in found for metric, value
                                         in one["metrics"].items() if value}

@@ -81,10 +81,6 @@ def read_methods(paths):
     evaluated = all({IMPLICIT, "kl"} <= found.get("metrics", {}).keys() for *_, found in every)
     require(evaluated or not lacking, f"{', '.join(lacking)}: without KL, or accuracy on pairs; "
             "run scripts.evaluate on all runs, with --reference, or train with kl_samples above 0")
-    tasks = {str(sorted(name for name in found["metrics"] if name.startswith("choices/")))
-             for *_, found in every if evaluated}
-    require(len(tasks) < 2, "the runs were evaluated on other --choices than each other; run "
-            "scripts.evaluate again on all of them")
     return methods, sorted({beta for some in methods.values() for beta in some}), evaluated
 
 
@@ -129,6 +125,10 @@ def tradeoff(paths, out):
     """Accuracy against KL, over a run's evaluations. Where scripts/evaluate.py was run on all runs,
     the accuracy of implicit rewards at their ends instead, and that against multiple choice."""
     methods, betas, evaluated = read_methods(paths)
+    asked = {str([name for name in sorted(found.get("metrics", {})) if name.startswith("choices/")])
+             for some in methods.values() for runs in some.values() for *_, found in runs}
+    require(len(asked) < 2 or not evaluated, "the runs were evaluated on other --choices than each "
+            "other; run scripts.evaluate again on all of them")
     left, right = Figure(figsize=(11, 4.5), layout="constrained").subplots(1, 2, sharey=True)
     left.set_xscale("symlog", linthresh=0.01)
     left.set(xticks=KL_TICKS, xticklabels=KL_TICKS, xlabel=PANELS["kl"], ylabel=ACCURACY[evaluated])

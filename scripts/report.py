@@ -14,8 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))   # for `python scripts/report.py`
 from configurator import (
-    HERE, is_finished, one_line_errors, read_json, read_metrics, read_settings, reading, require,
-    write_text)
+    HERE, beside_the_checkout, is_finished, one_line_errors, read_json, read_metrics,
+    read_settings, reading, require, write_text)
 
 FAR_KL = 0.3       # nats a token; twice what assets/results.md's short recipe needs on sentences
 FAR_CHOSEN = 0.1   # share by which the chosen response's log-prob fell; there it rises
@@ -133,7 +133,7 @@ def hub_ids(sources):
     names = [re.split("[:@]", source.strip())[0] for source in sources.split(",")]
     return ["/".join(name.split("/")[:2]) for name in names
             if re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)+", name)
-            and not os.path.exists(name)]
+            and not os.path.exists(beside_the_checkout(name))]
 
 
 def write_model_card(out_dir):

@@ -58,7 +58,8 @@ def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     run = read_run_settings(folder)   # whose template it goes on with
-    tokenizer = data.Tokenizer(folder, args.chat_template, run.get("chat_template_kwargs", ""))
+    tokenizer = data.Tokenizer(folder, args.chat_template, "" if args.chat_template else
+                               run.get("chat_template_kwargs", ""))
     model, _ = llama.from_pretrained(folder, device, dtype)
     stop_ids = tokenizer.stop_ids()
 
