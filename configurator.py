@@ -114,8 +114,8 @@ def one_line_errors():
             message = f"error: another rank ended ({first_line(error):.99}); its error says why"
         elif issubclass(kind, MemoryError) or re.search("out of|allocate", str(error)) and \
                 "memory" in str(error):   # torch's, of a GPU and of a CPU
-            message = (f"error: not enough memory ({first_line(error)}); Troubleshooting in README "
-                       "says what takes less; of train.py also --dry_run, and --debug where it was")
+            message = (f"error: not enough memory ({first_line(error)}); see Troubleshooting in "
+                       "README, and for train.py --dry_run")
         else:
             return sys.__excepthook__(kind, error, trace)
         message = printable(message).replace("\n", "\\n")

@@ -5404,7 +5404,7 @@ MISTAKES = {   # arguments, words of the error
     "window": ([*USABLE, "--init_from={folder}/windowed"], ["tokens", "sliding_window, 8"]),
     "beyond": ([*USABLE, "--init_from={folder}/padded", "--chat_template={folder}/pad.jinja"],
                ["padded: the pairs have the id", "does tokenizer.json belong to it?"]),
-    "memory": (USABLE, ["not enough memory", "Troubleshooting in README"]),
+    "memory": (USABLE, ["not enough memory", "see Troubleshooting in README"]),
     "rank": (["--dataset={folder}/good.jsonl,{folder}/good.jsonl", "--eval_pairs=1",
               "--lora_rank=999"], ["lora_rank: 999 is more than the model's width"]),
     "diverged": ([*USABLE, "--learning_rate=9e29", "--max_iters=9"], ["step", "not finite", "its pairs"]),
