@@ -191,12 +191,12 @@ def measure(objective, logps, lengths, ref_logps, R, *, beta, length_norm, **kno
     return {name: value.item() for name, value in metrics.items()}
 
 
-@torch.no_grad()
 def wins(margins):
     """1 for each margin (N,) above 0, and a half for a tie, as chance would have it. Arrays too."""
     return (margins > 0) + 0.5 * (margins == 0)
 
 
+@torch.no_grad()
 def kl_estimate(gaps, lengths):
     """KL(reference || policy) in nats a token, from S samples that the reference gave, and its
     standard error, where S is above 1.
