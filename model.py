@@ -391,7 +391,6 @@ class Attention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.head_dim = config.head_dim
         q_dim, kv_dim = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
         self.q_proj = nn.Linear(config.n_embd, q_dim, bias=config.qkv_bias)
         self.k_proj = nn.Linear(config.n_embd, kv_dim, bias=config.qkv_bias)
@@ -403,9 +402,10 @@ class Attention(nn.Module):
 
     def forward(self, x, rope, layout, cache=None):
         B, T, C = x.shape
-        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim))      # (B, T, n_head, hd)
-        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim))      # (B, T, n_kv_head, hd)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim)
+        hd = rope[0].size(-1)   # head_dim
+        q = self.q_norm(self.q_proj(x).view(B, T, -1, hd))                 # (B, T, n_head, hd)
+        k = self.k_norm(self.k_proj(x).view(B, T, -1, hd))                 # (B, T, n_kv_head, hd)
+        v = self.v_proj(x).view(B, T, -1, hd)
         # rotated before the transpose: on a GPU that takes two kernels fewer in backward
         q, k, v = (x.transpose(1, 2) for x in (rotate(q, *rope), rotate(k, *rope), v))
         if cache is not None:   # generation keeps the keys and values of earlier tokens
@@ -475,10 +475,11 @@ class Llama(nn.Module):
         """tokens, positions (B, T) -> final hidden states (B, T, C)."""
         if self.config.limits:                     # else a GPU need not wait for the CPU
             self.config.check_length(int(positions.max()) + 1)
-        x = self.model.embed_tokens(tokens)        # (B, T, C)
         turned = rotary(positions, self.config)    # the same in all blocks, but for SmolLM3
-        if self.config.unrotated:
-            still = torch.ones_like(turned[0]), torch.zeros_like(turned[1])
+        still = torch.ones_like(turned[0]), torch.zeros_like(turned[1])
+        for x in (*turned, *still):                # to compiled blocks every size is one that may
+            torch._dynamo.mark_static(x, 3)        # change; but head_dim, which they take from it
+        x = self.model.embed_tokens(tokens)        # (B, T, C)
         for i, block in enumerate(self.model.layers):
             rope = still if i in self.config.unrotated else turned
             if self.activation_checkpointing and torch.is_grad_enabled():
