@@ -5,15 +5,15 @@
 #
 # MODEL is SmolLM2-135M-Instruct, a folder or hub id. The pairs have string fields prompt, chosen and
 # rejected, and few prompts with many pairs each. Stopped and started again it goes on.
-# Without a GPU a run goes once over 480 pairs of at most 160 tokens; with one, twice over all pairs
-# of at most 512 tokens.
+# Without a GPU a run goes once over 480 pairs of at most 160 tokens, in fp32; with one, twice over
+# all pairs of at most 512 tokens, in bf16, which so many steps allow.
 set -euo pipefail
 model=$1 train=$2 test=$3 choices=$4 jobs=${5:-2}
 out=out/study length=160 pairs=480 limit=300 more=()
 if python -c "import torch; raise SystemExit(not torch.cuda.is_available())"; then
     out=out/study_gpu length=512 pairs=1000000 limit=1000
     more=(--max_length=512 --max_prompt_length=384 --pack_tokens=16384 --batch_size=64 --epochs=2
-          --eval_interval=50 --eval_pairs=400)
+          --eval_interval=50 --eval_pairs=400 --dtype=bfloat16)
 fi
 mkdir -p "$out"
 
