@@ -315,6 +315,13 @@ def compiled(function, dynamic=None):
     return torch.compile(function, dynamic=dynamic)
 
 
+# The queries and keys that a thread block of flex attention takes at a time, for heads of 64 numbers
+# in bf16. With its own choice for an H100 in forward, 128 x 128, a thread needs 1 kB of registers
+# more than there are (`scripts.bench --only=profile` shows attention's share of a step).
+TILES = {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64, "bwd_BLOCK_M1": 32, "bwd_BLOCK_N1": 64,
+         "bwd_BLOCK_M2": 64, "bwd_BLOCK_N2": 32, "num_warps": 4}
+
+
 def attend(q, k, v, layout):
     """Softmax attention: q (B, n_head, T, hd), k and v (B, n_kv_head, S, hd) -> (B, n_head, T, hd).
 
@@ -327,7 +334,8 @@ def attend(q, k, v, layout):
     if isinstance(layout, BlockMask):
         flex = (flex_attention if torch.compiler.is_compiling() else
                 compiled(flex_attention, dynamic=True))
-        return flex(q, k, v, block_mask=layout, enable_gqa=True)
+        tiles = TILES if q.size(-1) == 64 and q.dtype == torch.bfloat16 else None
+        return flex(q, k, v, block_mask=layout, enable_gqa=True, kernel_options=tiles)
     if layout is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     if not isinstance(layout, torch.Tensor):

@@ -14,27 +14,25 @@ mkdir -p "$out"
 #    ~/.cache/nanommpo, is nearer to float64 than transformers
 python -m pytest -q test_mmpo.py -k test_gpu
 
-# 2. beside TRL, one idea at a time, and where the time goes
-for part in trl ablation profile; do
-    python -m scripts.bench --model="$smollm2" --data="$train" --only=$part --json="$out/$part.json"
+# 2. where the time goes (flex attention had 44% of a small pack before model.TILES), beside TRL, one
+#    idea at a time, and tokens_per_second, mfu and peak_memory_gib, step by step
+for part in profile trl ablation; do
+    python -m scripts.bench --model="$smollm2" --data="$train" --only=$part --batch=64 \
+        --json="$out/$part.json"
 done
+python train.py config/smollm2_135m.py --init_from="$smollm2" --dataset="$train" --max_iters=20 \
+    --eval_pairs=64 --save_interval=0 --out_dir="$out/steps"
 
-# 3. how many tokens a pack should have: tokens_per_second, mfu and peak_memory_gib, step by step
-for tokens in 8192 16384 32768 65536; do
-    python train.py config/smollm2_135m.py --init_from="$smollm2" --dataset="$train" --max_iters=20 \
-        --eval_pairs=64 --save_interval=0 --pack_tokens=$tokens --out_dir="$out/pack_$tokens"
-done
-
-# 4. one process of FSDP
+# 3. one process of FSDP, whose blocks didn't compile before 29067d4
 torchrun --nproc_per_node=1 train.py config/smollm2_135m.py --init_from="$smollm2" --parallel=fsdp \
     --dataset="$train" --max_iters=20 --eval_pairs=64 --save_interval=0 --out_dir="$out/fsdp"
 
-# 5. Llama-3-8B: the predicted memory, beside peak_memory_gib, tokens_per_second and mfu
+# 4. Llama-3-8B: the predicted memory, beside peak_memory_gib, tokens_per_second and mfu
 if [ -n "$llama" ]; then
     python train.py config/llama3_8b.py --init_from="$llama" --dataset="$train" --dry_run=True
     python train.py config/llama3_8b.py --init_from="$llama" --dataset="$train" --max_iters=10 \
         --eval_pairs=32 --save_interval=0 --export_adapter=True --out_dir="$out/llama3_8b"
 fi
 
-# 6. the study on all pairs
+# 5. the study on all pairs
 bash scripts/study.sh "$smollm2" "$train" "$test" "$choices" 4
