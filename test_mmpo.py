@@ -5406,6 +5406,8 @@ MISTAKES = {   # arguments, words of the error
     "mine": ([*USABLE, "--init_from={checkpoint}", "--out_dir={folder}/windowed", "--overwrite"],
              ["windowed/config.json: no export of this project wrote it"]),
     "min_lr": (["--min_lr=1"], ["min_lr", "above learning_rate"]),
+    "no_lora": (["--lora_alpha=8"], ["lora_alpha: has no effect without lora_rank"]),
+    "no_split": (["--eval_split=test"], ["eval_split: has no effect without eval_dataset"]),
     "device": (["--device=cuda"], ["device: no"]),
     "single": ([*USABLE, "--eval_dataset={folder}/single.jsonl"], ["single.jsonl", "one response"]),
     "window": ([*USABLE, "--init_from={folder}/windowed"], ["tokens", "sliding_window, 8"]),

@@ -142,6 +142,10 @@ require(not wandb_log or getattr(find_spec("wandb"), "origin", None),   # it lea
         "wandb_log: it takes pip install wandb")
 require(objective != "ipo" or beta > 0, "beta: IPO divides by it; give a value above 0")
 require(min_lr <= learning_rate, f"min_lr: {min_lr} is above learning_rate, {learning_rate}")
+for name, needed in {"lora_alpha": "lora_rank", "lora_dropout": "lora_rank",
+                     "lora_targets": "lora_rank", "eval_split": "eval_dataset"}.items():
+    require(name not in overrides or needed in overrides or settings[needed],
+            f"{name}: has no effect without {needed}; give that too")
 require(lora_rank or not export_adapter, "export_adapter: no adapters without LoRA; set lora_rank")
 
 # --- setup
