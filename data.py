@@ -773,7 +773,7 @@ NAMES = {name: names.split() for name, names in {
     "history": "history", "tools": "tools", "documents": "documents",
     "chat_template_kwargs": "chat_template_kwargs",
 }.items()}
-ROLES = {"human": "user", "prompter": "user"} | dict.fromkeys(
+ROLES = {"human": "user", "prompter": "user", "developer": "system"} | dict.fromkeys(
     ("gpt", "bot", "chatbot", "chatgpt", "ai", "model"), "assistant") | dict.fromkeys(
     ("observation", "tool_response", "function_response", "function"), "tool")
 WHO = {name: who for who, names in {   # says what a field of this name holds
@@ -885,7 +885,9 @@ def parse_row(row, columns={}, use_scores=False):
             for i in range(first_new(turns, new), len(turns))
             if turns[i]["role"] == "assistant" and not is_masked(turns[i])]
     if not rows:
-        raise Drop("no response turn")
+        raise Drop("no response turn" + (
+            f' (are they in "{", ".join(unused)[:60]}"?)' if unused and not any(
+                t["role"] == "assistant" for t in turns) else ""))
     return rows, unused
 
 
@@ -915,7 +917,7 @@ def take_answers(row, columns):
         raise row.missing("chosen")
     texts = [row.value("prompt"), *(value for _, value in answers)]
     if len(texts) > (1 if columns else 2) and all(isinstance(text, str) and re.fullmatch(
-            r'\s*\[".*"\]\s*', text, re.DOTALL) for text in texts):   # as in the Arena's 55k
+            r'\s*\[("|null).*("|null)\]\s*', text, re.DOTALL) for text in texts):   # Arena's 55k
         raise BadRow("prompt and responses are lists kept as text; make them texts or turns")
     return answers
 
@@ -1318,6 +1320,7 @@ def joined(name, value):
     texts = []
     for part in value:
         kind = part.get("type", "text") if isinstance(part, dict) else kind_of(part)
+        kind = "text" if kind in ("input_text", "output_text") else kind   # as OpenAI's are called
         text = next((part[key] for key in ("text", "value", "content") if key in part), None) \
             if kind == "text" else None
         if not isinstance(text, str):
@@ -1359,9 +1362,10 @@ def same(a, b):
     return a == b
 
 
-# numpy's list of texts, which Python reads as one text
+# numpy's list of texts, which Python reads as one text, and of objects
 WITHOUT_COMMAS = re.compile(
     r"""\s*\[(\s*('(\\.|[^'\\])*'|"(\\.|[^"\\])*")){2,}\s*\]\s*""", re.DOTALL)
+OBJECTS_WITHOUT_COMMAS = re.compile(r"\s*\[\s*\{.*\}\s*\n\s*\{.*\}\s*\]\s*", re.DOTALL)
 
 
 def listed(name, value):
@@ -1371,8 +1375,10 @@ def listed(name, value):
             with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
                 value = parse(text)
                 break
-        if isinstance(value, list) and WITHOUT_COMMAS.fullmatch(text):
-            raise BadRow(f'"{name}" is a list without commas, kept as text', f"got {text[:50]}")
+        if WITHOUT_COMMAS.fullmatch(text) if isinstance(value, list) else \
+                OBJECTS_WITHOUT_COMMAS.fullmatch(text):
+            raise BadRow(f'"{name}" is a list without commas, kept as text, as to_csv writes it',
+                         f"got {text[:50]}; write the data with to_json")
     if not isinstance(value, (list, dict)):
         raise BadRow(f'"{name}" must be a list', f"got {kind_of(value)}")
     return value
@@ -1796,7 +1802,8 @@ def check_alike(row, pairs, rewards, ranked):
     if n != first:
         raise BadRow(f"{n} responses where the first row has {first}", "to take the first and the "
                      "last of each, where they go from the best to the worst: --columns=chosen:"
-                     "responses.0,rejected:responses.-1" if row.ranked == "order" else "")
+                     "responses.0,rejected:responses.-1" if row.ranked == "order" else
+                     "keep as many of each row, as its best and its worst" * bool(row.rewards))
     if pairs and (row.rewards is None) != (not rewards):
         raise BadRow('some rows have "rewards" and some have not')
     if {"best", "order"} <= ranked | {row.ranked}:
@@ -1910,8 +1917,9 @@ class Pack:
 
 
 def pad_multiple(device):
-    """A pack's tokens are a multiple of this: flex attention on a GPU takes 128 at a time."""
-    return 128 if device.type == "cuda" else 1
+    """A pack's tokens are a multiple of this: flex attention on a GPU takes 128 at a time, and packs
+    of one such block would compile apart from the others."""
+    return 256 if device.type == "cuda" else 1
 
 
 def collate(pairs, batch, members, pad_to=1):

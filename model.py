@@ -92,7 +92,8 @@ HONOURED = {
     "mscale": ((None,), "yarn without it"),
     "truncate": ((True, None), "yarn with true"),
     "layer_types": ((None,), "full_attention, or sliding_attention with a sliding_window"),
-    "quantization_config": ((None, {}), "use the bf16 checkpoint, not quantized weights"),
+    "quantization_config": ((None, {}), "use the bf16 checkpoint, not quantized weights; of "
+                            "an adapter, as its base_model_name_or_path"),
 } | dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"),
                   ((True, False, None), "true or false"))
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
@@ -315,9 +316,9 @@ def compiled(function, dynamic=None):
     return torch.compile(function, dynamic=dynamic)
 
 
-# The queries and keys that a thread block of flex attention takes at a time, for heads of 64 numbers
-# in bf16. With its own choice for an H100 in forward, 128 x 128, a thread needs 1 kB of registers
-# more than there are (`scripts.bench --only=profile` shows attention's share of a step).
+# The queries and keys that a thread block of flex attention takes at a time, for heads of 64
+# numbers in bf16. With its own choice for an H100, 128 x 128 in forward, a thread needs 1 kB of
+# registers more than there are (assets/results.md, On a GPU).
 TILES = {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64, "bwd_BLOCK_M1": 32, "bwd_BLOCK_N1": 64,
          "bwd_BLOCK_M2": 64, "bwd_BLOCK_N2": 32, "num_warps": 4}
 
@@ -472,8 +473,8 @@ class Llama(nn.Module):
 
     def compile_blocks(self):
         """torch.compile every block. They are alike, so one compilation serves all of them, and
-        packs of any length: two in all, with a gradient and without one. Adapters, dropout and
-        packs of one block of attention take some more."""
+        packs of any length: two in all, with a gradient and without one. Adapters and dropout take
+        some more."""
         torch._dynamo.config.optimize_ddp = False   # it would split blocks at DDP's buckets
         torch._dynamo.config.recompile_limit = 16
         for block in self.model.layers:
@@ -853,7 +854,7 @@ def check_files(folder):
 
 # Fields of adapter_config.json with which an adapter is (alpha / rank) B A, or tensors that replace
 # the base's. With any other field that is set it may be more.
-LORA_FIELDS = """auto_mapping base_model_name_or_path bias exclude_modules inference_mode
+LORA_FIELDS = """auto_mapping base_model_name_or_path bias eva_config exclude_modules inference_mode
     layers_pattern layers_to_transform lora_alpha lora_dropout megatron_core modules_to_save
     peft_version qalora_group_size r rank_pattern revision runtime_config target_modules
     task_type""".split()

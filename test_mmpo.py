@@ -2600,11 +2600,14 @@ MATRIX = {   # a row, or its line of .jsonl -> an error's words, why it is dropp
     "unpaired_0": ({"prompt": "Hi", "completion": "a", "label": 0}, ["unpaired", "label"]),
     "lists_as_text": ({"prompt": '["Hi"]', "chosen": '["a"]', "rejected": '["b", "c"]'},
                       ["are lists kept as text"]),
+    "null_in_lists": ({"prompt": '["Hi", "Who?"]', "response_a": '["a", null]',
+                       "response_b": '[null, "c"]', "winner": "model_a"}, ["lists kept as text"]),
+    "only_asked": ({"messages": say("Hi"), "good": "a", "bad": "b"}, 'are they in "good, bad"'),
     "list_of_texts": (GOOD | {"chosen": ["a"]}, ["--columns=chosen:chosen.0"]),
     "empty_with_id": (GOOD | {"chosen": [{"role": "assistant", "content": "", "id": 1,
                                           "tool_calls": []}]}, "empty"),
     "numpy_text": (GOOD | {"prompt": "[{'role': 'user', 'content': 'a'}\n {'role': 'user'}]"},
-                   ["prompt", "list"]),
+                   ["prompt", "a list without commas", "to_json"]),
     "two_systems": (GOOD | {"prompt": [BRIEF, *say("Hi")], "system": "No."}, ["two", "system"]),
     "answered": ({"messages": say("Hi", "c"), **AB}, ["prompt ends"]),
     "calls_of_nobody": (GOOD | {"chosen": {"content": None, "tool_calls": [{"id": "1"}]}},
@@ -4355,7 +4358,7 @@ def test_read_run_settings(finished, tmp_path):
 
 def test_hub_ids():
     """A model card's metadata name repositories, not their revisions, folders or files here."""
-    sources = f"a/b, a/b:c@v1,o/n/dir/sub@main,{__file__},/x/y,./m/n,mine.jsonl,assets/demo"
+    sources = f"a/b, a/b:c@v1,o/n/dir/sub@main,{__file__},/x/y,./m/n,mine.jsonl,assets/demo,x/y.jsonl"
     assert report.hub_ids(sources) == ["a/b", "a/b", "o/n"]
 
 
@@ -4512,7 +4515,11 @@ def test_compare_knows_runs_by_content(tmp_path):
         assert compare.check_folder(str(tmp_path / name), settings) == 56
         with pytest.raises(UserError, match="a run with dataset="):
             compare.check_folder(str(tmp_path / name), settings | {"dataset": "other.jsonl"})
+        write_json(f"{tmp_path / name}.evaluation.json", {"files": {"task.jsonl": "c"}})
     compare.check_data(runs, str(tmp_path))
+    write_json(f"{tmp_path / name}.evaluation.json", {"files": {"task.jsonl": "d"}})
+    with pytest.raises(UserError, match="evaluated on another task.jsonl"):
+        compare.check_data(runs, str(tmp_path))
     write_json(tmp_path / name / "train_config.json", settings | {"dataset_sha256": "b"})
     with pytest.raises(UserError, match="objective=dpo and objective=mmpo trained on other data"):
         compare.check_data(runs, str(tmp_path))
@@ -4770,6 +4777,12 @@ def test_resume_of_a_finished_run(interrupted, resumed):
                     "--max_iters=9", "--save_interval=0", "--resume")
     assert "stays as it is" in unsaved.stdout
     assert_one_line(resumed["other"], "resume: the run has beta=", "not 0.3")
+    changed = write_rows(interrupted.folder / "changed.jsonl", word_rows(21)[1:])
+    for name in ("lora-whole", "anew"):   # with a checkpoint and without one
+        run = train(interrupted.base, f"{interrupted.folder}/run-{name}",
+                    *interrupted.args["lora"][1:], f"--dataset={changed}", "--resume",
+                    *["--save_interval=0"] * (name == "anew"))
+        assert_one_line(run, "resume: dataset has changed", "another out_dir")
     assert_one_line(resumed["again"], "holds a finished model; --overwrite=True replaces it")
     assert_done(resumed["anew"])
     assert "step     0" in resumed["anew"].stdout
@@ -5231,6 +5244,13 @@ wandb.log = log
     process = train(checkpoint, f"{tmp_path}/run2", f"--dataset={pairs}", "--eval_pairs=2",
                     "--max_iters=3", "--wandb_log", script=script)
     assert_one_line(process, "wandb_log: int", "at most 2 arguments")
+    shutil.copytree(tmp_path / "run", tmp_path / "run3")   # where a finished one stays as it was
+    process = train(checkpoint, f"{tmp_path}/run3", f"--dataset={pairs}", "--eval_pairs=2",
+                    "--max_iters=3", "--wandb_log", "--overwrite", script=script)
+    assert_one_line(process, "wandb_log: int", "at most 2 arguments")
+    for file in configurator.read_json(tmp_path / "run" / "exported_files.json")["files"] + [
+            "metrics.jsonl", "train_config.json"]:
+        assert Path(tmp_path, "run3", file).read_bytes() == Path(tmp_path, "run", file).read_bytes()
 
 
 def test_a_signal_is_answered():

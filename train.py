@@ -182,20 +182,17 @@ def log(text):
         tqdm.write(printable(text))
 
 
-if resume and not checkpoint:
-    if is_finished(out_dir):
-        check_same_run(settings, read_run_settings(out_dir))
-        log(f"resume: the run in {out_dir} is finished, and stays as it is; for more max_iters or "
-            "epochs it has no checkpoint (save_interval)")
-        sys.exit()
+finished = resume and is_finished(out_dir)
+if resume and not checkpoint and not finished:
     log(f"resume: no checkpoint in {out_dir}, so the run starts")
-before = check_checkpoint(checkpoint) if checkpoint else {}   # that run's settings
+before = check_checkpoint(checkpoint) if checkpoint else (   # that run's settings
+    read_run_settings(out_dir) if finished else {})
 log(f"nanoMMPO: {objective} on {ddp_world_size} x {device.type}, {dtype}; set: " +
     (", ".join(f"{k}={v!r}" for k, v in overrides.items()) or "nothing"))
 
 # --- data: rows become token ids once, and are read from the cache after that
 folder = first_on_each_node(llama.checkpoint_folder, init_from, not dry_run)
-llama.check_target(out_dir, folder, export_adapter, overwrite or dry_run or bool(checkpoint))
+llama.check_target(out_dir, folder, export_adapter, overwrite or dry_run or bool(before))
 tokenizer = data.Tokenizer(folder, chat_template, chat_template_kwargs)
 tokenizing = (tokenizer, max_length, max_prompt_length, bad_rows, columns, use_scores)
 train_pairs = first_on_each_node(data.load_pairs, dataset, train_split, *tokenizing)
@@ -227,11 +224,6 @@ log(f"{len(train_pairs):,} pairs, {len(held_out):,} held out; {max_iters} steps 
 settings |= {"dataset_sha256": train_pairs.fingerprint(), "held_out": len(held_out),
              "eval_dataset_sha256": held_out.fingerprint()}
 same_on_all_ranks(settings)
-if checkpoint and is_finished(out_dir) and max(start_iter, is_finished(out_dir)) >= max_iters:
-    check_same_run(settings, before)
-    log(f"resume: the run in {out_dir} is finished, and stays as it is; with more max_iters or "
-        "epochs it would go on")
-    sys.exit()
 
 # --- model: shapes first, then adapters and shards, then memory and weights.
 # Trained weights are always fp32. Those that LoRA freezes have the dtype of the matrix products.
@@ -263,8 +255,14 @@ if dry_run:
 written = llama.last_written(folder)
 settings["init_from_sha256"] = llama.weights_fingerprint(folder)
 same_on_all_ranks(settings)
-if checkpoint:
+if before:
     check_same_run(settings, before)
+if finished and (not checkpoint or max(start_iter, finished) >= max_iters):
+    log(f"resume: the run in {out_dir} is finished, and stays as it is; " + (
+        "with more max_iters or epochs it would go on" if checkpoint else
+        "for more max_iters or epochs it has no checkpoint (save_interval)"))
+    sys.exit()
+if checkpoint:
     require(start_iter <= max_iters, f"max_iters: {max_iters}, and {checkpoint} is past that")
 llama.load_weights(raw_model, folder, device, in_bf16=dtype == "bfloat16")
 require(llama.last_written(folder) == written, f"{folder}: changed while it was read; start again")
@@ -331,38 +329,6 @@ if mmpo.OBJECTIVES[objective]:   # its loss reads the reference
     log(f"reference log-probs of {len(visited):,} pairs: {time.time() - t0:.0f} s")
 train_constants = constants_of(train_pairs, train_ref_logps)
 
-# --- the run's records; nothing of an earlier run has been touched so far
-if master_process:
-    os.makedirs(out_dir, exist_ok=True)
-    if not checkpoint:
-        remove_checkpoints(out_dir)   # of a finished run that this one replaces
-    write_json(os.path.join(out_dir, "train_config.json"), settings)
-    metrics_file = open_metrics(os.path.join(out_dir, "metrics.jsonl"), start_iter)
-    if wandb_log:
-        try:
-            import wandb
-            wandb.init(project=wandb_project, name=os.path.basename(os.path.abspath(out_dir)),
-                       config=settings)
-        except Exception as e:
-            raise UserError(f"wandb_log: {first_line(e)}") from e
-
-
-def record(iter_num, metrics):
-    """Keep all metrics of a step or an evaluation, and show the main ones on a line."""
-    global wandb_log
-    if not master_process:
-        return
-    with writing(metrics_file.name):
-        metrics_file.write(json.dumps({"iter": iter_num} | metrics, default=float) + "\n")
-    log(report.line(iter_num, metrics))
-    if wandb_log:
-        try:
-            wandb.log(metrics, step=iter_num)
-        except Exception as e:   # the run goes on without it
-            wandb_log = False
-            log(f"note: wandb_log: no more of it ({first_line(e)}); metrics.jsonl has everything")
-
-
 # --- evaluation: held-out pairs, and samples of the reference for the KL estimate
 everything = np.arange(len(held_out))
 eval_lengths, eval_ref_logps, eval_R = constants_of(held_out, reference_logps(held_out, everything))
@@ -422,11 +388,45 @@ def set_lr(iter_num):
     return lr
 
 
-# --- training loop
+# --- where the policy starts
 answer("sample before")
 if checkpoint:
     load_checkpoint(raw_model, optimizer, checkpoint)
     log(f"going on from {checkpoint}")
+
+# --- the run's records; nothing of an earlier run has been touched so far
+if master_process:
+    os.makedirs(out_dir, exist_ok=True)
+    if wandb_log:
+        try:
+            import wandb
+            wandb.init(project=wandb_project, name=os.path.basename(os.path.abspath(out_dir)),
+                       config=settings)
+        except Exception as e:
+            raise UserError(f"wandb_log: {first_line(e)}") from e
+    metrics_file = open_metrics(os.path.join(out_dir, "metrics.jsonl"), start_iter)
+    if not checkpoint:
+        remove_checkpoints(out_dir)   # of a finished run that this one replaces
+    write_json(os.path.join(out_dir, "train_config.json"), settings)
+
+
+def record(iter_num, metrics):
+    """Keep all metrics of a step or an evaluation, and show the main ones on a line."""
+    global wandb_log
+    if not master_process:
+        return
+    with writing(metrics_file.name):
+        metrics_file.write(json.dumps({"iter": iter_num} | metrics, default=float) + "\n")
+    log(report.line(iter_num, metrics))
+    if wandb_log:
+        try:
+            wandb.log(metrics, step=iter_num)
+        except Exception as e:   # the run goes on without it
+            wandb_log = False
+            log(f"note: wandb_log: no more of it ({first_line(e)}); metrics.jsonl has everything")
+
+
+# --- training loop
 started, skipped = time.time(), before.get("skipped", 0)
 for iter_num in tqdm(range(start_iter, max_iters + 1), "steps", max_iters, initial=start_iter,
                      disable=None if master_process else True):   # None: only on a terminal
@@ -491,7 +491,7 @@ for iter_num in tqdm(range(start_iter, max_iters + 1), "steps", max_iters, initi
     else:
         skipped += 1
         wrong = (f"step {iter_num}: the gradient is not finite, and the weights are not updated; "
-                 + report.name_pairs(batch, batch_logps))
+                 + report.name_pairs(train_pairs, batch, batch_logps, tokenizer))
         lower = "learning_rate" if iter_num >= skipped else (   # else no step was taken yet
             "beta, pref_weight or what else scales the loss")
         require(skipped <= skip_nonfinite, f"{wrong}; lower {lower}"

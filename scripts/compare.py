@@ -187,8 +187,9 @@ def table(runs, out, beside):
 
 
 def check_data(runs, out):
-    """UserError where runs that were told the same of data and base trained on others."""
-    groups, known = {}, read_settings(TRAIN)
+    """UserError where runs that were told the same of data and base trained on others, or were
+    evaluated on others."""
+    groups, asked, known = {}, {}, read_settings(TRAIN)
     for name, (_, settings) in runs.items():
         told = {key: value for key, value in settings.items()
                 if key in ("seed", "init_from") or known[key].group == "data"}
@@ -197,6 +198,10 @@ def check_data(runs, out):
         other, same = groups.setdefault(str(told), (name, sums))
         require(sums == same, f"{out}: {name} and {other} trained on other data or another base, "
                 "of the same name; delete the older one, or give another --out")
+        for path, content in read_json(os.path.join(out, f"{name}.evaluation.json")).get(
+                "files", {}).items():   # runs of old lack these
+            require(asked.setdefault(path, content) == content, f"{out}: {name} and others were "
+                    f"evaluated on another {path}; delete the older .evaluation.json files")
 
 
 def without_seed(name):
@@ -238,7 +243,8 @@ def main():
     parser.add_argument("configs", nargs="+", metavar="CONFIG", help="config files of every run")
     parser.add_argument("--grid", nargs="+", action="append", metavar="KEY=VALUE,..")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, a core or GPU each")
-    parser.add_argument("--out", default="out/compare", help="a folder for all runs")
+    parser.add_argument("--out", default="out/compare", type=os.path.expanduser,
+                        help="a folder for all runs")
     parser.add_argument("--evaluate", default="", help="arguments of scripts/evaluate.py, quoted")
     parser.add_argument("--beside", help="the run (without its seed) that others are tested\n"
                                          "against; default: the first")

@@ -21,7 +21,8 @@ lm-evaluation-harness: acc by summed log-probs, acc_norm by log-probs a characte
 choice (LAMBADA) counts where the likeliest tokens spell it, and has a perplexity.
 
 Intervals are 95%, from a bootstrap that draws prompts with all their pairs, or multiple-choice
-items, or windows of the text. Where there is only one of these, there is no interval.
+items, or windows of the text. Where there is only one of these, there is no interval. On a GPU the
+weights are fp32 and products TF32, but bf16 where those would fill more than 0.6 of its memory.
 """
 import argparse
 import hashlib
@@ -44,7 +45,7 @@ import model as llama
 from configurator import (
     HERE, UserError, all_beside_the_checkout, beside_the_checkout, cache_path, check_numbers,
     load_cache, one_line_errors, printable, read_run_settings, read_settings, read_text, reading,
-    require, run_sum, save_cache, write_json)
+    require, run_sum, save_cache, sha256, write_json)
 
 BRANCHES = 16   # continuations of a tree, at most
 
@@ -368,10 +369,12 @@ def write_result(name, result, before, reference, args):
     """The JSON file beside a model's folder."""
     here = os.path.expanduser(name)   # of an adapter, not the temporary folder on its base
     beside = os.path.abspath(here) if os.path.isdir(here) else name.replace("/", "_")
+    files = {path: sha256(path) for path in (*args.choices, args.text, args.pairs)
+             if path and os.path.isfile(path)}
     try:
         write_json(f"{beside}.evaluation.json", {
             "model": name, "run": run_sum(here), "reference": reference, "settings": vars(args),
-            "before": before, **{key: result.get(key) for key in (
+            "files": files, "before": before, **{key: result.get(key) for key in (
                 "metrics", "pairs", "prompts", "margins", "answers")}})
     except OSError as e:
         print(f"note: {beside}.evaluation.json not written ({e.strerror})")
@@ -394,7 +397,13 @@ def main():
     config = llama.config_from_dict(llama.read_config(folder))
     questions, asked = questions_of(args, run, tokenizer, config, bool(reference))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    asked += [tokenizer.fingerprint, sorted(tokenizer.end_ids), device,
+    dtype = torch.float32   # in bf16 a margin is off by a third of a nat, which gentle runs gain
+    if device == "cuda":
+        torch.set_float32_matmul_precision("high")
+        size = sum(math.prod(shape) for *_, shape in llama.find_tensors(folder).values())
+        if 4 * size > 0.6 * torch.cuda.get_device_properties(0).total_memory:   # of a large model
+            dtype = torch.bfloat16
+    asked += [tokenizer.fingerprint, sorted(tokenizer.end_ids), device, str(dtype),
               vars(args) | {"models": None}]
 
     results = {}
@@ -407,8 +416,7 @@ def main():
         else:
             require(data.Tokenizer(folder, args.chat_template).bytes_of == tokenizer.bytes_of,
                     f"{name}: another vocabulary than that of {first}; evaluate it by itself")
-            model, _ = llama.from_pretrained(
-                folder, device, torch.bfloat16 if device == "cuda" else torch.float32)
+            model, _ = llama.from_pretrained(folder, device, dtype)
             found = [question(model, base) for question in questions]
             del model   # before the next one is read
             results[name] = {key: value for one in found for key, value in one.items()}

@@ -208,7 +208,8 @@ def main():
     parser.add_argument("runs", nargs="*", metavar="RUN")
     for n in pictures:
         parser.add_argument("--" + n, dest="name", action="store_const", const=n, default="curves")
-    parser.add_argument("--out", help="the PNG; default: in the folder of one run, here of several")
+    parser.add_argument("--out", type=os.path.expanduser,
+                        help="the PNG; default: in the folder of one run, here of several")
     args = parser.parse_args()
     require(args.runs or args.name == "attention", "name a run: a folder that train.py wrote")
     require(not args.out or re.search(r"\.(png|pdf|svg)$", args.out),

@@ -61,11 +61,15 @@ def line(iter_num, metrics):
                                              names.items() if name in metrics) + speed
 
 
-def name_pairs(batch, logps):
-    """The pairs (B,) of a step that went wrong: those without a log-prob (B, n), or else all."""
+def name_pairs(pairs, batch, logps, tokenizer):
+    """The pairs (B,) of a step that went wrong, by how some of their chosen responses begin: those
+    without a log-prob (B, n), or else all."""
     found = batch[~logps.isfinite().all(1).cpu().numpy()]
     kind, found = ("its pairs without log-probs", found) if len(found) else ("its pairs", batch)
-    return f"{kind}: {', '.join(map(str, found[:12]))}" + ", .." * (len(found) > 12)
+    texts = (tokenizer.decode(pairs.ids(i)[1].tolist()[:16]) for i in found[:3])
+    return (f"{kind}: {len(found)}, whose chosen responses begin "
+            + ", ".join(f'"{" ".join(text.split()):.24}"' for text in texts)
+            + ", .." * (len(found) > 3))
 
 
 def read_run(out_dir):
@@ -133,6 +137,7 @@ def hub_ids(sources):
     names = [re.split("[:@]", source.strip())[0] for source in sources.split(",")]
     return ["/".join(name.split("/")[:2]) for name in names
             if re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)+", name)
+            and not re.search(r"\.(jsonl?|ndjson|parquet|csv|tsv|gz|zst)$", name)
             and not os.path.exists(beside_the_checkout(name))]
 
 
