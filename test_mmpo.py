@@ -2997,6 +2997,8 @@ def test_rows_that_mislead(tokenizer, tmp_path):
      ["Assistant: a", "b"]),
     ({"input": json.dumps({"messages": say("Hi")}), "preferred_output": json.dumps(say(0, "a")[1:]),
       "non_preferred_output": json.dumps(say(0, "b")[1:])}, {}, say("Hi"), "ab"),
+    ({"prompt": [BRIEF | {"role": "developer"}, *say("Hi")], "chosen": [{"role": "assistant", "content": [
+        {"type": "output_text", "text": "a"}]}], "rejected": "b"}, {}, [BRIEF, *say("Hi")], "ab"),
     ({"prompt": "Hi", "responses": '["b", "a"]', "scores": "[1, 5]"}, {}, say("Hi"), "ab"),
     ({"prompt": "Who?", "history": '[["Hi", "A"]]', "output": "a"}, {}, say("Hi", "A", "Who?"), "a"),
     ({"question": '["Hi"]', "a": '["a"]'}, {"prompt": "question", "completion": "a"}, None,
