@@ -1917,8 +1917,8 @@ class Pack:
 
 
 def pad_multiple(device):
-    """A pack's tokens are a multiple of this. On a GPU flex attention takes 128 at a time, and packs
-    of one such block would compile apart from the others."""
+    """A pack's tokens are a multiple of this. On a GPU flex attention takes 128 at a time, and
+    packs of one such block would compile apart from the others."""
     return 256 if device.type == "cuda" else 1
 
 
