@@ -1378,7 +1378,7 @@ def listed(name, value):
         if WITHOUT_COMMAS.fullmatch(text) if isinstance(value, list) else \
                 OBJECTS_WITHOUT_COMMAS.fullmatch(text):
             raise BadRow(f'"{name}" is a list without commas, kept as text, as to_csv writes it',
-                         f"got {text[:50]}; write the data with to_json")
+                         f"got {' '.join(text[:50].split())}; write the data with to_json")
     if not isinstance(value, (list, dict)):
         raise BadRow(f'"{name}" must be a list', f"got {kind_of(value)}")
     return value

@@ -2600,9 +2600,10 @@ MATRIX = {   # a row, or its line of .jsonl -> an error's words, why it is dropp
     "unpaired_0": ({"prompt": "Hi", "completion": "a", "label": 0}, ["unpaired", "label"]),
     "lists_as_text": ({"prompt": '["Hi"]', "chosen": '["a"]', "rejected": '["b", "c"]'},
                       ["are lists kept as text"]),
-    "null_in_lists": ({"prompt": '["Hi", "Who?"]', "response_a": '["a", null]',
-                       "response_b": '[null, "c"]', "winner": "model_a"}, ["lists kept as text"]),
-    "only_asked": ({"messages": say("Hi"), "good": "a", "bad": "b"}, 'are they in "good, bad"'),
+    "null_in_lists": ({"prompt": '["Hi", "Who?"]', "chosen": '["a", null]',
+                       "rejected": '["b", "c"]'}, ["lists kept as text"]),
+    "only_asked": ({"messages": say("Hi"), "good": "a", "bad": "b"},
+                   'no response turn (are they in "good, bad"?)'),
     "list_of_texts": (GOOD | {"chosen": ["a"]}, ["--columns=chosen:chosen.0"]),
     "empty_with_id": (GOOD | {"chosen": [{"role": "assistant", "content": "", "id": 1,
                                           "tool_calls": []}]}, "empty"),
@@ -4924,13 +4925,13 @@ def test_metrics_of_a_run_that_goes_on(tmp_path):
     path = tmp_path / "metrics.jsonl"
     records = [{"iter": 0, "eval/loss": 1.0}, {"iter": 0, "loss": 1.0}, {"iter": 3, "loss": 0.5}]
     write_rows(path, records)
-    checkpoints.open_metrics(str(path), 3).close()
+    checkpoints.open_metrics(str(path), checkpoints.past_metrics(str(path), 3)).close()
     assert metrics_of(tmp_path) == records[:2]
     for content in (records[1:], [], None):
         path.unlink() if content is None else write_rows(path, content)
         with pytest.raises(UserError, match="metrics.jsonl: without the first evaluation"):
-            checkpoints.open_metrics(str(path), 3)
-    checkpoints.open_metrics(str(path), 0).close()
+            checkpoints.past_metrics(str(path), 3)
+    checkpoints.open_metrics(str(path), checkpoints.past_metrics(str(path), 0)).close()
 
 
 def test_a_save_holds_nobody_up(tmp_path, monkeypatch):

@@ -35,8 +35,8 @@ from configurator import (
 from scripts import cost, report
 from scripts.checkpoints import (
     check_checkpoint, check_same_run, end_on_signals, finish_saving, hold, interrupted,
-    last_checkpoint, load_checkpoint, open_metrics, remove_checkpoints, save_checkpoint,
-    until_interrupted)
+    last_checkpoint, load_checkpoint, open_metrics, past_metrics, remove_checkpoints,
+    save_checkpoint, until_interrupted)
 
 # -----------------------------------------------------------------------------
 # Default settings: MMPO on SmolLM2-135M, all weights, one GPU. Config files and --key=value on the
@@ -404,10 +404,12 @@ if master_process:
                        config=settings)
         except Exception as e:
             raise UserError(f"wandb_log: {first_line(e)}") from e
-    metrics_file = open_metrics(os.path.join(out_dir, "metrics.jsonl"), start_iter)
+    path = os.path.join(out_dir, "metrics.jsonl")
+    past = past_metrics(path, start_iter)   # the last that may refuse
     if not checkpoint:
-        remove_checkpoints(out_dir)   # of a finished run that this one replaces
+        remove_checkpoints(out_dir)         # of a finished run that this one replaces
     write_json(os.path.join(out_dir, "train_config.json"), settings)
+    metrics_file = open_metrics(path, past)
 
 
 def record(iter_num, metrics):

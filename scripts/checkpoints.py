@@ -357,18 +357,19 @@ def remove_checkpoint(path):
         os.remove(temporary)
 
 
-def open_metrics(path, start_iter):
-    """metrics.jsonl, opened to add lines.
-
-    A new run (start_iter 0) empties it. One that goes on keeps the steps before start_iter, and
-    makes those after it again.
-    """
+def past_metrics(path, start_iter):
+    """What metrics.jsonl keeps: nothing for a new run (start_iter 0), and for one that goes on the
+    steps before start_iter, since it makes those after it again."""
     past = read_metrics(path) if start_iter and os.path.exists(path) else []
     require(not start_iter or any(record["iter"] == 0 and "eval/loss" in record for record in past),
             f"{path}: without the first evaluation, which the end of a run is compared with; bring "
             "the file back, or start anew in another out_dir")
-    write_text(path, "".join(json.dumps(record) + "\n" for record in past
-                             if record["iter"] < start_iter))
+    return [record for record in past if record["iter"] < start_iter]
+
+
+def open_metrics(path, past):
+    """metrics.jsonl with these records, opened to add lines."""
+    write_text(path, "".join(json.dumps(record) + "\n" for record in past))
     return open(path, "a", buffering=1, encoding="utf-8")
 
 
