@@ -781,7 +781,8 @@ WHO = {name: who for who, names in {   # says what a field of this name holds
     "assistant": ["assistant", "gpt", "bot", *NAMES["completion"]]}.items() for name in names}
 # messages kept as text, as in a CSV: a role somewhere, and one at the beginning
 NAMES_ROLE = r"(['\"])(role|from)\1\s*:\s*(['\"])(%s)\3"
-ROLE = re.compile(NAMES_ROLE % "|".join([*ROLES, *ROLES.values()]), re.IGNORECASE)
+ROLE = re.compile(NAMES_ROLE % "|".join(   # but a developer's is a job, too
+    {*ROLES, *ROLES.values()} - {"developer"}), re.IGNORECASE)
 AS_TEXT = re.compile(r"\s*\[?\s*\{[^{}\[\]]*" + NAMES_ROLE % "system|user|human|assistant|gpt",
                      re.IGNORECASE)
 
@@ -886,7 +887,7 @@ def parse_row(row, columns={}, use_scores=False):
             if turns[i]["role"] == "assistant" and not is_masked(turns[i])]
     if not rows:
         raise Drop("no response turn" + (
-            f' (are they in "{", ".join(unused)[:60]}"?)' if unused and not any(
+            f" (not used: {', '.join(unused):.60})" if unused and not any(
                 t["role"] == "assistant" for t in turns) else ""))
     return rows, unused
 
@@ -1365,7 +1366,7 @@ def same(a, b):
 # numpy's list of texts, which Python reads as one text, and of objects
 WITHOUT_COMMAS = re.compile(
     r"""\s*\[(\s*('(\\.|[^'\\])*'|"(\\.|[^"\\])*")){2,}\s*\]\s*""", re.DOTALL)
-OBJECTS_WITHOUT_COMMAS = re.compile(r"\s*\[\s*\{.*\}\s*\n\s*\{.*\}\s*\]\s*", re.DOTALL)
+OBJECTS_WITHOUT_COMMAS = re.compile(r"\} *\n *\{")
 
 
 def listed(name, value):
@@ -1376,7 +1377,7 @@ def listed(name, value):
                 value = parse(text)
                 break
         if WITHOUT_COMMAS.fullmatch(text) if isinstance(value, list) else \
-                OBJECTS_WITHOUT_COMMAS.fullmatch(text):
+                OBJECTS_WITHOUT_COMMAS.search(text) and text.strip()[:2] == "[{":
             raise BadRow(f'"{name}" is a list without commas, kept as text, as to_csv writes it',
                          f"got {' '.join(text[:50].split())}; write the data with to_json")
     if not isinstance(value, (list, dict)):

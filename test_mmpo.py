@@ -2603,7 +2603,9 @@ MATRIX = {   # a row, or its line of .jsonl -> an error's words, why it is dropp
     "null_in_lists": ({"prompt": '["Hi", "Who?"]', "chosen": '["a", null]',
                        "rejected": '["b", "c"]'}, ["lists kept as text"]),
     "only_asked": ({"messages": say("Hi"), "good": "a", "bad": "b"},
-                   'no response turn (are they in "good, bad"?)'),
+                   "no response turn (not used: good, bad)"),
+    "json_text": ({"prompt": "Hi", "rejected": "no", "chosen": json.dumps(
+        [{"name": "A", "role": "Developer"}, {"name": "B", "role": "designer"}])}, "used"),
     "list_of_texts": (GOOD | {"chosen": ["a"]}, ["--columns=chosen:chosen.0"]),
     "empty_with_id": (GOOD | {"chosen": [{"role": "assistant", "content": "", "id": 1,
                                           "tool_calls": []}]}, "empty"),
@@ -5237,8 +5239,9 @@ wandb.log = log
 """, tmp_path / "sends.py")
     pairs = write_rows(tmp_path / "pairs.jsonl", word_rows(6))
     process = train(checkpoint, f"{tmp_path}/run/", f"--dataset={pairs}", "--eval_pairs=2",
-                    "--max_iters=3", "--wandb_log", script=script)
+                    "--max_iters=3", "--lora_alpha=8", "--wandb_log", script=script)
     assert_done(process)
+    assert "note: lora_alpha has no effect without lora_rank\n" in process.stdout
     assert re.findall("sent: (.*)", process.stdout) == [
         "nanommpo run 0.05", "0 eval/accuracy/implicit", "0 accuracy/mean", "1 accuracy/mean"]
     assert process.stdout.count("note: wandb_log: no more of it (the service is gone);") == 1
@@ -5429,8 +5432,6 @@ MISTAKES = {   # arguments, words of the error
     "mine": ([*USABLE, "--init_from={checkpoint}", "--out_dir={folder}/windowed", "--overwrite"],
              ["windowed/config.json: no export of this project wrote it"]),
     "min_lr": (["--min_lr=1"], ["min_lr", "above learning_rate"]),
-    "no_lora": (["--lora_alpha=8"], ["lora_alpha: has no effect without lora_rank"]),
-    "no_split": (["--eval_split=test"], ["eval_split: has no effect without eval_dataset"]),
     "device": (["--device=cuda"], ["device: no"]),
     "single": ([*USABLE, "--eval_dataset={folder}/single.jsonl"], ["single.jsonl", "one response"]),
     "window": ([*USABLE, "--init_from={folder}/windowed"], ["tokens", "sliding_window, 8"]),

@@ -142,10 +142,6 @@ require(not wandb_log or getattr(find_spec("wandb"), "origin", None),   # it lea
         "wandb_log: it takes pip install wandb")
 require(objective != "ipo" or beta > 0, "beta: IPO divides by it; give a value above 0")
 require(min_lr <= learning_rate, f"min_lr: {min_lr} is above learning_rate, {learning_rate}")
-for name, needed in {"lora_alpha": "lora_rank", "lora_dropout": "lora_rank",
-                     "lora_targets": "lora_rank", "eval_split": "eval_dataset"}.items():
-    require(name not in overrides or needed in overrides or settings[needed],
-            f"{name}: has no effect without {needed}; give that too")
 require(lora_rank or not export_adapter, "export_adapter: no adapters without LoRA; set lora_rank")
 
 # --- setup
@@ -189,6 +185,10 @@ before = check_checkpoint(checkpoint) if checkpoint else (   # that run's settin
     read_run_settings(out_dir) if finished else {})
 log(f"nanoMMPO: {objective} on {ddp_world_size} x {device.type}, {dtype}; set: " +
     (", ".join(f"{k}={v!r}" for k, v in overrides.items()) or "nothing"))
+for name, needed in {"lora_alpha": "lora_rank", "lora_dropout": "lora_rank",
+                     "lora_targets": "lora_rank", "eval_split": "eval_dataset"}.items():
+    if name in overrides and not settings[needed]:
+        log(f"note: {name} has no effect without {needed}")
 
 # --- data: rows become token ids once, and are read from the cache after that
 folder = first_on_each_node(llama.checkpoint_folder, init_from, not dry_run)

@@ -365,7 +365,7 @@ def questions_of(args, run, tokenizer, config, compared):
     return questions, [pairs and pairs.fingerprint(), tasks, windows]
 
 
-def write_result(name, result, before, reference, args):
+def write_result(name, result, before, reference, args, dtype):
     """The JSON file beside a model's folder."""
     here = os.path.expanduser(name)   # of an adapter, not the temporary folder on its base
     beside = os.path.abspath(here) if os.path.isdir(here) else name.replace("/", "_")
@@ -374,7 +374,7 @@ def write_result(name, result, before, reference, args):
     try:
         write_json(f"{beside}.evaluation.json", {
             "model": name, "run": run_sum(here), "reference": reference, "settings": vars(args),
-            "files": files, "before": before, **{key: result.get(key) for key in (
+            "files": files, "dtype": dtype, "before": before, **{key: result.get(key) for key in (
                 "metrics", "pairs", "prompts", "margins", "answers")}})
     except OSError as e:
         print(f"note: {beside}.evaluation.json not written ({e.strerror})")
@@ -426,7 +426,7 @@ def main():
                 save_cache(path, result=json.dumps(results[name]))
         if name in args.models:
             write_result(name, results[name], reference and results[reference]["metrics"],
-                         reference, args)
+                         reference, args, str(dtype))
     print(f"\nreference: {reference or 'none'}")
     print_table(results)
 
