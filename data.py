@@ -1376,8 +1376,9 @@ def listed(name, value):
             with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
                 value = parse(text)
                 break
-        if WITHOUT_COMMAS.fullmatch(text) if isinstance(value, list) else \
-                OBJECTS_WITHOUT_COMMAS.search(text) and text.strip()[:2] == "[{":
+        texts = isinstance(value, list) and WITHOUT_COMMAS.fullmatch(text)
+        objects = value is text and text.strip()[:2] == "[{" and OBJECTS_WITHOUT_COMMAS.search(text)
+        if texts or objects:
             raise BadRow(f'"{name}" is a list without commas, kept as text, as to_csv writes it',
                          f"got {' '.join(text[:50].split())}; write the data with to_json")
     if not isinstance(value, (list, dict)):

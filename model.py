@@ -485,9 +485,11 @@ class Llama(nn.Module):
         if self.config.limits:                     # else a GPU need not wait for the CPU
             self.config.check_length(int(positions.max()) + 1)
         turned = rotary(positions, self.config)    # the same in all blocks, but for SmolLM3
-        still = torch.ones_like(turned[0]), torch.zeros_like(turned[1])
-        for x in (*turned, *still):                # to compiled blocks every size is one that may
-            torch._dynamo.mark_static(x, 3)        # change; but head_dim, which they take from it
+        still = ()
+        if self.config.unrotated:
+            still = torch.ones_like(turned[0]), torch.zeros_like(turned[1])
+        for x in (*turned, *still):   # compiled blocks take other sizes for ones that may change
+            torch._dynamo.mark_static(x, 3)        # head_dim
         x = self.model.embed_tokens(tokens)        # (B, T, C)
         for i, block in enumerate(self.model.layers):
             rope = still if i in self.config.unrotated else turned
