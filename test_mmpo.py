@@ -5278,9 +5278,18 @@ os.kill(os.getpid(), signal.SIGTERM)
                                    "os.kill(os.getppid(), signal.SIGKILL)"],
                          ids=["signal", "torchrun is gone"])
 def test_all_ranks_end_at_the_same_step(event, checkpoint, tmp_path):
-    """One of two gets a signal, or torchrun is killed: both save the step that they were in."""
+    """One of two gets a signal, or torchrun is killed: both save the step that they were in.
+
+    Rank 1 asks for the folder right when rank 0 makes it.
+    """
     script = script_that("""
-import mmpo, signal
+import mmpo, signal, time
+here = os.path.lexists
+def slowly(path):
+    while os.environ["RANK"] == "1" and str(path).endswith("two") and not here(path):
+        time.sleep(0.01)
+    return here(path)
+os.path.lexists = slowly
 loss, calls = mmpo.preference_loss, []
 def counted(*args, **kwargs):
     calls.append(0)

@@ -128,7 +128,8 @@ device = next(name for name in usable if usable[name]) if device == "auto" else 
 out_dir = os.path.expanduser(out_dir)
 
 # --- settings that can't work, alone or together, told before anything is loaded
-require(out_dir and (os.path.isdir(out_dir) or not os.path.lexists(out_dir))
+# Whether it exists is asked first: between the two questions, rank 0 may make the folder.
+require(out_dir and (not os.path.lexists(out_dir) or os.path.isdir(out_dir))
         and out_dir == out_dir.encode("utf-8", "replace").decode(),
         f'out_dir: "{out_dir}" is no folder, or no UTF-8; give another')
 require(dataset, "dataset: empty; give files, folders or hub ids, separated by commas")
