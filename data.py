@@ -536,8 +536,10 @@ class Tokenizer:
         others = [i for i, t in enumerate(turns) if i and t["role"] not in ("user", "assistant")]
         written = squash(text) if others else ""
         for i in others:
-            if squash(text_of(turns[i])) not in written and self.renders_to(
-                    text, turns[:i] + turns[i + 1:], generation, **template):
+            said = text_of(turns[i])   # or as JSON, as Llama 3.1's template writes a tool's answer
+            if not any(squash(form) in written for form in (said, json.dumps(
+                    said, ensure_ascii=False))) and self.renders_to(
+                        text, turns[:i] + turns[i + 1:], generation, **template):
                 raise Drop("the chat template leaves a turn of the role "
                            f"{turns[i]['role'][:20]} out")
 
@@ -955,12 +957,13 @@ def take_template(row):
 def not_used(row, given, columns, new, dialogues):
     """The names of fields, and paths of --columns, that hold something and made no difference."""
     said = {text_of(t).strip() for turns in dialogues for t in turns}
-    roots = {part.lstrip("-").split(".")[0] for path in columns.values()
-             for part in path.split("+")}
+    paths = [part for path in columns.values() for part in (
+        [path] if path in given else parts(path))]
+    roots = {*map(root_of, paths)}
     unused = [name for name, value in row.items() if value not in (None, "", [], {})
               and name not in row.used | roots
               and not (isinstance(value, str) and (value.strip() in said or hh_turns(value)))]
-    unused += [path for path in columns.values() if at(given, path) is None]
+    unused += [path for path in paths if at(given, path) is None]
     return unused + [*{key for turns in new for t in turns for key in (
         "score", "rating", "rank", "reward", "label", "is_correct") if key in t}]
 
@@ -976,11 +979,19 @@ def parse_line(row):
                          "a row on several lines?") from None
     if not isinstance(row, dict):
         raise BadRow("a row must be an object with fields", f"got {kind_of(row)}")
-    row = {name: None if isinstance(value, float) and value != value else value   # pandas' NaN
-           for name, value in row.items()}
+    row = {name: None if isinstance(value, float) and value != value   # pandas' NaN
+           else without_nulls(value) for name, value in row.items()}
     if None in row:   # where csv puts what has no column, and read_csv what has too few cells
         raise BadRow("not as many cells as columns; quote text that has commas or lines in it")
     return row
+
+
+def without_nulls(value):
+    """A field without the nulls that Arrow, and to_json after it, writes in it for what other rows
+    have there."""
+    if isinstance(value, dict):
+        return {k: without_nulls(v) for k, v in value.items() if v is not None}
+    return [*map(without_nulls, value)] if isinstance(value, list) else value
 
 
 def in_no_order(row):
@@ -1010,16 +1021,22 @@ def tools_of(tools):
 
 def translate(row, columns):
     """The row with `columns` renamed, and with the names of NAMES where its layout lacks them."""
+    there = row.keys()
     found = {name: at(row, path) for name, path in columns.items() if at(row, path) is not None}
     for name in {"prompt", "input", "system", "completion", "thoughts"} & found.keys():
-        if "+" in columns[name] and all(isinstance(text, str) for text in found[name]):
-            found[name] = "\n\n".join(found[name])
+        if "+" in columns[name] and all(isinstance(text, (str, type(None)))
+                                        for text in found[name]):
+            found[name] = "\n\n".join(filter(None, found[name]))
     other = {"chosen", "rejected"} if "responses" in found else set()
     root = columns.get("prompt", "").split(".")[0]
     if root in NAMES["input"] and isinstance(row.get(root), list):   # it would come once more
         other.add(root)
     row = Fields({name: value for name, value in row.items()
                   if name not in columns.values() and name not in other} | found)
+    for name in columns.keys() & {"prompt", "chosen", "rejected", "completion", "responses",
+                                  "messages", "rewards", "best"}:
+        if row.name(name) != name and there & {columns[name], *map(root_of, parts(columns[name]))}:
+            raise BadRow(f'"{columns[name]}" must not be null or empty')
     lists = {"rating", "scores", "functions", "contents", "history"}
     for name in (lists | {"input"} if "preferred_output" in row else lists) & row.keys():
         with contextlib.suppress(BadRow):   # kept as text, as a CSV does
@@ -1055,7 +1072,8 @@ def translate(row, columns):
 
 def at(row, path):
     """What a path of --columns is in a row, or None: row["a"][0] for a.0, and lists, of the b of
-    each of a's for a.*.b, of two fields for a+b; with a minus before it, the negative numbers."""
+    each of a's for a.*.b, of two fields for a+b (None for one of them that is not there); with a
+    minus before it, the negative numbers."""
     if isinstance(row, dict) and path in row:
         return row[path]
     head, star, rest = path.partition(".*.")
@@ -1064,15 +1082,24 @@ def at(row, path):
     if star:
         items = at(row, head)
         found = [at(item, rest) for item in items] if isinstance(items, list) else [None]
-    elif "+" in path:
+        return found if None not in found else None
+    if "+" in path:
         found = [at(row, part) for part in path.split("+")]
-    else:
-        with contextlib.suppress(LookupError, TypeError, ValueError):
-            for key in path.split("."):
-                row = row[int(key)] if isinstance(row, list) else row[key]
-            return row
-        return None
-    return found if None not in found else None
+        return found if any(part is not None for part in found) else None
+    with contextlib.suppress(LookupError, TypeError, ValueError):
+        for key in path.split("."):
+            row = row[int(key)] if isinstance(row, list) else row[key]
+        return row
+
+
+def parts(path):
+    """The paths in a sum of paths, as a and b in a+b."""
+    return [path] if ".*." in path else path.split("+")
+
+
+def root_of(path):
+    """The field that a path leads into."""
+    return path.lstrip("-").split(".")[0]
 
 
 def negative(path, value):
@@ -1491,13 +1518,8 @@ def read_parquet(source, f):
 
 
 def numbered(where, rows):
-    """Rows of Arrow, without the nulls that it writes inside a field for what other rows have."""
-    def clean(value):
-        if isinstance(value, dict):
-            return {k: clean(v) for k, v in value.items() if v is not None}
-        return [*map(clean, value)] if isinstance(value, list) else value
     for i, row in enumerate(rows, 1):
-        yield f"{where}: row {i}", {name: clean(value) for name, value in row.items()}
+        yield f"{where}: row {i}", row
 
 
 READERS = {".jsonl": read_lines, ".ndjson": read_lines, ".json": read_json_rows, ".csv": read_csv,
@@ -1747,7 +1769,7 @@ def tokenize(sources, tokenizer, max_length, max_prompt_length, bad_rows, column
             raise UserError(f"{where}: {e}") from e
         used += 1
         cut.update(shortened)
-        told.update(remarks(row))
+        told.update(remarks(row, tokenizer.marker_pattern))
         unused.update(names)
         left_out.update(reasons)
         ranked.add(row.ranked)
@@ -1758,7 +1780,8 @@ def tokenize(sources, tokenizer, max_length, max_prompt_length, bad_rows, column
     require(pairs, f"{', '.join(s for s, _ in sources)}: 0 usable pairs of {seen:,}{why}; check "
             "the data" + (", or raise max_length" if dropped["no room for a response"] else ""))
     for name, path in columns.items():
-        require(unused[path] < used, f"columns: no row has a field {path}")
+        for part in (path, *parts(path)):
+            require(unused[part] < used, f"columns: no row has a field {part}")
         require(unused[name] < used, f"columns: {name}:{path} is not used, since the rows have "
                 "other fields that count before it")
     return Pairs.from_ids(pairs, rewards, "; ".join(filter(None, [
@@ -1771,20 +1794,20 @@ def tokenize(sources, tokenizer, max_length, max_prompt_length, bad_rows, column
             str(name) or '""' for name in unused + ignored)])))
 
 
-def remarks(row):
+def remarks(row, markers):
     """What a person should know of a row that is trained on, as the report says it after a number
-    of such rows."""
+    of such rows. markers: the pattern of those that the tokenizer keeps as text in the data."""
     response_turns = [t for turns in row.responses for t in turns]
     texts, prompt = [text_of(t) for t in row.turns + response_turns], text_of(row.turns[-1])
-    if any(t["role"] == "user" for t in response_turns):
-        yield "with the user's next turns in a response, which are trained on too"
+    if any(t["role"] != "assistant" for t in response_turns):
+        yield "with turns of others in a response, a user's or a tool's, which are trained on too"
     if any(all(who.search(text_of(t)) for who in SPEAKERS) for t in row.turns
            if t["role"] == "user"):
         yield ("with what looks like a dialogue in one turn of the user, which it stays; messages, "
                "or turns at \\n\\nHuman: and \\n\\nAssistant:, are turns of their own")
-    if any(map(RENDERED.search, texts)):
-        yield ("in which the data spells markers of a chat template, which are text there; was it "
-               "rendered before?")
+    if any(RENDERED.search(text) or markers.search(text) for text in texts):
+        yield ("in which the data spells special tokens, or markers of a chat template, which are "
+               "text there; was it rendered before?")
     # as in python_code_instructions_18k_alpaca, whose prompt holds all of the row
     if any(len(said) > 20 and prompt.rstrip().endswith(said)
            for said in (text_of(turns[-1]).strip() for turns in row.responses)):

@@ -2702,12 +2702,16 @@ def test_bad_file(file, content, words, tokenizer, tmp_path, monkeypatch):
 
 
 def test_nulls_of_arrow(tmp_path):
-    """Where rows have other tools than each other, Arrow writes the fields of all into each."""
-    import pyarrow
-    import pyarrow.parquet
+    """Where rows have other tools than each other, Arrow writes the fields of all into each, and
+    `to_json` of `datasets` too."""
+    from datasets import Dataset
     rows = [GOOD | {"tools": [{"f": {name: {"type": "x"}}}]} for name in ("one", "two")]
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
-    assert [row for _, row in data.read_rows(str(tmp_path / "a.parquet"), "")] == rows
+    table, files = Dataset.from_list(rows), [str(tmp_path / f"a.{kind}") for kind in ("parquet", "jsonl")]
+    table.to_parquet(files[0])
+    table.to_json(files[1])
+    assert "null" in Path(files[1]).read_text()
+    for file in files:
+        assert [data.parse_line(row) for _, row in data.read_rows(file, "")] == rows
 
 
 def test_file_kinds_agree(tokenizer, tmp_path):
@@ -2825,7 +2829,10 @@ def test_columns(tokenizer, tmp_path):
     assert tokenizer.decode(response) == "2 + 3 is 5<|im_end|>"
     again = write_rows(tmp_path / "h.jsonl", [{"chosen": say("Hi", "a", "B", "b"),
                                                "rejected": say("Hi", "c", "B", "d")}])
-    assert "; 1 with the user's next turns in a response" in load(again, tokenizer).report
+    assert "; 1 with turns of others in a response" in load(again, tokenizer).report
+    acts = [say(0, text, 0)[1:2] + [{"role": "tool", "content": "5"}] + say(0, text)[1:] for text in "ab"]
+    write_rows(again, [{"prompt": "Hi", "chosen": acts[0], "rejected": acts[1]}])
+    assert "; 1 with turns of others in a response" in load(again, tokenizer).report
     dialogue = write_rows(tmp_path / "j.jsonl", [   # BELLE's and HelpSteer2's, and one that is none
         {"prompt": text, **AB} for text in ("Human:Hi\nAssistant:A\nHuman:B", "Is AI: a user's bot?",
                                             "Hi\n<extra_id_1>Assistant\nA\n<extra_id_1>User\nB")])
@@ -2844,9 +2851,9 @@ def test_columns(tokenizer, tmp_path):
         rows = [{"prompt": "Hi", "responses": ["a", "b"]} | which]
         with pytest.raises(UserError, match=r'f.jsonl:1: "best" must say .* \(got'):
             load(write_rows(tmp_path / "f.jsonl", rows), tokenizer, bad_rows="drop")
-    for which in ({}, {"which": None}):
+    for which, words in (({}, 'no field "best"'), ({"which": None}, '"which" must not be null')):
         which = write_rows(tmp_path / "d.jsonl", [read_json(scored) | which])
-        with pytest.raises(UserError, match='no field "best"'):
+        with pytest.raises(UserError, match=words):
             data.load_pairs(which, "", tokenizer, 512, 256, columns=chosen_by)
     parts = write_rows(tmp_path / "i.jsonl", [{"a": "Hi", "b": "you", "document": "x", **AB}])
     [[prompt, *_]] = all_ids(data.load_pairs(parts, "", tokenizer, 512, 256, columns="prompt:a+b"))
@@ -2873,6 +2880,7 @@ def test_columns(tokenizer, tmp_path):
     assert all_ids(mixed) == want + want
     for columns, words in (("prompt:asked", "no row has a field asked"),
                            ("system:ask.*.text", "no row has a field ask"),
+                           ("prompt:ask.text+asked", "no row has a field asked"),
                            ("responses:ids.*.a+b", "no row has a field ids"),
                            ("prompt", '"prompt" should be'), ("prompt:a,prompt:b", '"prompt:b"'),
                            ("ask:prompt", '"ask:prompt" should be NAME:FIELD')):
@@ -2973,12 +2981,14 @@ def test_rows_that_mislead(tokenizer, tmp_path):
                                "rejected": "{'content': 'b', 'role': 'assistant'}"})
     assert row.responses == [[a | {"content": "x = {1}"}], [b]]
     path = write_rows(tmp_path / "a.jsonl", [GOOD, GOOD | {"chosen": "a<|im_end|>\n"}])
-    assert "; 1 in which the data spells markers of a chat template" in load(path, tokenizer).report
+    assert "; 1 in which the data spells special tokens, or mark" in load(path, tokenizer).report
+    write_rows(path, [GOOD, GOOD | {"chosen": "a<|endoftext|>"}])
+    assert "; 1 in which the data spells special tokens, or mark" in load(path, tokenizer).report
     write_rows(path, [{"prompt": f"Hi. {said}", "output": said} for said in ("a dog", "a dog " * 9)])
     assert "; 1 whose prompt ends in a response; does" in load(path, tokenizer).report
     for prompt in ("### Instruction:\nHi\n\n### Response:\n", "USER: Hi ASSISTANT: "):
         write_rows(path, [GOOD | {"prompt": prompt}])
-        assert "; 1 in which the data spells markers" in load(path, tokenizer).report
+        assert "; 1 in which the data spells special" in load(path, tokenizer).report
 
 
 @pytest.mark.parametrize("row, columns, turns, responses", [   # None: refused
@@ -2991,6 +3001,14 @@ def test_rows_that_mislead(tokenizer, tmp_path):
     ({"context": say("Hi", "A"), "instruction": say("Who?")[0], "chosen": "a", "rejected": "b"}, {},
      say("Hi", "A", "Who?"), "ab"),
     ({"messages": say("Hi", "a"), "generations": ["x", "y"]}, {}, say("Hi"), "a"),
+    ({"question": "Hi", "good": None, "rejected": "b", "answer": "42"}, {"chosen": "good"}, None,
+     '"good" must not be null'),
+    ({"question": "Hi", "attempt": "", "solution": "a"}, {"completion": "attempt"}, None,
+     '"attempt" must not be null'),
+    ({"question": "Hi", "good": None, "chosen": "a", "rejected": "b"}, {"chosen": "good"}, say("Hi"), "ab"),
+    ({"q": "Hi", "by": None, "chosen": "a", "rejected": "b"}, {"prompt": "q+by"}, say("Hi"), "ab"),
+    ({"q": "Hi", "by": "", "chosen": "a", "rejected": "b"}, {"prompt": "by+q"}, say("Hi"), "ab"),
+    ({"prompt": "Hi", "x": "a", "y": None}, {"responses": "x+y"}, None, '"responses" must'),
     ({"prompt": "Hi", "input": math.nan, "chosen": "a", "rejected": "b"}, {}, say("Hi"), "ab"),
     ({"prompt": "Hi", "responses": [{"model": "x", "text": "Moo!"}] * 2}, {}, None,
      "--columns=responses:responses.*.NAME"),
