@@ -98,7 +98,8 @@ def printable(text):
 
 def one_line_errors():
     """From here on a UserError, and what the system says about a file, ends the program in one
-    line. Everything else is a bug and keeps its traceback. And no output ends it."""
+    line, as Ctrl-C and too little memory do. Everything else is a bug and keeps its traceback. And
+    no output ends it."""
     open_streams()
 
     def hook(kind, error, trace):

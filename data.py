@@ -2,7 +2,8 @@
 Preference data: rows of a file -> chat turns -> token ids -> packs for the model.
 
 Three words: a *row* is a line of the data; a *pair* is that row tokenized, a prompt and n responses
-(mostly two); a *pack* is what one forward pass takes, many pairs end to end.
+(mostly two; of a conversation, each answer makes one); a *pack* is what one forward pass takes,
+many pairs end to end.
 
 Row formats, one example each (a hub dataset, or a file or folder, see READERS):
 
@@ -156,8 +157,8 @@ def character_table(vocab, path):
 
 @functools.cache
 def newer_characters(cut=""):
-    """{character: one that never means anything} of those that `regex` knows and tiktoken doesn't,
-    whose Unicode is that of `tokenizers`. Not of those that lie in a range of a cut, as in a-z."""
+    """{character: one that means nothing} of those that `regex` knows and the older Unicode of
+    tiktoken and `tokenizers` doesn't; not of those within a range of the cut, as a-z is one."""
     if cut:
         ranges = re.findall(r"([^\\\[\]])-([^\\\[\]])", cut)
         return {c: none for c, none in newer_characters().items()
@@ -181,9 +182,9 @@ def mergeable(model, others, path):
     `tokenizers` merges the pairs that are listed. tiktoken merges any two neighbours that are a
     token together, and takes a piece that is a token as it is. Both come to the same if each token
     is what the listed merges make of its own characters. A token of which they make something else
-    is never made in any text, so it is left out. With ignore_merges (Llama 3) a piece that is such
-    a token is meant to be taken as it is. Then it comes last, where tiktoken never merges to it if
-    its characters end in three parts or more. others: the tokens beside the BPE's.
+    is never made in any text, so it is left out. But with ignore_merges (Llama 3) a piece that is
+    such a token becomes it. So it is kept there, and comes last: tiktoken never merges to it if the
+    merges leave three parts of it or more. others: the tokens beside the BPE's.
     """
     merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
     odd = next((m for m in merges if not {*m, "".join(m)} <= model["vocab"].keys()), None)
@@ -240,7 +241,6 @@ class Tokenizer:
             self.added = {content: token["id"] for content, token in added.items()}
             self.load_bpe(spec, added, path)
             self.special = {c: t["id"] for c, t in added.items() if t.get("special")}
-            self.special_ids = set(self.special.values())
             # tokens that are looked for in the text as it is, and in the normalized text
             self.added_pattern = pattern_of(c for c, t in added.items() if not t.get("normalized"))
             self.normalized = {self.normalize(c, AT_START): t["id"]
@@ -870,7 +870,8 @@ def parse_row(row, columns={}, use_scores=False):
 
     row: an object, or the bytes of its line of JSON. A preference becomes one Row: each response
     becomes a whole dialogue, and the prompt is what these share. A conversation or a completion
-    becomes a Row for each turn of the assistant in it. Raises Drop, BadRow.
+    becomes a Row for each turn of the assistant in it. Raises Drop, BadRow, and UserError for a row
+    that no drop would make right (`first_is_best`).
     """
     given = parse_line(row)
     row = translate(given, columns)

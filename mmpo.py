@@ -13,7 +13,7 @@ before training. No reference model runs beside the policy.
 
 Three things are called reward. r_i is an input, one number a response. R_i adds the reference to it
 and is what the loss takes. The "implicit reward" is beta (log pi - log pi_ref) in DPO, and beta
-times the mean log pi in SimPO. It is only logged here (rewards/*).
+times the mean log pi in SimPO, whose losses it is in. MMPO only logs it (rewards/*).
 
 Shapes: B pairs, n responses each, the chosen one first (n = 2, or more). Log-probs are
 summed over a response's tokens unless a docstring says mean; `lengths` counts those tokens.
@@ -107,7 +107,8 @@ def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
 
 
 def ipo_loss(chosen_mean, rejected_mean, ref_chosen_mean, ref_rejected_mean, beta):
-    """(log-ratio difference - 1/(2 beta))^2 on mean log-probs  (Azar et al. 2023, eq. 17)."""
+    """(log-ratio difference - 1/(2 beta))^2  (Azar et al. 2023, eq. 17), on mean log-probs as in
+    TRL, since the paper says nothing of lengths."""
     return (chosen_mean - ref_chosen_mean - rejected_mean + ref_rejected_mean - 1 / (2 * beta)) ** 2
 
 
@@ -166,8 +167,8 @@ def measure(objective, logps, lengths, ref_logps, R, *, beta, length_norm, **kno
     rewards/*: implicit rewards, beta (log pi - log ref), or beta mean log pi where the objective
     doesn't read the reference; accuracies don't depend on beta, which may be 0.
     weights/*: q of the chosen response, with R; upweighted is the share with q > 1/n. accuracy/*:
-    the share whose chosen response is the likelier one, by mean and by sum. All but weights/*
-    compare the first response with the last.
+    the share whose chosen response is the likelier one, by mean and by sum; a tie is half a one.
+    Of n responses, margins and accuracies compare the first with the last.
     """
     ref_logps, R = (ref_logps, R) if OBJECTIVES[objective] else (None, None)
     losses = preference_loss(objective, logps, lengths, ref_logps, R, beta=beta,
@@ -181,8 +182,8 @@ def measure(objective, logps, lengths, ref_logps, R, *, beta, length_norm, **kno
             "logps/rejected": logps[:, -1].mean(),
             "rewards/accuracies": (margins > 0).float().mean(),
             "rewards/margins": beta * margins.mean(),
-            "accuracy/mean": (means[:, 0] > means[:, -1]).float().mean(),
-            "accuracy/sum": (logps[:, 0] > logps[:, -1]).float().mean(),
+            "accuracy/mean": wins(means[:, 0] - means[:, -1]).mean(),
+            "accuracy/sum": wins(logps[:, 0] - logps[:, -1]).mean(),
         }
         if R is not None:
             q = posterior(means if length_norm else logps, R)[:, 0]

@@ -293,8 +293,7 @@ def block_mask(tree, branch, size=128):
     first_branch, last_branch = branch[first], branch[last]
     # Now (blocks of queries, blocks of keys): [:, None] is of the queries.
     earlier, same = first < first[:, None], first == first[:, None]
-    # Queries see keys of the last tree there, if they begin in it: its prompt, and what is of their
-    # own branch.
+    # Queries that begin in the tree in which the keys end see of it the prompt and their branch.
     has_prompt = (first_tree != last_tree) | (first_branch == 0)
     some = earlier & (first_tree[:, None] == last_tree) & (
         has_prompt | (first_branch[:, None] == last_branch)) | same
@@ -522,8 +521,8 @@ class Llama(nn.Module):
         """Continue each prompt (a list of token ids) -> list of lists of new ids, stop id included.
 
         temperature 0 takes the likeliest token; top_k 0 and top_p 1 keep the whole distribution.
-        Prompts of different lengths are padded on the left and masked, so that a prompt's answer
-        does not depend on its neighbours.
+        Prompts of different lengths are padded on the left and masked, so that a prompt's
+        likeliest answer does not depend on its neighbours. Raises UserError beyond the context.
         """
         longest = max(map(len, prompts))
         self.config.check_length(longest + max_new_tokens)
@@ -593,8 +592,8 @@ def chunks(x, weight):
 def chunk_logps(logits, targets):
     """logits (N, V) -> (N, 2) fp32: log softmax(logits)[targets], and the log-sum-exp.
 
-    As gather minus log-sum-exp, because log_softmax in fp32 on a CPU is off by 1e-5 nats a token,
-    always in one direction.
+    As gather minus log-sum-exp, because log_softmax in fp32 on a CPU is off by up to 1e-5 nats a
+    token, always in one direction.
     """
     logits = logits.float()
     lse = logits.logsumexp(-1)                                 # (N,)
@@ -1076,8 +1075,8 @@ def export(model, folder, hf_config, files={}, dtype=torch.bfloat16, adapter_of=
     adapter_of: the base model's name; the LoRA adapters are then written alone, for
     peft.PeftModel.from_pretrained. chat_template: the text trained with. stop_ids: what ends a
     turn, for generation_config.json. in_bf16: whether products were in bf16. They saw each matrix
-    rounded to the nearest bf16 number, so all weights are written so, in any dtype; but not where
-    an adapter is merged, which they saw by itself.
+    rounded to the nearest bf16 number, so all weights are written so, norms and embeddings too, in
+    any dtype; but not where an adapter is merged, which they saw by itself.
 
     Every rank calls it, since a sharded tensor is put together by all; the first rank writes. Files
     are written into a folder of their own, then moved, so that each is whole or not there.
@@ -1196,9 +1195,9 @@ def exported_files(folder):
 
 
 def rounded(tensor, dtype, name):
-    """The tensor in dtype. Where that is bf16, a number goes up or down at random, by which is
-    nearer, so that the mean is kept. What training adds to a weight is mostly less than half the
-    gap between two bf16 numbers, so rounding to the nearest would take it away again
+    """The tensor in dtype. Where that is bf16, a number goes up or down at random, more often to
+    the nearer one, so that the mean is kept. What training adds to a weight is mostly less than
+    half the gap between two bf16 numbers, so rounding to the nearest would take it away again
     (assets/results.md). This is done where weights are written, and where they are read: of an fp32
     file, or the sum of a base and its adapter. The tensor's name is the seed."""
     if dtype != torch.bfloat16 or tensor.dtype == dtype:

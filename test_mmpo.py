@@ -1811,7 +1811,7 @@ def test_measure():
     m = measure("mmpo", 0.1)
     assert m.pop("loss") == mmpo.mmpo_loss(logps / lengths, R).mean() and m == pytest.approx({
         "rewards/accuracies": 0.5, "rewards/margins": 0.1 * ((2 + 2) + (-2 - 1)) / 2,
-        "logps/chosen": -25.0, "logps/rejected": -25.0, "accuracy/mean": 0.5, "accuracy/sum": 0.5,
+        "logps/chosen": -25.0, "logps/rejected": -25.0, "accuracy/mean": 0.75, "accuracy/sum": 0.5,
         "weights/upweighted": 0.5, "weights/chosen": (1 / (1 + math.exp(-1)) + 0.5) / 2}, abs=1e-6)
     m = measure("simpo", 0.1)   # which doesn't read the reference: beta mean log pi
     assert m["rewards/margins"] == pytest.approx(0.1 * (1 + 0) / 2) and "weights/chosen" not in m
@@ -2116,7 +2116,7 @@ def test_prompt_and_responses(template, end, checkpoint, tmp_path):
         assert prompt == tok.encode_prompt(chat)
         assert prompt.count(tok.special["<|begin_of_text|>"]) == (end == "<|eot_id|>")
         for text, ids in zip(texts, responses):
-            assert ids[-1] == tok.special[end] and not set(ids[:-1]) & tok.special_ids
+            assert ids[-1] == tok.special[end] and not set(ids[:-1]) & set(tok.special.values())
             full = tok.render([*chat, {"role": "assistant", "content": text}])
             assert full.startswith(tok.decode(prompt + ids))
     assert tok.stop_ids() == {tok.special[end], tok.special["<|im_end|>"]}
@@ -2219,7 +2219,7 @@ def test_response_is_what_follows_the_prompt(name, checkpoint, tmp_path):
     prompt, [ids] = tokenizer.encode_responses(turns, [response])
     assert prompt == tokenizer.encode_prompt(turns)
     assert tokenizer.decode(prompt).endswith(prompt_end)
-    assert tokenizer.decode(ids) == want and ids[-1] in tokenizer.special_ids
+    assert tokenizer.decode(ids) == want and ids[-1] in tokenizer.special.values()
 
 
 @pytest.mark.parametrize("template, turns, response, words", [
@@ -2353,8 +2353,8 @@ def test_special_tokens_in_data_stay_text(tokenizer):
     clean, [clean_ids] = tokenizer.encode_responses(say("a"), ["b"])
     prompt, [ids] = tokenizer.encode_responses(say(evil), [evil])
     for got, want in ((prompt, clean), (ids, clean_ids)):
-        assert [i for i in got if i in tokenizer.special_ids] == \
-            [i for i in want if i in tokenizer.special_ids]
+        assert [i for i in got if i in tokenizer.special.values()] == \
+            [i for i in want if i in tokenizer.special.values()]
     assert tokenizer.decode(ids[:-1]) == evil and evil in tokenizer.decode(prompt)
 
 

@@ -44,7 +44,7 @@ from scripts.checkpoints import (
 # I/O
 out_dir = "out"                   # the aligned model, in Hugging Face layout, and metrics.jsonl
 init_from = "HuggingFaceTB/SmolLM2-135M-Instruct"   # the model: hub id[@revision], folder, adapter
-export_dtype = "bfloat16"         # bfloat16 | float16 | float32: of the exported weights
+export_dtype = "bfloat16"         # bfloat16 | float16 | float32: of exported weights, not adapters
 export_adapter = False            # with LoRA: write the adapters alone (peft), not merged weights
 save_interval = 0                 # steps between checkpoints to resume from; 0 writes none
 keep_checkpoints = 1              # so many of the last ones are kept; after the end, one
@@ -63,9 +63,9 @@ wandb_log = False                 # log to Weights & Biases too
 wandb_project = "nanommpo"        # the project there
 # data
 dataset = "HuggingFaceH4/ultrafeedback_binarized,HuggingFaceH4/orca_dpo_pairs"   # files, hub ids
-train_split = "train_prefs"       # of a hub dataset; one for each if they differ: a,b
+train_split = "train_prefs"       # of a hub or saved dataset; one for each if they differ: a,b
 eval_dataset = ""                 # held-out pairs; "" takes eval_pairs pairs out of dataset
-eval_split = "test_prefs"         # of a hub eval_dataset
+eval_split = "test_prefs"         # of a hub or saved eval_dataset
 eval_pairs = 256                  # at most so many held-out pairs
 max_length = 2312                 # tokens of the prompt and one response, at most
 max_prompt_length = 1800          # tokens of the prompt, at most; its end is kept
@@ -113,7 +113,7 @@ activation_checkpointing = False  # compute activations again in backward: slowe
 device = "auto"                   # auto | cuda | cpu | mps
 dtype = "auto"                    # auto | bfloat16 | float32: of products and of frozen weights
 compile = "auto"                  # auto | true | false: torch.compile; auto does on a GPU only
-seed = 42                         # of what is held out, of order, adapters, dropout, samples
+seed = 42                         # of what dataset holds out, order, adapters, dropout, samples
 # -----------------------------------------------------------------------------
 one_line_errors()   # a user's mistake ends in one line, a bug in a traceback
 settings, overrides = configure(globals(), sys.argv[1:], __file__,
@@ -128,7 +128,7 @@ device = next(name for name in usable if usable[name]) if device == "auto" else 
 out_dir = os.path.expanduser(out_dir)
 
 # --- settings that can't work, alone or together, told before anything is loaded
-# Whether it exists is asked first: between the two questions, rank 0 may make the folder.
+# lexists is asked before isdir, since rank 0 may make the folder in between.
 require(out_dir and (not os.path.lexists(out_dir) or os.path.isdir(out_dir))
         and out_dir == out_dir.encode("utf-8", "replace").decode(),
         f'out_dir: "{out_dir}" is no folder, or no UTF-8; give another')
@@ -168,8 +168,8 @@ same_on_all_ranks(settings | {"resume (machines must share out_dir), from step":
                               resume and max(start_iter, is_finished(out_dir))})
 compile = on_gpu if compile == "auto" else compile == "true"
 autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
-# Pairs that are decided have tiny gradients. With numbers below 1e-38, which become 0 here, a CPU
-# takes 40 times as long.
+# Pairs that are decided have tiny gradients. A CPU takes 40 times as long with numbers below 1e-38,
+# so they become 0 here.
 torch.set_flush_denormal(True)
 torch.manual_seed(seed)     # on all ranks alike, for they must start with the same adapters
 
@@ -333,7 +333,7 @@ train_constants = constants_of(train_pairs, train_ref_logps)
 # --- evaluation: held-out pairs, and samples of the reference for the KL estimate
 everything = np.arange(len(held_out))
 eval_lengths, eval_ref_logps, eval_R = constants_of(held_out, reference_logps(held_out, everything))
-if reward_norm:
+if reward_norm:   # over groups as large as in training
     eval_R = mmpo.normalize(eval_R, reward_norm_group or batch_size)
 kl_prompts = [held_out.ids(i)[0].tolist() for i in everything[:kl_samples]]
 if kl_prompts:
@@ -467,7 +467,7 @@ for iter_num in tqdm(range(start_iter, max_iters + 1), "steps", max_iters, initi
     for micro_step, members in enumerate(packs):
         pack = data.collate(train_pairs, batch, members, pad_to).to(device)
         i = pack.members   # the places of its pairs in the batch
-        if ddp:            # DDP sums gradients over the ranks once, in the last micro-step
+        if ddp:            # DDP averages gradients over the ranks once, in the last micro-step
             model.require_backward_grad_sync = micro_step == len(packs) - 1
         with autocast:
             per_token_logps, per_token_entropy = model(

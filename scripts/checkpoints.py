@@ -303,8 +303,8 @@ def load_checkpoint(model, optimizer, path):
 
 
 def read_state(p, pieces):
-    """The weights of parameter p, or a tensor of its optimizer's state. Of a sharded one, which all
-    are that have p's shape, it is this rank's rows."""
+    """The weights of parameter p, or a tensor of its optimizer's state. Where p is sharded, so are
+    tensors of its shape, and this rank's rows are read."""
     shape = pieces[0][1].get_shape()
     if not isinstance(p, DTensor) or not shape or shape[1:] != [*p.shape[1:]]:
         value = read_rows(pieces, 0, None)

@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))   # for `python scripts/compa
 import mmpo
 from configurator import (
     HERE, PATHS, UserError, all_beside_the_checkout, configure, one_line_errors, read_json,
-    read_settings, reading, require, run_sum)
+    read_run_settings, read_settings, reading, require, run_sum)
 from scripts import evaluate, plot
 from scripts.checkpoints import last_checkpoint
 
@@ -77,8 +77,7 @@ def plan(configs, grids, more):
 
 def check_folder(folder, settings):
     """-> whether the run in this folder is finished. Raises UserError if it is another run's."""
-    config = os.path.join(folder, "train_config.json")
-    found = read_json(config) if os.path.exists(config) else {}
+    found = read_run_settings(folder)
     for key, value in settings.items():
         other = found.get(key, value)
         require(key in RECORDED or other == value or key in PATHS and same_files(other, value),

@@ -21,8 +21,8 @@ lm-evaluation-harness: acc by summed log-probs, acc_norm by log-probs a characte
 choice (LAMBADA) counts where the likeliest tokens spell it, and has a perplexity.
 
 Intervals are 95%, from a bootstrap that draws prompts with all their pairs, or multiple-choice
-items, or windows of the text. Where there is only one of these, there is no interval. On a GPU the
-weights are fp32 and products TF32, but bf16 where those would fill more than 0.6 of its memory.
+items, or windows of the text. On a GPU the weights are fp32 and products TF32, but bf16 where those
+would fill more than 0.6 of its memory.
 """
 import argparse
 import hashlib
@@ -107,7 +107,8 @@ share = partial(ratio, unseen=[[1, 0], [1, 1]])
 
 def preference(pairs, model, base):
     """Which response of data.Pairs is likelier. Also returns the log-probs (N, 2), the margins for
-    paired tests, {how: (N,)} in nats, the number of each pair's prompt, and a hash of each pair."""
+    paired tests, {how: (N,)} in nats (of means: a token), the number of each pair's prompt, and a
+    hash of each pair."""
     ids = [[tuple(x.tolist()) for x in pairs.ids(i)] for i in range(len(pairs))]
     logps = score(model, [(x[0], x[j]) for x in ids for j in (1, -1)], "pairs").reshape(-1, 2)
     number = {prompt: n for n, prompt in enumerate(dict.fromkeys(x[0] for x in ids))}

@@ -92,7 +92,8 @@ def closing_lines(out_dir):
     if "eval/kl_error" in last:   # not for one sample, nor in runs of old
         moved += f" (standard error {last['eval/kl_error']:.3f})"
     lines = [f"log-prob of the chosen response: {before:.1f} before, {after:.1f} after{moved}"]
-    if learned := "eval/accuracy/mean" in last:
+    learned = True   # as far as pairs can tell
+    if "eval/accuracy/mean" in last:
         accuracy, start = last["eval/accuracy/mean"], first["eval/accuracy/mean"]
         implicit, error = last["eval/accuracy/implicit"], 0.5 / math.sqrt(n_pairs)   # of a share
         lines.insert(0, f"held-out preference accuracy: {start:.3f} before, {accuracy:.3f} after "
@@ -108,7 +109,7 @@ def closing_lines(out_dir):
                      f"lower learning_rate (now {settings['learning_rate']:g})" +
                      f", or a lower pref_weight (now {weight:g})" * (   # assets/results.md
                          objective == "mmpo" and weight > 1 and fell > FAR_CHOSEN))
-    elif not learned and "eval/accuracy/mean" in last:
+    elif not learned:
         lines.append(f"note: {n_pairs} held-out pairs show no preference learned beyond the "
                      f"standard error, {error:.2f} of implicit rewards and "
                      f"{math.sqrt(2) * error:.2f} of the accuracy's gain. More: a higher "
@@ -143,7 +144,7 @@ def hub_ids(sources):
 
 def write_model_card(out_dir):
     """out_dir/README.md, with the hub's metadata -> what to call it. One that a person wrote or
-    changed is left alone, which its last line tells, a sha256 of the others."""
+    changed is left alone: its last line, a sha256 of the others, doesn't fit then."""
     path, signature = os.path.join(out_dir, "README.md"), "<!-- by nanoMMPO, sha256 %s -->\n"
     if os.path.lexists(path):
         content = Path(path).read_bytes() if os.path.isfile(path) else b""
