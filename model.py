@@ -328,7 +328,7 @@ def attend(q, k, v, layout):
     layout says which keys a query sees, and with that how to compute it:
         a BlockMask    packed trees on a GPU; flex attention skips the blocks that nobody sees
         a Pack         packed trees elsewhere; a loop over the trees
-        a bool tensor  a mask (B, 1, T, S), for generation
+        a bool tensor  a mask (B, 1, T, S) or (T, S), for generation and the branches of a tree
         None           a plain causal sequence
     """
     if isinstance(layout, BlockMask):
@@ -356,42 +356,18 @@ def tree_attention(q, k, v, pack):
     prompt, whose queries need not be computed again.
     """
     outputs, trees = [], pack.trees   # [prompt, response 1, .., response n] tokens of each
-    by_tree = (x[0].split([sum(tree) for tree in trees], dim=1) for x in (q, k, v))
-    with torch.autocast(q.device.type, enabled=False):
-        for (prompt, first, *rest), *qkv in zip(trees, *by_tree):
-            # stem: q, k and v of the prompt and response 1; branches: of each further response
-            stem, *branches = zip(*(x.split([prompt + first, *rest], dim=1) for x in qkv))
-            outputs.append(causal_attention(*stem))
-            prompt_k, prompt_v = (x[:, :prompt] for x in stem[1:])
-            for q_i, k_i, v_i in branches:
-                outputs.append(causal_attention(q_i, torch.cat((prompt_k, k_i), dim=1),
-                                                torch.cat((prompt_v, v_i), dim=1)))
-    return torch.cat(outputs, dim=1)[None]
-
-
-def causal_attention(q, k, v, block=96):
-    """softmax(q k^T / sqrt(hd)) v of the last T of S tokens, none of which sees a later one:
-    q (n_head, T, hd), k and v (n_kv_head, S, hd) -> (n_head, T, hd).
-
-    Plain products, 96 queries at a time, each block against the keys that its last query sees. On a
-    CPU that is faster than F.scaled_dot_product_attention. Scores are fp32.
-    """
-    wide = torch.promote_types(k.dtype, torch.float32)   # fp32, or fp64 in tests
-    keys, scale, outputs = k.to(wide).mT, k.size(2) ** -0.5, []
-    # from the last block to the first: each is smaller, so it fits where the one before was freed
-    for start in reversed(range(0, q.size(1), block)):
-        q_block = q[:, start:start + block]                             # (n_head, n, hd)
-        n = q_block.size(1)
-        seen = k.size(1) - q.size(1) + start + n
-        # the query heads that share a key head are rows of one product
-        queries = q_block.reshape(len(k), -1, k.size(2)).to(wide)       # (n_kv_head, G n, hd)
-        scores = (queries * scale @ keys[..., :seen]).view(len(q), n, seen)
-        # autograd need not know of the mask: where a weight is 0, so is the gradient of its score
-        later = torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1)
-        scores.detach()[..., -n:].masked_fill_(later, -math.inf)
-        weights = scores.softmax(-1).to(v.dtype).view(len(v), -1, seen)
-        outputs.append((weights @ v[:, :seen]).view_as(q_block))
-    return torch.cat(outputs[::-1], dim=1) if outputs else q
+    by_tree = (x.split([sum(tree) for tree in trees], dim=2) for x in (q, k, v))
+    for (prompt, first, *rest), *qkv in zip(trees, *by_tree):
+        # stem: q, k and v of the prompt and response 1; branches: of each further response
+        stem, *branches = zip(*(x.split([prompt + first, *rest], dim=2) for x in qkv))
+        outputs.append(attend(*stem, None))
+        prompt_k, prompt_v = (x[:, :, :prompt] for x in stem[1:])
+        for q_i, k_i, v_i in branches:
+            T = q_i.size(2)
+            seen = torch.ones(T, prompt + T, dtype=torch.bool, device=q.device).tril(prompt)
+            outputs.append(attend(q_i, torch.cat((prompt_k, k_i), dim=2),
+                                  torch.cat((prompt_v, v_i), dim=2), seen))
+    return torch.cat(outputs, dim=2)
 
 
 class Attention(nn.Module):

@@ -581,17 +581,18 @@ def test_attention_inputs_share_a_dtype(monkeypatch):
 
 @pytest.mark.parametrize("dtype, tolerance", [
     (torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 0.01)])   # share of the norm
-@pytest.mark.parametrize("T, S", [(1, 1), (96, 96), (250, 250), (100, 333)])
-def test_causal_attention_equals_float64(T, S, dtype, tolerance):
-    """The last T of S tokens, 4 query heads on 2 key heads: outputs and gradients."""
-    g = torch.Generator().manual_seed(0)
-    q, k, v, dy = (torch.randn(heads, n, 16, generator=g).to(dtype)
-                   for heads, n in ((4, T), (2, S), (2, S), (4, T)))
+@pytest.mark.parametrize("trees", [[[1, 1]], [[50, 46, 30], [1, 1, 1]], [[233, 100, 120, 7]]])
+def test_tree_attention_equals_float64(trees, dtype, tolerance):
+    """With 4 query heads on 2 key heads, against a mask: outputs and gradients."""
+    g, T = torch.Generator().manual_seed(0), sum(map(sum, trees))
+    q, k, v, dy = (torch.randn(1, heads, T, 16, generator=g).to(dtype) for heads in (4, 2, 2, 4))
     inputs = [x.requires_grad_() for x in (q, k, v)]
     wide = [x.detach().double().requires_grad_() for x in inputs]
-    mask = torch.ones(T, S, dtype=torch.bool).tril(S - T)
-    want = F.scaled_dot_product_attention(*(x[None] for x in wide), mask, enable_gqa=True)[0]
-    got = llama.causal_attention(*inputs)
+    of = [(i, j) for i, tree in enumerate(trees) for j, n in enumerate(tree) for _ in range(n)]
+    mask = torch.tensor([[s <= t and of[s][0] == of[t][0] and of[s][1] in (0, of[t][1])
+                          for s in range(T)] for t in range(T)])
+    want = F.scaled_dot_product_attention(*wide, mask, enable_gqa=True)
+    got = llama.tree_attention(*inputs, SimpleNamespace(trees=trees))
     for a, b in zip((got, *torch.autograd.grad(got, inputs, dy)),
                     (want, *torch.autograd.grad(want, wide, dy.double()))):
         assert a.dtype == dtype and (a - b).norm() <= tolerance * b.norm() + 1e-12
