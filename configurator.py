@@ -284,14 +284,19 @@ def sha256(path):
     return digest.hexdigest()
 
 
+# what caches depend on: the code as this program runs it, even if it is edited meanwhile
+CODE = {file: sha256(os.path.join(HERE, file))
+        for file in ("data.py", "model.py", "scripts/evaluate.py")}
+
+
 def cache_path(kind, key, code):
     """Where something computed from `key` (anything that json can write) is kept.
 
-    code: the files of this project that compute it. Who edits them gets it computed again.
+    code: the files of CODE that compute it. Who edits them gets it computed again.
     """
     digest = hashlib.sha256(json.dumps(key).encode())
     for file in code:
-        digest.update(sha256(os.path.join(HERE, file)).encode())
+        digest.update(CODE[file].encode())
     folder = os.path.expanduser(os.environ.get("NANOMMPO_CACHE") or "~/.cache/nanommpo")
     return os.path.join(folder, f"{kind}-{digest.hexdigest()[:24]}.npz")
 

@@ -3162,7 +3162,7 @@ def test_pairs_that_change_meanwhile(tokenizer, tmp_path, monkeypatch):
 
 
 def test_cache(tokenizer, tmp_path, monkeypatch):
-    """Tokenized once, then read from the cache until file, limits or tokenizer change."""
+    """Tokenized once, then read from the cache until file, limits, tokenizer or code change."""
     path, calls = write_rows(tmp_path / "a.jsonl", word_rows(4)), []
     first, tokenize = load(path, tokenizer), data.tokenize
     monkeypatch.setattr(data, "tokenize", lambda *args: calls.append(1) or tokenize(*args))
@@ -3175,6 +3175,8 @@ def test_cache(tokenizer, tmp_path, monkeypatch):
     assert len(calls) == 4
     write_rows(path, word_rows(5))
     assert len(load(path, tokenizer)) == 5 and len(calls) == 5
+    monkeypatch.setitem(configurator.CODE, "data.py", "of an edited file")
+    assert len(load(path, tokenizer)) == 5 and len(calls) == 6
 
 
 def replace_array(name, change):
@@ -3717,7 +3719,7 @@ WAITING = {   # what happens while rank 0 waits for rank 1, and how it ends
     "for it to come": ("""
 def sleep(seconds, sleep=configurator.time.sleep):
     os.kill(os.getpid(), signal.SIGINT)
-    sleep(30)
+    sleep(9999)
 configurator.time.sleep = sleep
 """, 130, "ended by SIGINT: no checkpoint was saved; the same command starts again\n"),
     "for its answer": ("""
@@ -3730,18 +3732,13 @@ dist.init_process_group, dist.PrefixStore.add = meet, lambda *_: 2
 
 @pytest.mark.parametrize("name", WAITING)
 def test_a_signal_ends_a_rank_that_waits(name, tmp_path):
-    """It ends at once, whether rank 1 has not come yet, or came and died."""
+    """It ends then, whether rank 1 has not come yet, or came and died."""
     does, returncode, stderr = WAITING[name]
     script = script_that("import configurator, signal, subprocess\nimport torch.distributed as dist"
                          + does, tmp_path / "waits.py")
-    began = time.time()
-    process = subprocess.run(
-        [sys.executable, script, "config/demo.py", f"--out_dir={tmp_path}/out"],
-        env=os.environ | LAUNCHED | {"RANK": "0", "MASTER_ADDR": "127.0.0.1",
-                                     "MASTER_PORT": free_port()},
-        capture_output=True, text=True, timeout=60)
+    process = run_process([script, "config/demo.py", f"--out_dir={tmp_path}/out"], **LAUNCHED | {
+        "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()})
     assert (process.returncode, process.stderr) == (returncode, stderr)
-    assert time.time() - began < 25
 
 
 # -----------------------------------------------------------------------------
@@ -4937,8 +4934,16 @@ def test_one_run_in_one_folder(tmp_path, monkeypatch, capsys):
         raise OSError(95, "Operation not supported")
     monkeypatch.setattr("fcntl.flock", no_locks)
     monkeypatch.setattr("atexit.register", lambda *_: None)
+    monkeypatch.setattr(checkpoints, "lock", None)
     checkpoints.hold(out)
     assert "run: no locks on this file system" in capsys.readouterr().out
+    checkpoints.finish_saving()
+    shutil.rmtree(out)   # the run goes on, unless another one begins there
+    checkpoints.finish_saving()
+    os.makedirs(out)
+    Path(out, ".lock").touch()
+    with pytest.raises(UserError, match="run/.lock: the folder was deleted, and another run is there"):
+        checkpoints.finish_saving()
 
 
 def test_metrics_of_a_run_that_goes_on(tmp_path):
@@ -5331,7 +5336,7 @@ def test_ranks_with_other_settings(checkpoint, tmp_path):
     for n in range(2):
         shutil.copytree(checkpoint, tmp_path / f"base{n}")
     add_noise(tmp_path / "base1", "model.layers.1.mlp.up_proj.weight")
-    for text, error in (("beta = 0.1 * (1 + int(_rank))", "beta: 0.1 on rank 0 and 0.2 on another"),
+    for text, error in (("beta = 0.1 * (1 + int(_rank))", "beta: 0.[12] on rank [01] and 0.[12] on another"),
                         (f"init_from = {str(tmp_path / 'base')!r} + _rank", "init_from_sha256: ")):
         (tmp_path / "odd.py").write_text("import os\n_rank = os.environ['RANK']\n" + text)
         process = run_process(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
@@ -5340,7 +5345,7 @@ def test_ranks_with_other_settings(checkpoint, tmp_path):
                                *[f"--init_from={checkpoint}"] * ("beta" in text)],
                               NANOMMPO_CACHE=f"{tmp_path}/cache", OMP_NUM_THREADS="1")
         assert process.returncode and "Traceback" not in process.stderr.split("torch/distrib")[0]
-        assert f"error: {error}" in process.stderr, process.stderr
+        assert re.search(f"error: {error}", process.stderr), process.stderr
 
 
 def test_machines_with_files_in_other_places(checkpoint, tmp_path):
@@ -5366,11 +5371,16 @@ def test_machines_with_files_in_other_places(checkpoint, tmp_path):
 
 
 def test_an_interrupt_while_importing(tmp_path):
-    """Ctrl-C in the first seconds ends without a traceback."""
-    with subprocess.Popen([sys.executable, TRAIN], stderr=subprocess.PIPE, text=True) as process:
-        time.sleep(0.7)
-        process.send_signal(signal.SIGINT)
-        assert process.communicate()[1] == "" and process.returncode == -signal.SIGINT
+    """Ctrl-C while torch is imported ends without a traceback."""
+    script = script_that("""
+class Interrupts:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            os.kill(os.getpid(), 2)
+sys.meta_path.insert(0, Interrupts())
+""", tmp_path / "interrupted.py")
+    process = run_process([script])
+    assert (process.stderr, process.returncode) == ("", -signal.SIGINT)
 
 
 @pytest.mark.parametrize("what", ["dataset", "init_from"])

@@ -35,6 +35,8 @@ from configurator import (
 # -----------------------------------------------------------------------------
 # one run in one folder
 
+lock = None   # the open file by which this process holds its run's folder
+
 
 def hold(folder):
     """Keep other runs out of a folder until this process ends, and delete what killed ones left.
@@ -42,6 +44,7 @@ def hold(folder):
     The lock is the kernel's, so that of a killed run is gone with it. Its file says who holds it.
     Raises UserError with that if another run does.
     """
+    global lock
     made = not os.path.exists(folder)
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, ".lock")
@@ -68,8 +71,16 @@ def hold(folder):
         file.truncate(0)
         file.write(f"host {socket.gethostname()}, pid {os.getpid()}, started {time.ctime()}")
         file.flush()
-    atexit.register(let_go, file, folder, made)
+    lock = file
+    atexit.register(let_go, folder, made)
     remove_leftovers(folder)
+
+
+def check_held():
+    """UserError if this run's folder was deleted, and another run holds one of the same name."""
+    require(not lock or same_file(lock, lock.name) or not os.path.exists(lock.name),
+            f"{lock and lock.name}: the folder was deleted, and another run is there now; this one "
+            "ends, and leaves it alone")
 
 
 def same_file(file, path):
@@ -77,7 +88,7 @@ def same_file(file, path):
         return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
 
 
-def let_go(file, folder, made):
+def let_go(folder, made):
     """The reverse of hold; a folder that it made and that nothing was written into goes too. If a
     signal ended the run, say what there is of it."""
     leave_time_to_save()
@@ -88,10 +99,11 @@ def let_go(file, folder, made):
             f"{found} is saved; the same command with --resume=True goes on from there" if found
             else "no checkpoint was saved; the same command starts again"), file=sys.stderr)
     with contextlib.suppress(OSError):
-        os.remove(file.name)
+        if same_file(lock, lock.name):
+            os.remove(lock.name)
         if made:
             os.rmdir(folder)
-    file.close()
+    lock.close()
 
 
 def remove_leftovers(folder):
@@ -202,8 +214,10 @@ def write_part(save, mine, about, rank, keep, log):
 
 def finish_saving(must=True):
     """Wait for the save under way, on all ranks. UserError where it could not be written. If
-    `must` is False, then a warning says so instead, and what there is of it goes."""
+    `must` is False, then a warning says so instead, and what there is of it goes. UserError too
+    where the folder is another run's now (`check_held`)."""
     global saving
+    check_held()
     if saving is None:
         return
     (rank, ranks), save = rank_and_size(), saving
@@ -469,11 +483,13 @@ def main():
     print(f"{folder}: {'finished' if is_finished(folder) else 'not finished'}, at step "
           f"{records[-1]['iter'] if records else 0}")
     for path in checkpoints(folder):
-        size = sum(os.path.getsize(part) for part in parts_of(path))
         try:
+            size = sum(os.path.getsize(part) for part in parts_of(path))
             check_checkpoint(path)
             state = "whole"
-        except UserError as e:
+        except (UserError, FileNotFoundError) as e:
+            if not os.path.exists(path):   # a run that is going on has just replaced it
+                continue
             state = f"damaged: {e}"
         print(f"{path}: {size / 1e6:,.1f} MB, {state}")
 

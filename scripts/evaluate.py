@@ -326,14 +326,16 @@ def check_runs(args, run):
 
 
 def find_models(args, run):
-    """-> the name of the reference or None, and {name: (folder, sum of its weights)} of it and of
-    the models."""
+    """-> the name of the reference or None, and {name: (folder, when its files were written, sum of
+    its weights, sum of its run)} of it and of the models."""
     reference = args.reference or beside_the_checkout(run.get("init_from", "")) or None
     names = dict.fromkeys([*filter(None, [reference]), *args.models])
     folders = {name: llama.checkpoint_folder(name) for name in names}
-    models = {name: (folder, llama.weights_fingerprint(folder)) for name, folder in folders.items()}
-    require(args.reference or not reference
-            or run.get("init_from_sha256", models[reference][1]) == models[reference][1],
+    models = {name: (folder, llama.last_written(folder), llama.weights_fingerprint(folder),
+                     run_sum(os.path.expanduser(name)))   # of an adapter not that of its base
+              for name, folder in folders.items()}
+    weights = models[reference][2] if reference else ""
+    require(args.reference or run.get("init_from_sha256", weights) == weights,
             f"{reference}: has changed since the run in {args.models[0]} started from it; give "
             "that one as --reference, or this one, if you mean it")
     return reference, models
@@ -366,15 +368,15 @@ def questions_of(args, run, tokenizer, config, compared):
     return questions, [pairs and pairs.fingerprint(), tasks, windows]
 
 
-def write_result(name, result, before, reference, args, dtype):
-    """The JSON file beside a model's folder."""
+def write_result(name, run, result, before, reference, args, dtype):
+    """The JSON file beside a model's folder. run: the sum of the model's run."""
     here = os.path.expanduser(name)   # of an adapter, not the temporary folder on its base
     beside = os.path.abspath(here) if os.path.isdir(here) else name.replace("/", "_")
     files = {path: sha256(path) for path in (*args.choices, args.text, args.pairs)
              if path and os.path.isfile(path)}
     try:
         write_json(f"{beside}.evaluation.json", {
-            "model": name, "run": run_sum(here), "reference": reference, "settings": vars(args),
+            "model": name, "run": run, "reference": reference, "settings": vars(args),
             "files": files, "dtype": dtype, "before": before, **{key: result.get(key) for key in (
                 "metrics", "pairs", "prompts", "margins", "answers")}})
     except OSError as e:
@@ -391,7 +393,7 @@ def main():
     if run and args.pairs is None:
         check_runs(args, run)
     reference, models = find_models(args, run)
-    folder, _ = models[first]
+    folder, *_ = models[first]
     kwargs = "" if args.chat_template else (   # those of its run, also of a hub's
         read_run_settings(folder).get("chat_template_kwargs", ""))
     tokenizer = data.Tokenizer(folder, args.chat_template, kwargs)
@@ -408,7 +410,8 @@ def main():
               vars(args) | {"models": None}]
 
     results = {}
-    for name, (folder, weights) in models.items():   # the others are compared with the first
+    # the others are compared with the first
+    for name, (folder, written, weights, its_run) in models.items():
         base = results.get(reference)
         path = cache_path("evaluation", [weights, *asked],
                           ["data.py", "model.py", "scripts/evaluate.py"])
@@ -418,6 +421,8 @@ def main():
             require(data.Tokenizer(folder, args.chat_template).bytes_of == tokenizer.bytes_of,
                     f"{name}: another vocabulary than that of {first}; evaluate it by itself")
             model, _ = llama.from_pretrained(folder, device, dtype)
+            require(llama.last_written(folder) == written,
+                    f"{name}: changed while it was read; start again")
             found = [question(model, base) for question in questions]
             del model   # before the next one is read
             results[name] = {key: value for one in found for key, value in one.items()}
@@ -426,7 +431,7 @@ def main():
             if name == reference:
                 save_cache(path, result=json.dumps(results[name]))
         if name in args.models:
-            write_result(name, results[name], reference and results[reference]["metrics"],
+            write_result(name, its_run, results[name], reference and results[reference]["metrics"],
                          reference, args, str(dtype))
     print(f"\nreference: {reference or 'none'}")
     print_table(results)

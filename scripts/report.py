@@ -21,6 +21,8 @@ FAR_KL = 0.3       # nats a token; twice what assets/results.md's short recipe n
 FAR_CHOSEN = 0.1   # share by which the chosen response's log-prob fell; there it rises
 CLIPPED = 10       # times grad_clip
 
+# read here, since train.py may be in the middle of an edit when the run ends
+DEFAULTS = {k: s.value for k, s in read_settings(os.path.join(HERE, "train.py")).items()}
 NOT_TOLD = "out_dir", "overwrite", "resume"   # where a run went, not what it was
 TABLE = {   # metric of an evaluation: what it is called
     "eval/accuracy/mean": "chosen likelier than rejected, by mean log-probs",
@@ -153,8 +155,7 @@ def write_model_card(out_dir):
             return "the README.md that was there, which a person may have changed,"
     settings, first, last, norms = read_run(out_dir)
     idle = skipped(norms)
-    defaults = {k: s.value for k, s in read_settings(os.path.join(HERE, "train.py")).items()}
-    changed = {key: settings[key] for key, default in defaults.items()
+    changed = {key: settings[key] for key, default in DEFAULTS.items()
                if settings.get(key, default) != default and key not in NOT_TOLD}
     base, objective = settings["init_from"], settings["objective"]
     adapter = os.path.join(os.path.expanduser(base), "adapter_config.json")
