@@ -157,12 +157,12 @@ def reading(path, what):
 def limited(seconds, what):
     """UserError about `what` unless what is inside is done in so many seconds of CPU time, and
     MemoryError where it takes over a gigabyte more (on Linux). It can't stop one long call of a
-    library, works in the main thread only, and does nothing inside another limited()."""
+    library, works in the main thread only, not on Windows, and does nothing inside another."""
     def stop(*_):
         raise UserError(f"{what} takes over {seconds} s of CPU time; does it end?")
 
     main = threading.current_thread() is threading.main_thread()
-    if not main or signal.getitimer(signal.ITIMER_PROF)[0]:
+    if not main or not hasattr(signal, "SIGPROF") or signal.getitimer(signal.ITIMER_PROF)[0]:
         yield
         return
     before = signal.signal(signal.SIGPROF, stop)
@@ -269,7 +269,7 @@ def publish(temporary, path):
 
 def sync(path):
     """Return when the disk has what was written to a file or folder."""
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDWR if os.path.isfile(path) else os.O_RDONLY)   # for Windows
     try:
         os.fsync(descriptor)
     finally:

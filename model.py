@@ -198,8 +198,7 @@ def fast_bfloat16(device):
     in AVX-512 nor in AMX they take five to ten times as long."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return (device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()
-            or torch.cpu._is_amx_tile_supported())
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 class RMSNorm(nn.Module):

@@ -110,7 +110,7 @@ parallel = "ddp"                  # ddp | fsdp: each GPU has the whole model, or
 # system
 pack_tokens = 16384               # tokens of one forward and backward pass, at most
 activation_checkpointing = False  # compute activations again in backward: slower, far less memory
-device = "auto"                   # auto | cuda | cpu | mps
+device = "auto"                   # auto | cuda | cpu; auto takes a GPU where there is one
 dtype = "auto"                    # auto | bfloat16 | float32: of products and of frozen weights
 compile = "auto"                  # auto | true | false: torch.compile; auto does on a GPU only
 seed = 42                         # of what dataset holds out, order, adapters, dropout, samples
@@ -123,8 +123,7 @@ settings, overrides = configure(globals(), sys.argv[1:], __file__,
 ddp, ddp_rank, ddp_local_rank, ddp_world_size = torchrun_ranks()
 fsdp = ddp and parallel == "fsdp"
 master_process = ddp_rank == 0
-usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-device = next(name for name in usable if usable[name]) if device == "auto" else device
+device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 out_dir = os.path.expanduser(out_dir)
 
 # --- settings that can't work, alone or together, told before anything is loaded
@@ -133,7 +132,7 @@ require(out_dir and (not os.path.lexists(out_dir) or os.path.isdir(out_dir))
         and out_dir == out_dir.encode("utf-8", "replace").decode(),
         f'out_dir: "{out_dir}" is no folder, or no UTF-8; give another')
 require(dataset, "dataset: empty; give files, folders or hub ids, separated by commas")
-require(usable[device], f"device: no {device} on this machine; try --device=auto")
+require(device == "cpu" or torch.cuda.is_available(), "device: no cuda here; try --device=auto")
 require(device != "cuda" or ddp_local_rank < torch.cuda.device_count(),
         f"torchrun: this machine has {torch.cuda.device_count()} GPUs; lower --nproc_per_node")
 require(ddp or parallel == "ddp", "parallel: fsdp shards over processes; start it with torchrun")
