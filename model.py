@@ -862,8 +862,11 @@ def on_its_base(adapter, weights):
                or file == "tokenizer.json" or file not in TOKENIZER_FILES}
     sources |= {file: adapter for file in own
                 if file in TOKENIZER_FILES or file.startswith("adapter_")}
-    if os.path.exists(os.path.join(adapter, "train_config.json")):   # of the run that made it
+    if begun := read_run_settings(adapter):   # the run that made it
         sources["train_config.json"] = adapter
+        require(not weights or begun.get("init_from_sha256") in (None, weights_fingerprint(base)),
+                f"{adapter}: its base, {base}, has changed since the run started from it; bring "
+                "that one back")
     with writing("TMPDIR, a folder for temporary files"):   # where the system's error names none
         made = tempfile.TemporaryDirectory(prefix=f"{os.path.basename(os.path.abspath(adapter))}-")
     for file, source in sources.items():

@@ -1348,6 +1348,12 @@ def test_start_from_an_adapter(name, tmp_path):
     theirs, ours = save_adapter(folder, base, **ADAPTERS[name]), llama.from_pretrained(folder)[0]
     assert gap(ours.logits(tokens), theirs(tokens).logits) <= 1e-5
     assert gap(ours.logits(tokens), llama.from_pretrained(base)[0].logits(tokens)) > 1e-2
+    write_json(f"{folder}/train_config.json", {"init_from": base, "finished": 1, "init_from_sha256":
+                                               llama.weights_fingerprint(base)})
+    llama.checkpoint_folder(folder)
+    add_noise(base, "model.layers.1.mlp.up_proj.weight")
+    with pytest.raises(UserError, match="lora: its base, .*base, has changed since the run started"):
+        llama.checkpoint_folder(folder)
 
 
 def test_own_adapters_open_again(lora, exports):
@@ -4324,6 +4330,10 @@ CLOSING = {   # what a run's last evaluation and settings are: what its last lin
     "unlikely": ({"eval/logps/chosen": -40.0}, {"pref_weight": 40.0},
                  ["WARNING", "20.0 nats less likely", "pref_weight (now 40)"], []),
     "nothing": ({"eval/accuracy/mean": 0.52}, {}, ["note", "no preference"], ["WARNING"]),
+    "harmed": ({"eval/accuracy/mean": 0.52, "eval/accuracy/implicit": 0.3}, {},
+               ["WARNING", "the rejected responses gained more", "pref_weight"], ["learning_rate"]),
+    "fell": ({"eval/accuracy/mean": 0.1}, {"objective": "dpo"}, ["WARNING", "is chosen the better"],
+             ["no preference", "pref_weight"]),
     "sft": ({"eval/kl": 1.2}, {"objective": "sft"}, ["WARNING", "learning_rate"], ["objective="]),
     "clipped": ({}, {"grad_clip": 0.1}, ["3 of 4", "grad_clip"], ["WARNING", "changed nothing"]),
     "skipped": ({"norms": (math.inf, math.nan, 4.0, 5.0)}, {"grad_clip": 0.1},
@@ -4334,7 +4344,7 @@ CLOSING = {   # what a run's last evaluation and settings are: what its last lin
 def test_closing_lines(name, evaluated, tmp_path):
     """A run's last lines tell the truth: what was learned, and how far the model has moved."""
     last, settings, said, unsaid = CLOSING[name]
-    first = {"eval/loss": 1.0, "eval/accuracy/mean": 0.5, "eval/accuracy/implicit": 0.0,
+    first = {"eval/loss": 1.0, "eval/accuracy/mean": 0.5, "eval/accuracy/implicit": 0.5,
              "eval/logps/chosen": -20.0, "eval/kl": 0.0}
     last = first | {"eval/accuracy/mean": 0.8, "eval/kl": 0.05} | last
     norms = last.pop("norms", (0.5, 3.0, 4.0, 5.0))

@@ -21,7 +21,7 @@ import data
 import model as llama
 from configurator import (
     one_line_errors, printable, read_json, read_metrics, read_settings, reading, require,
-    run_sum)
+    run_sum, writing)
 
 PANELS = {"loss": "loss", "accuracy/mean": "chosen likelier, mean log-probs",   # metric: title
           "accuracy/sum": "chosen likelier, summed log-probs",
@@ -98,7 +98,8 @@ def finish(axes, out):
     axis.figure.legend(legend.values(), legend.keys(), loc="upper left", bbox_to_anchor=(0, 0),
                        ncols=3 if len(max(legend, key=len)) > 32 else 4, fontsize=8,
                        frameon=False, handlelength=4)
-    axis.figure.savefig(out, dpi=130, bbox_inches="tight")
+    with writing(out):
+        axis.figure.savefig(out, dpi=130, bbox_inches="tight")
     return out
 
 

@@ -94,13 +94,16 @@ def closing_lines(out_dir):
     if "eval/kl_error" in last:   # not for one sample, nor in runs of old
         moved += f" (standard error {last['eval/kl_error']:.3f})"
     lines = [f"log-prob of the chosen response: {before:.1f} before, {after:.1f} after{moved}"]
-    learned = True   # as far as pairs can tell
+    learned, harmed = True, False   # as far as pairs can tell
     if "eval/accuracy/mean" in last:
         accuracy, start = last["eval/accuracy/mean"], first["eval/accuracy/mean"]
         implicit, error = last["eval/accuracy/implicit"], 0.5 / math.sqrt(n_pairs)   # of a share
         lines.insert(0, f"held-out preference accuracy: {start:.3f} before, {accuracy:.3f} after "
                         f"(mean log-probs); {implicit:.3f} by implicit rewards")
-        learned = accuracy - start > math.sqrt(2) * error or implicit - 0.5 > error
+        gain, gain_error = accuracy - start, math.sqrt(2) * error
+        learned = gain > gain_error or implicit - 0.5 > error
+        harmed = not learned and (-gain > gain_error or 0.5 - implicit > error)
+    mmpo_alone = settings["objective"] == "mmpo" and settings["pref_weight"] < 10
     why = [f"KL is {kl:.2f}"] * (not kl <= FAR_KL) + [   # NaN is far too
         f"the chosen response became {before - after:.1f} nats less likely"] * (
         not fell <= FAR_CHOSEN)
@@ -111,13 +114,16 @@ def closing_lines(out_dir):
                      f"lower learning_rate (now {settings['learning_rate']:g})" +
                      f", or a lower pref_weight (now {weight:g})" * (   # assets/results.md
                          objective == "mmpo" and weight > 1 and fell > FAR_CHOSEN))
-    elif not learned:
+    if harmed:
+        lines.append("WARNING: on the held-out pairs the rejected responses gained more than the "
+                     "chosen ones. Are these pairs like those that were trained on, and is chosen "
+                     "the better one in both?" + " MMPO makes both responses likelier; a higher "
+                     "pref_weight sets them apart" * mmpo_alone)
+    elif not learned and not why:
         lines.append(f"note: {n_pairs} held-out pairs show no preference learned beyond the "
-                     f"standard error, {error:.2f} of implicit rewards and "
-                     f"{math.sqrt(2) * error:.2f} of the accuracy's gain. More: a higher "
-                     "learning_rate, more steps" +
-                     ", a higher pref_weight" * (settings["objective"] == "mmpo"
-                                                 and settings["pref_weight"] < 10))
+                     f"standard error, {error:.2f} of implicit rewards and {gain_error:.2f} of the "
+                     "accuracy's gain. More: a higher learning_rate, more steps" +
+                     ", a higher pref_weight" * mmpo_alone)
     if said := skipped(norms):
         lines.append(f"note: {said}")
     clip = settings["grad_clip"]

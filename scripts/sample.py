@@ -50,9 +50,10 @@ def main():
     questions = []
     if args.instructions:
         for where, row in data.read_objects(args.instructions):
-            questions.append(row.get("instruction"))
-            require(isinstance(questions[-1], str) and questions[-1].strip(),
-                    f'{where}: "instruction" must be text (got {questions[-1]!r:.50})')
+            question = row.get("instruction")
+            require(isinstance(question, str) and question.strip(),
+                    f'{where}: "instruction" must be text (got {question!r:.50})')
+            questions.append((where, question))
         require(questions, f"{args.instructions}: no instructions")
     folder = llama.checkpoint_folder(args.model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -63,9 +64,9 @@ def main():
     model, _ = llama.from_pretrained(folder, device, dtype)
     stop_ids = tokenizer.stop_ids()
 
-    def encode(turns):
+    def encode(turns, where="the prompt"):
         ids, context = tokenizer.encode_prompt(turns), model.config.max_position_embeddings
-        require(len(ids) < context, f"a prompt of {len(ids)} tokens, and the model's context has "
+        require(len(ids) < context, f"{where}: {len(ids)} tokens, and the model's context has "
                 f"{context}; shorten it")
         return ids
 
@@ -75,13 +76,15 @@ def main():
         return [tokenizer.decode([t for t in ids if t not in stop_ids]) for ids in answers]
 
     if questions:
+        answers, prompts = [], [encode([data.turn("user", question)], where)
+                                for where, question in questions]
         os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
-        answers, prompts = [], [encode([data.turn("user", question)]) for question in questions]
+        open(args.out, "x").close()   # after the answers it would be too late for an error
         for i in tqdm(range(0, len(questions), args.batch_size), "batches", disable=None):
             answers += answer(prompts[i:i + args.batch_size])
         name = os.path.basename(os.path.abspath(args.model))
         write_json(args.out, [{"instruction": question, "output": text, "generator": name}
-                              for question, text in zip(questions, answers)])
+                              for (_, question), text in zip(questions, answers)])
     elif args.prompt:
         print(printable(answer([encode([data.turn("user", args.prompt)])])[0]))
     else:
