@@ -110,7 +110,7 @@ parallel = "ddp"                  # ddp | fsdp: each GPU has the whole model, or
 # system
 pack_tokens = 16384               # tokens of one forward and backward pass, at most
 activation_checkpointing = False  # compute activations again in backward: slower, far less memory
-device = "auto"                   # auto | cuda | cpu; auto takes a GPU where there is one
+device = "auto"                   # auto | cuda | cpu: auto takes a GPU where there is one
 dtype = "auto"                    # auto | bfloat16 | float32: of products and of frozen weights
 compile = "auto"                  # auto | true | false: torch.compile; auto does on a GPU only
 seed = 42                         # of what dataset holds out, order, adapters, dropout, samples
