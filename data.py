@@ -958,8 +958,8 @@ def take_template(row):
 def not_used(row, given, columns, new, dialogues):
     """The names of fields, and paths of --columns, that hold something and made no difference."""
     said = {text_of(t).strip() for turns in dialogues for t in turns}
-    paths = [part for path in columns.values() for part in (
-        [path] if path in given else parts(path))]
+    paths = {part for path in columns.values() for part in (
+        [path] if path in given else parts(path))}
     roots = {*map(root_of, paths)}
     unused = [name for name, value in row.items() if value not in (None, "", [], {})
               and name not in row.used | roots
@@ -980,19 +980,11 @@ def parse_line(row):
                          "a row on several lines?") from None
     if not isinstance(row, dict):
         raise BadRow("a row must be an object with fields", f"got {kind_of(row)}")
-    row = {name: None if isinstance(value, float) and value != value   # pandas' NaN
-           else without_nulls(value) for name, value in row.items()}
+    row = {name: None if isinstance(value, float) and value != value else value   # pandas' NaN
+           for name, value in row.items()}
     if None in row:   # where csv puts what has no column, and read_csv what has too few cells
         raise BadRow("not as many cells as columns; quote text that has commas or lines in it")
     return row
-
-
-def without_nulls(value):
-    """A field without the nulls that Arrow, and to_json after it, writes in it for what other rows
-    have there."""
-    if isinstance(value, dict):
-        return {k: without_nulls(v) for k, v in value.items() if v is not None}
-    return [*map(without_nulls, value)] if isinstance(value, list) else value
 
 
 def in_no_order(row):
@@ -1024,10 +1016,13 @@ def translate(row, columns):
     """The row with `columns` renamed, and with the names of NAMES where its layout lacks them."""
     there = row.keys()
     found = {name: at(row, path) for name, path in columns.items() if at(row, path) is not None}
-    for name in {"prompt", "input", "system", "completion", "thoughts"} & found.keys():
-        if "+" in columns[name] and all(isinstance(text, (str, type(None)))
-                                        for text in found[name]):
-            found[name] = "\n\n".join(filter(None, found[name]))
+    for name in [n for n in found if columns[n] not in row and len(parts(columns[n])) > 1]:
+        values = found.pop(name)   # of a sum
+        if name in ("prompt", "input", "system", "completion", "thoughts") and all(
+                isinstance(text, (str, type(None))) for text in values):
+            found[name] = "\n\n".join(filter(None, values))   # some rows may lack some of them
+        elif None not in values:
+            found[name] = values
     other = {"chosen", "rejected"} if "responses" in found else set()
     root = columns.get("prompt", "").split(".")[0]
     if root in NAMES["input"] and isinstance(row.get(root), list):   # it would come once more
@@ -1037,7 +1032,8 @@ def translate(row, columns):
     for name in columns.keys() & {"prompt", "chosen", "rejected", "completion", "responses",
                                   "messages", "rewards", "best"}:
         if row.name(name) != name and there & {columns[name], *map(root_of, parts(columns[name]))}:
-            raise BadRow(f'"{columns[name]}" must not be null or empty')
+            raise BadRow(f'"{columns[name]}" must not be null or empty',
+                         f"got the fields {', '.join(map(str, there))}")
     lists = {"rating", "scores", "functions", "contents", "history"}
     for name in (lists | {"input"} if "preferred_output" in row else lists) & row.keys():
         with contextlib.suppress(BadRow):   # kept as text, as a CSV does
@@ -1519,8 +1515,13 @@ def read_parquet(source, f):
 
 
 def numbered(where, rows):
+    """Rows of Arrow, without the nulls that it writes inside a field for what other rows have."""
+    def clean(value):
+        if isinstance(value, dict):
+            return {k: clean(v) for k, v in value.items() if v is not None}
+        return [*map(clean, value)] if isinstance(value, list) else value
     for i, row in enumerate(rows, 1):
-        yield f"{where}: row {i}", row
+        yield f"{where}: row {i}", {name: clean(value) for name, value in row.items()}
 
 
 READERS = {".jsonl": read_lines, ".ndjson": read_lines, ".json": read_json_rows, ".csv": read_csv,
@@ -1785,6 +1786,8 @@ def tokenize(sources, tokenizer, max_length, max_prompt_length, bad_rows, column
             require(unused[part] < used, f"columns: no row has a field {part}")
         require(unused[name] < used, f"columns: {name}:{path} is not used, since the rows have "
                 "other fields that count before it")
+    # some rows may lack a part of a sum
+    summands = {part for path in columns.values() if "+" in path for part in parts(path)}
     return Pairs.from_ids(pairs, rewards, "; ".join(filter(None, [
         f"{seen:,} rows = {used:,} used + {sum(dropped.values()):,} dropped{why}",
         len(pairs) != used and f"{len(pairs):,} pairs, one for each turn of the assistant",
@@ -1792,7 +1795,7 @@ def tokenize(sources, tokenizer, max_length, max_prompt_length, bad_rows, column
         *(f"{n:,} {remark}" for remark, n in told.items()),
         counted(cut) and f"cut to length: {counted(cut)}",
         unused + ignored and "fields not used: " + ", ".join(
-            str(name) or '""' for name in unused + ignored)])))
+            str(name) or '""' for name in unused + ignored if name not in summands)])))
 
 
 def remarks(row, markers):
@@ -1806,6 +1809,10 @@ def remarks(row, markers):
            if t["role"] == "user"):
         yield ("with what looks like a dialogue in one turn of the user, which it stays; messages, "
                "or turns at \\n\\nHuman: and \\n\\nAssistant:, are turns of their own")
+    if any(map(has_null, [row.template, *(t[key] for t in row.turns + response_turns
+                                          for key in CALLS if key in t)])):
+        yield ("with null inside of tools, calls or template variables, which the template gets; "
+               "if to_json wrote it for what other rows have there, give the data as parquet")
     if any(RENDERED.search(text) or markers.search(text) for text in texts):
         yield ("in which the data spells special tokens, or markers of a chat template, which are "
                "text there; was it rendered before?")
@@ -1815,6 +1822,11 @@ def remarks(row, markers):
         yield "whose prompt ends in a response; does its field hold both?"
     if row.rewards and len({*row.rewards}) == 1 < len(row.rewards):
         yield "with equal rewards, whose first response counts as the best"
+
+
+def has_null(value):
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return value is None or any(map(has_null, inside))
 
 
 def counted(reasons):

@@ -2708,17 +2708,22 @@ def test_bad_file(file, content, words, tokenizer, tmp_path, monkeypatch):
 # pairs
 
 
-def test_nulls_of_arrow(tmp_path):
+def test_nulls_of_arrow(tokenizer, tmp_path):
     """Where rows have other tools than each other, Arrow writes the fields of all into each, and
-    `to_json` of `datasets` too."""
+    `to_json` of `datasets` too. From JSON they reach the template, as a person's do, and are told."""
     from datasets import Dataset
     rows = [GOOD | {"tools": [{"f": {name: {"type": "x"}}}]} for name in ("one", "two")]
     table, files = Dataset.from_list(rows), [str(tmp_path / f"a.{kind}") for kind in ("parquet", "jsonl")]
     table.to_parquet(files[0])
     table.to_json(files[1])
     assert "null" in Path(files[1]).read_text()
-    for file in files:
-        assert [data.parse_line(row) for _, row in data.read_rows(file, "")] == rows
+    assert [row for _, row in data.read_rows(files[0], "")] == rows
+    assert "with null" not in load(files[0], tokenizer).report
+    assert "; 2 with null inside of tools" in load(files[1], tokenizer).report
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"x": None}}}]}
+    [row], _ = data.parse_row({"prompt": "Hi", "chosen": [call], "rejected": "b"})
+    assert row.responses[0] == [call | {"content": None}] and any(
+        "with null" in remark for remark in data.remarks(row, tokenizer.marker_pattern))
 
 
 def test_file_kinds_agree(tokenizer, tmp_path):
@@ -3015,7 +3020,8 @@ def test_rows_that_mislead(tokenizer, tmp_path):
     ({"question": "Hi", "good": None, "chosen": "a", "rejected": "b"}, {"chosen": "good"}, say("Hi"), "ab"),
     ({"q": "Hi", "by": None, "chosen": "a", "rejected": "b"}, {"prompt": "q+by"}, say("Hi"), "ab"),
     ({"q": "Hi", "by": "", "chosen": "a", "rejected": "b"}, {"prompt": "by+q"}, say("Hi"), "ab"),
-    ({"prompt": "Hi", "x": "a", "y": None}, {"responses": "x+y"}, None, '"responses" must'),
+    ({"prompt": "Hi", "x": "a", "y": None}, {"responses": "x+y"}, None, r'"x\+y" must not be null'),
+    ({"C++ question": "Hi", "chosen": "a", "rejected": "b"}, {"prompt": "C++ question"}, say("Hi"), "ab"),
     ({"prompt": "Hi", "input": math.nan, "chosen": "a", "rejected": "b"}, {}, say("Hi"), "ab"),
     ({"prompt": "Hi", "responses": [{"model": "x", "text": "Moo!"}] * 2}, {}, None,
      "--columns=responses:responses.*.NAME"),

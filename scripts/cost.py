@@ -190,8 +190,8 @@ def step_flops(model, lengths):
 def peak_flops(device):
     """Dense bf16 FLOP/s of the GPU's data sheet; 0 where it isn't listed here."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    peaks = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12,
-             "A100": 312e12, "L40S": 362e12, "4090": 165e12}
+    peaks = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200 NVL": 835e12,
+             "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
     return next((peak for key, peak in peaks.items() if key in name), 0)
 
 
