@@ -285,8 +285,8 @@ def sha256(path):
 
 
 # what caches depend on: the code as this program runs it, even if it is edited meanwhile
-CODE = {file: sha256(os.path.join(HERE, file))
-        for file in ("data.py", "model.py", "scripts/evaluate.py")}
+CODE = {file: sha256(os.path.join(HERE, file)) for file in (
+    "data.py", "model.py", "scripts/evaluate.py") if os.path.exists(os.path.join(HERE, file))}
 
 
 def cache_path(kind, key, code):

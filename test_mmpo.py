@@ -4048,6 +4048,22 @@ def test_sample_arguments(args, words, tmp_path, monkeypatch):
         sample.main()
 
 
+def test_sample_makes_its_file_first(tmp_path, monkeypatch):
+    """Answers come when it is known that they can be written. Without them no file stays."""
+    write_json(tmp_path / "i.json", [{"instruction": "Hi"}])
+    out = tmp_path / "new" / "o.json"
+
+    def interrupted(*_):
+        assert out.read_text() == ""
+        raise KeyboardInterrupt
+    monkeypatch.setattr(llama.Llama, "generate", interrupted)
+    monkeypatch.setattr(sys, "argv", ["sample", "assets/demo", f"--instructions={tmp_path}/i.json",
+                                      f"--out={out}"])
+    with pytest.raises(KeyboardInterrupt):
+        sample.main()
+    assert not out.exists()
+
+
 # --- scripts: what a run did, evaluated, told and compared
 
 

@@ -80,8 +80,12 @@ def main():
                                 for where, question in questions]
         os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
         open(args.out, "x").close()   # after the answers it would be too late for an error
-        for i in tqdm(range(0, len(questions), args.batch_size), "batches", disable=None):
-            answers += answer(prompts[i:i + args.batch_size])
+        try:
+            for i in tqdm(range(0, len(questions), args.batch_size), "batches", disable=None):
+                answers += answer(prompts[i:i + args.batch_size])
+        except BaseException:
+            os.remove(args.out)
+            raise
         name = os.path.basename(os.path.abspath(args.model))
         write_json(args.out, [{"instruction": question, "output": text, "generator": name}
                               for (_, question), text in zip(questions, answers)])
