@@ -1786,16 +1786,16 @@ def tokenize(sources, tokenizer, max_length, max_prompt_length, bad_rows, column
             require(unused[part] < used, f"columns: no row has a field {part}")
         require(unused[name] < used, f"columns: {name}:{path} is not used, since the rows have "
                 "other fields that count before it")
-    # some rows may lack a part of a sum
-    summands = {part for path in columns.values() if "+" in path for part in parts(path)}
+    summands = {part for path in columns.values() for part in parts(path) if part != path}
+    idle = [str(name) or '""' for name in unused + ignored   # some rows may lack a part of a sum
+            if name not in summands]
     return Pairs.from_ids(pairs, rewards, "; ".join(filter(None, [
         f"{seen:,} rows = {used:,} used + {sum(dropped.values()):,} dropped{why}",
         len(pairs) != used and f"{len(pairs):,} pairs, one for each turn of the assistant",
         left_out and f"turns left out: {counted(left_out)}",
         *(f"{n:,} {remark}" for remark, n in told.items()),
         counted(cut) and f"cut to length: {counted(cut)}",
-        unused + ignored and "fields not used: " + ", ".join(
-            str(name) or '""' for name in unused + ignored if name not in summands)])))
+        idle and f"fields not used: {', '.join(idle)}"])))
 
 
 def remarks(row, markers):

@@ -2868,6 +2868,9 @@ def test_columns(tokenizer, tmp_path):
         with pytest.raises(UserError, match=words):
             data.load_pairs(which, "", tokenizer, 512, 256, columns=chosen_by)
     parts = write_rows(tmp_path / "i.jsonl", [{"a": "Hi", "b": "you", "document": "x", **AB}])
+    lacks = write_rows(tmp_path / "l.jsonl", [{"q": "Hi", "by": by, **AB} for by in ("you", None)])
+    report = data.load_pairs(lacks, "", tokenizer, 512, 256, columns="prompt:q+by").report
+    assert report == "2 rows = 2 used + 0 dropped"
     [[prompt, *_]] = all_ids(data.load_pairs(parts, "", tokenizer, 512, 256, columns="prompt:a+b"))
     assert "Hi\n\nyou" in tokenizer.decode(prompt)
     with pytest.raises(UserError, match="columns: completion:document is not used, since"):
