@@ -506,15 +506,15 @@ class Tokenizer:
         begun = OPEN_THOUGHT.sub("", prompt)
         if not full.startswith(begun):
             begun = os.path.commonprefix([full, begun])   # slow
-        written, kept, lost = squash(full[len(begun):]), [], False
+        written, kept = squash(full[len(begun):]), []
         for t in new:
             thought, said = t.get("reasoning_content") or "", text_of(t)
             if squash(thought) not in written:
                 said = f"<think>\n{thought.strip()}\n</think>\n\n{said}"
             if squash(said) not in written:
-                t, lost = t | {"content": THINK.sub(HIDDEN + r"\1", said)}, True
+                t = t | {"content": THINK.sub(HIDDEN + r"\1", said)}
             kept.append(t)
-        if lost:
+        if kept != new:
             full = self.render([*turns, *kept], **template)
         mute = [t | {"content": text_of(t)} | dict.fromkeys(CALLS) if any(map(t.get, CALLS)) else t
                 for t in [*turns, *kept]]
@@ -524,11 +524,10 @@ class Tokenizer:
             if less != turns + kept and self.renders_to(full, less, **template):
                 raise Drop(f"the chat template leaves {what} out")
         self.check_turns(full, turns + kept, False, template)
-        if lost:
-            written = squash(full)
-            if not all(squash(text_of(t)) in written for t in kept
-                       if t["role"] == "assistant"):   # a tool's answer may be JSON there
-                raise Drop("the chat template leaves a part of the response out")
+        written = squash(full)
+        if not all(squash(text_of(t)) in written for t in kept
+                   if t["role"] == "assistant"):   # a tool's answer may be JSON there
+            raise Drop("the chat template leaves a part of the response out")
         return full.replace(HIDDEN, "<")
 
     def check_turns(self, text, turns, generation, template):
