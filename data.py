@@ -958,7 +958,7 @@ def not_used(row, given, columns, new, dialogues):
     """The names of fields, and paths of --columns, that hold something and made no difference."""
     said = {text_of(t).strip() for turns in dialogues for t in turns}
     paths = {part for path in columns.values() for part in (
-        [path] if path in given else parts(path))}
+        [path] if path in given else summands(path))}
     roots = {*map(root_of, paths)}
     unused = [name for name, value in row.items() if value not in (None, "", [], {})
               and name not in row.used | roots
@@ -1015,7 +1015,7 @@ def translate(row, columns):
     """The row with `columns` renamed, and with the names of NAMES where its layout lacks them."""
     there = row.keys()
     found = {name: at(row, path) for name, path in columns.items() if at(row, path) is not None}
-    for name in [n for n in found if columns[n] not in row and len(parts(columns[n])) > 1]:
+    for name in [n for n in found if columns[n] not in row and len(summands(columns[n])) > 1]:
         values = found.pop(name)   # of a sum
         if name in ("prompt", "input", "system", "completion", "thoughts") and all(
                 isinstance(text, (str, type(None))) for text in values):
@@ -1030,8 +1030,9 @@ def translate(row, columns):
                   if name not in columns.values() and name not in other} | found)
     for name in columns.keys() & {"prompt", "chosen", "rejected", "completion", "responses",
                                   "messages", "rewards", "best"}:
-        if row.name(name) != name and there & {columns[name], *map(root_of, parts(columns[name]))}:
-            raise BadRow(f'"{columns[name]}" must not be null or empty',
+        path = columns[name]
+        if row.name(name) != name and there & {path, *map(root_of, summands(path))}:
+            raise BadRow(f'"{path}" must not be null or empty',
                          f"got the fields {', '.join(map(str, there))}")
     lists = {"rating", "scores", "functions", "contents", "history"}
     for name in (lists | {"input"} if "preferred_output" in row else lists) & row.keys():
@@ -1067,29 +1068,29 @@ def translate(row, columns):
 
 
 def at(row, path):
-    """What a path of --columns is in a row, or None: row["a"][0] for a.0, and lists, of the b of
-    each of a's for a.*.b, of two fields for a+b (None for one of them that is not there); with a
-    minus before it, the negative numbers."""
+    """What a path of --columns leads to in a row, or None. The path a.0 is row["a"][0], and a.*.b
+    a list of the b of everything in a. A sum, a+b, is a list of both fields, with None for one
+    that is not there. A minus before a path changes the sign of its numbers."""
     if isinstance(row, dict) and path in row:
         return row[path]
-    head, star, rest = path.partition(".*.")
-    if path.startswith("-") and (star or "+" not in path):
+    if len(summands(path)) > 1:
+        found = [at(row, part) for part in summands(path)]
+        return found if any(part is not None for part in found) else None
+    if path.startswith("-"):
         return negative(path, at(row, path[1:]))
+    head, star, rest = path.partition(".*.")
     if star:
         items = at(row, head)
         found = [at(item, rest) for item in items] if isinstance(items, list) else [None]
         return found if None not in found else None
-    if "+" in path:
-        found = [at(row, part) for part in path.split("+")]
-        return found if any(part is not None for part in found) else None
     with contextlib.suppress(LookupError, TypeError, ValueError):
         for key in path.split("."):
             row = row[int(key)] if isinstance(row, list) else row[key]
         return row
 
 
-def parts(path):
-    """The paths in a sum of paths, as a and b in a+b."""
+def summands(path):
+    """The paths in a sum of paths, as a and b in a+b. (In a.*.b+c the sum is below the star.)"""
     return [path] if ".*." in path else path.split("+")
 
 
@@ -1781,13 +1782,12 @@ def tokenize(sources, tokenizer, max_length, max_prompt_length, bad_rows, column
     require(pairs, f"{', '.join(s for s, _ in sources)}: 0 usable pairs of {seen:,}{why}; check "
             "the data" + (", or raise max_length" if dropped["no room for a response"] else ""))
     for name, path in columns.items():
-        for part in (path, *parts(path)):
+        for part in (path, *summands(path)):
             require(unused[part] < used, f"columns: no row has a field {part}")
         require(unused[name] < used, f"columns: {name}:{path} is not used, since the rows have "
                 "other fields that count before it")
-    summands = {part for path in columns.values() for part in parts(path) if part != path}
-    idle = [str(name) or '""' for name in unused + ignored   # some rows may lack a part of a sum
-            if name not in summands]
+    some_lack = {part for path in columns.values() for part in summands(path) if part != path}
+    idle = [str(name) or '""' for name in unused + ignored if name not in some_lack]
     return Pairs.from_ids(pairs, rewards, "; ".join(filter(None, [
         f"{seen:,} rows = {used:,} used + {sum(dropped.values()):,} dropped{why}",
         len(pairs) != used and f"{len(pairs):,} pairs, one for each turn of the assistant",
