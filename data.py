@@ -774,16 +774,18 @@ NAMES = {name: names.split() for name, names in {
     "history": "history", "tools": "tools", "documents": "documents",
     "chat_template_kwargs": "chat_template_kwargs",
 }.items()}
-ROLES = {"human": "user", "prompter": "user", "developer": "system"} | dict.fromkeys(
-    ("gpt", "bot", "chatbot", "chatgpt", "ai", "model"), "assistant") | dict.fromkeys(
-    ("observation", "tool_response", "function_response", "function"), "tool")
+ROLES = {name: role for role, names in {   # what data sets call the roles
+    "system": "system developer", "user": "user human prompter",
+    "assistant": "assistant gpt bot chatbot chatgpt ai model",
+    "tool": "tool observation tool_response function_response function",
+}.items() for name in names.split()}
 WHO = {name: who for who, names in {   # says what a field of this name holds
     "system": NAMES["system"], "user": ["user", "human", *NAMES["prompt"], *NAMES["input"]],
     "assistant": ["assistant", "gpt", "bot", *NAMES["completion"]]}.items() for name in names}
-# messages kept as text, as in a CSV: a role somewhere, and one at the beginning
+# Messages kept as text, as in a CSV, have a role somewhere (a developer's may be a job), and those
+# of AS_TEXT one at the beginning.
 NAMES_ROLE = r"(['\"])(role|from)\1\s*:\s*(['\"])(%s)\3"
-ROLE = re.compile(NAMES_ROLE % "|".join(   # but a developer's is a job, too
-    {*ROLES, *ROLES.values()} - {"developer"}), re.IGNORECASE)
+ROLE = re.compile(NAMES_ROLE % "|".join(ROLES.keys() - {"developer"}), re.IGNORECASE)
 AS_TEXT = re.compile(r"\s*\[?\s*\{[^{}\[\]]*" + NAMES_ROLE % "system|user|human|assistant|gpt",
                      re.IGNORECASE)
 
@@ -1189,8 +1191,8 @@ def take_prompt(row, whole):
 
 def join(prompt, turns):
     """Prompt and turns, less those that both have."""
-    (system, prompt), (own, turns) = ((x[:1], x[1:]) if x and x[0]["role"] == "system"
-                                      else ([], x) for x in (prompt, turns))
+    system, own = ([t for t in x[:1] if t["role"] == "system"] for x in (prompt, turns))
+    prompt, turns = prompt[len(system):], turns[len(own):]
     n = next((n for n in range(min(len(prompt), len(turns)), 0, -1)
               if same(prompt[-n:], turns[:n])), 0)
     if system and own and not same(system, own):
@@ -1286,17 +1288,17 @@ def exchange(value):
     in Capybara, {"human": .., "assistant": ..} as in Firefly, [asked, answered] as in a history,
     [role, text] as in FastChat."""
     if isinstance(value, list) and len(value) == 2 and all(isinstance(x, str) for x in value):
-        role = value[0].lower()
-        if role in ROLES or role in ROLES.values():
-            return [turn(ROLES.get(role, role), value[1])]
+        if role := ROLES.get(value[0].lower()):
+            return [turn(role, value[1])]
         value = dict(zip(("user", "assistant"), value))
     if not isinstance(value, dict) or not all(
             WHO.get(name) and isinstance(text, str) for name, text in value.items()):
         return []
     texts = {who: [text for name, text in value.items() if WHO[name] == who and text]
              for who in ("system", "user", "assistant")}
-    return [turn(who, "\n\n".join(said)) for who, said in texts.items() if said] \
-        if len(texts["assistant"]) < 2 else []
+    if len(texts["assistant"]) > 1:
+        return []
+    return [turn(who, "\n\n".join(said)) for who, said in texts.items() if said]
 
 
 def check_message(name, message, alone=False):
@@ -1366,7 +1368,7 @@ def hh_turns(dialogue, role="assistant"):
     """hh-rlhf's "\n\nHuman: ...\n\nAssistant: ..." -> turns, split at the markers, or [] for other
     text. The user's part, a prompt, ends where the assistant's begins."""
     first, *pieces = re.split(r"\n\n(Human|Assistant):", "\n\n" + dialogue.lstrip())
-    turns = [turn(ROLES.get(who.lower(), "assistant"), what.strip())
+    turns = [turn(ROLES[who.lower()], what.strip())
              for who, what in zip(pieces[::2], pieces[1::2])]
     if first.strip() or not turns or turns[0]["role"] == "assistant":
         return []
