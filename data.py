@@ -388,11 +388,10 @@ class Tokenizer:
     def find_markers(self):
         """Markers: special tokens, and others that the template writes around turns. They stay
         text where data spells them. Thoughts have tokens too, and data may spell those."""
-        chat = ""
-        for roles in (("user", "assistant", "user"), ("user", "assistant")) * bool(
-                self.template_text):
-            with contextlib.suppress(Drop):   # rows will tell
-                chat = chat or self.render([turn(role, "a") for role in roles])
+        chat, talk = "", [turn(role, "a") for role in ("user", "assistant", "user")]
+        for turns in (talk, talk[:2]) if self.template_text else ():
+            with contextlib.suppress(Drop):   # the rows will show what the template refuses
+                chat = chat or self.render(turns)
         markers = {*self.special, *(self.named.values() & self.added.keys()),
                    *re.findall(pattern_of(self.added), chat)}
         self.shielded = [*sorted(m for m in markers if not THINK.fullmatch(m)), SHIELD, HIDDEN]
@@ -936,12 +935,14 @@ def best_first(row, answers, columns, use_scores):
         if pair and order != [0, 1]:
             raise BadRow("the rejected response has the higher reward", f"got {rewards}")
         return [answers[i] for i in order], [rewards[i] for i in order], ""
-    if row.took("responses") and ("best" in columns or row.name("best")):
+    if not row.took("responses"):
+        return answers, None, ""
+    if "best" in columns or row.name("best"):
         return (answers if first_is_best(row, answers) else answers[::-1]), None, "best"
-    if row.took("responses") and in_no_order(row) and len(answers) > 1:
+    if in_no_order(row) and len(answers) > 1:
         raise BadRow('"generations" without "ratings" are in no order', "if the best is the first: "
                      "--columns=responses:generations")
-    return answers, None, "order" if row.took("responses") else ""
+    return answers, None, "order"
 
 
 def take_template(row):
@@ -1169,23 +1170,24 @@ def make_dialogues(row, answers):
 
 
 def take_prompt(row, whole):
-    """The turns before the responses. Where those are whole dialogues, they repeat what stands
-    beside them as text, and messages beside them may end in one of them."""
-    alone = row.name("prompt") == "prompt" and not (   # nor behind turns of the input
+    """The turns before the responses. whole: each response is a whole dialogue. These repeat a
+    prompt that is text, so it is not taken, and `join` takes away what they repeat of messages."""
+    # A field that is called prompt is all of it, unless its text goes on from turns of the input.
+    alone = row.name("prompt") == "prompt" and not (
         isinstance(row["prompt"], str) and isinstance(row.value("input"), list))
-    fields = ["prompt"] if whole or alone else ["prompt", "input"]
+    words = ["prompt"] if whole or alone else ["prompt", "input"]
     if not whole and not row.has("prompt") and not row.took("messages"):
-        fields.append("messages")
-    found = [row.take(name) for name in fields if row.has(name)]
+        words.append("messages")
+    found = [row.take(word) for word in words if row.has(word)]
     texts = [value for _, value in found if isinstance(value, str)]
     if whole and texts:
-        row.used.discard(found[0][0])
+        row.used.discard(row.name("prompt"))
         return []
-    # turns of the input come before what is asked
+    # turns of the input come before those of the prompt, and these before a text
     turns = [t for name, value in sorted(found, key=lambda field: field[0] not in NAMES["input"])
              if not isinstance(value, str) for t in turns_of(name, value, "user")]
     if texts:
-        turns += turns_of(found[0][0], "\n\n".join(filter(None, texts)), "user")
+        turns += turns_of("prompt", "\n\n".join(filter(None, texts)), "user")
     return turns
 
 
@@ -1837,8 +1839,8 @@ def counted(reasons):
 def check_alike(row, pairs, rewards, ranked):
     """BadRow unless a row can be trained on together with those before it: their pairs, rewards,
     and by what their responses are ranked."""
-    n, first = len(row.responses), len(pairs[0]) - 1 if pairs else len(row.responses)
-    if n != first:
+    n = len(row.responses)
+    if pairs and n != (first := len(pairs[0]) - 1):
         raise BadRow(f"{n} responses where the first row has {first}", "to take the first and the "
                      "last of each, where they go from the best to the worst: --columns=chosen:"
                      "responses.0,rejected:responses.-1" if row.ranked == "order" else
