@@ -362,7 +362,7 @@ class Tokenizer:
 
     def encode_plain(self, text, place):
         """Text without added tokens -> ids."""
-        text = SHIELDED.sub(lambda m: (self.shielded[int(m[1]):] or [m[0]])[0], text)
+        text = PLACEHOLDER.sub(lambda m: self.hidden.get(m[0], m[0]), text)
         if self.spaces:
             text = text.replace(" ", SPACE)
             if place <= self.metaspace and text and not text.startswith(SPACE):
@@ -394,14 +394,15 @@ class Tokenizer:
                 chat = chat or self.render(turns)
         markers = {*self.special, *(self.named.values() & self.added.keys()),
                    *re.findall(pattern_of(self.added), chat)}
-        self.shielded = [*sorted(m for m in markers if not THINK.fullmatch(m)), SHIELD, HIDDEN]
-        self.marker_pattern = pattern_of(self.shielded)
+        shielded = [*sorted(m for m in markers if not THINK.fullmatch(m)), SHIELD, HIDDEN]
+        self.marker_pattern = pattern_of(shielded)
+        self.placeholders = {m: f"{SHIELD}{n}{SHIELD_END}" for n, m in enumerate(shielded)}
+        self.hidden = {placeholder: m for m, placeholder in self.placeholders.items()}
 
     def shield(self, value):
         """Hide markers in data behind placeholders, which `encode` turns back into text."""
         if isinstance(value, str):
-            return self.marker_pattern.sub(
-                lambda m: f"{SHIELD}{self.shielded.index(m[0])}{SHIELD_END}", value)
+            return self.marker_pattern.sub(lambda m: self.placeholders[m[0]], value)
         if isinstance(value, dict):
             return {k: self.shield(v) for k, v in value.items()}
         return [self.shield(v) for v in value] if isinstance(value, list) else value
@@ -678,7 +679,7 @@ THINK = re.compile(r"<(/?\w*(?:think|thought|reason)\w*>)")   # around thoughts
 NO_THOUGHT = r"<(\w*(?:think|thought|reason)\w*)>\s*</\1>\s*"
 # where a prompt begins one, or has an empty one
 OPEN_THOUGHT = re.compile(r"<\w*(?:think|thought|reason)\w*>\s*$|" + NO_THOUGHT + "$")
-SHIELDED = re.compile(f"{SHIELD}([0-9]{{1,4}}){SHIELD_END}")
+PLACEHOLDER = re.compile(f"{SHIELD}[0-9]+{SHIELD_END}")
 
 TEMPLATES = {
     "chatml": "{% for m in messages %}<|im_start|>{{ m.role }}\n"
