@@ -1,17 +1,17 @@
 """
 Preference data: rows of a file -> chat turns -> token ids -> packs for the model.
 
-Three words: a *row* is a line of the data; a *pair* is that row tokenized, a prompt and n responses
-(mostly two; of a conversation, each answer makes one); a *pack* is what one forward pass takes,
-many pairs end to end.
+A *row* is a line of the data. A *pair* is a row tokenized: a prompt and n responses, mostly two. (A
+conversation makes a pair for each of its answers.) A *pack* is what one forward pass takes: many
+pairs, end to end.
 
-Row formats, one example each (a hub dataset, or a file or folder, see READERS):
+Rows come from a hub dataset, a file or a folder (see READERS). The formats, one example each:
 
     {"prompt": "Hi", "chosen": "Hello!", "rejected": "What?"}        strings
     {"system": "Be brief.", "question": "Hi",                        Intel/orca_dpo_pairs
      "chosen": "Hello!", "rejected": "No."}
-    {"instruction": "Translate.", "input": "Hi", "chosen": ..,       Alpaca: the prompt is both,
-     "history": [["Hello", "Hello!"], ..]}                           behind turns before them
+    {"instruction": "Translate.", "input": "Hi", "chosen": ..,       Alpaca: the prompt is history,
+     "history": [["Hello", "Hello!"], ..]}                           instruction and input
     {"prompt": [{"role": "user", "content": "Hi"}],                  TRL, conversational
      "chosen": [{"role": "assistant", "content": "Hello!"}],
      "rejected": [...]}
@@ -22,18 +22,17 @@ Row formats, one example each (a hub dataset, or a file or folder, see READERS):
     {"prompt": "Hi", "chosen": [all turns, the response last],       ultrafeedback_binarized, whose
      "rejected": [...], "score_chosen": 8, "score_rejected": 3}      scores --use_scores takes
     {"chosen": [all turns, the response last], "rejected": [...]}    TRL, implicit prompt
-    {"chosen": "The sky is blue.", "rejected": "The sky is green."}  the same: "The sky is" is asked
+    {"chosen": "The sky is blue.", "rejected": "The sky is green."}  its prompt is "The sky is"
     {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello!",                 Anthropic/hh-rlhf
      "rejected": "\n\nHuman: ..."}
     {"prompt": "Hi", "responses": ["best", "middle", "worst"],       n responses, the best first, or
      "rewards": [3, 2, 0]}                                           in any order with rewards,
     {"prompt": "Hi", "responses": ["a", "b"], "best": 1}             or two and which is better
-    {"messages": [..]} or {"prompt": "Hi", "completion": "Hello!"}   for --objective=sft, each turn
-                                                                     of the assistant, but for those
-                                                                     of "weight" 0 or "loss" false,
-                                                                     .. (is_masked)
+    {"messages": [..]} or {"prompt": "Hi", "completion": "Hello!"}   for --objective=sft: all turns
+                                                                     of the assistant, unless they
+                                                                     are masked (see is_masked)
     {"conversation": [{"human": "Hi", "assistant": "Hello!"}]}       Firefly, and so Capybara, LIMA
-    {"question": "Hi", "thoughts": "Short.", "answer": "Hello!"}     thoughts apart
+    {"question": "Hi", "thoughts": "Short.", "answer": "Hello!"}     its thoughts in another field
 """
 import ast
 import bisect
@@ -65,15 +64,15 @@ from configurator import (
     read_json, read_text, reading, require, save_cache, sha256)
 
 MAX_CHARS = 400_000   # of a field; tiktoken panics at a piece of about a million characters
-MAX_TURNS = 500   # of a field; to render each turn with all before it takes seconds then
-MAX_LINE, MAX_WHOLE = 10 ** 8, 2 ** 31   # bytes: a small file may unpack without end
+MAX_TURNS = 500   # of a field; rendering each of so many, with all before it, takes seconds
+MAX_LINE, MAX_WHOLE = 10 ** 8, 2 ** 31   # bytes, since a small .gz may unpack without end
 
 # -----------------------------------------------------------------------------
 # tokenizer
 
 BYTE_LEVEL = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# SmolLM2 cuts digits out first, one by one, so a run of spaces may end right before a digit. Both
-# cuts are this one, which tiktoken does by itself, faster.
+# SmolLM2 first cuts out every digit, then cuts what is left by BYTE_LEVEL, so that a run of spaces
+# may end right before a digit. This one expression comes to the same, and is faster in tiktoken.
 DIGITS_BYTE_LEVEL = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 SPACE = "\u2581"   # how SentencePiece writes a space
 # Where a stretch of text stands. SentencePiece puts a space before some stretches.
@@ -88,7 +87,8 @@ def byte_alphabet():
 
 
 def steps_of(step):
-    """tokenizer.json's normalizer, pre_tokenizer, .. as a list: none, one step, or a Sequence."""
+    """The steps of tokenizer.json's normalizer, pre_tokenizer, .. as a list. (There it is null, one
+    step, or a Sequence of steps.)"""
     if not step or step["type"] != "Sequence":
         return [step] if step else []
     return next((value for value in step.values() if isinstance(value, list)), [])
@@ -103,7 +103,7 @@ def byte_level_cuts(steps, path):
         pattern = pattern.get("Regex") or re.escape(pattern.get("String", ""))
         if step["type"] == "Digits":
             pattern = r"\p{N}" if step["individual_digits"] else r"\p{N}+"
-        # libraries differ in what these mean, and in what they do with a match of no text
+        # libraries differ in what these mean, and in what they do with an empty match
         outside_classes = re.sub(r"\[(\\.|[^\]\\])*\]|\\[$^]", "", pattern)
         strange = re.search(r"\\[wWbBhH]|(?<!\\)\[(\\.|[^\]\\])*(\[|&&)", pattern) \
             or re.search(r"[$^]", outside_classes)
@@ -126,9 +126,9 @@ def byte_level_cuts(steps, path):
 
 
 def metaspace_cuts(steps, merged, path):
-    """-> up to which place SentencePiece's pre_tokenizer, if it has one, puts a space before a
-    stretch of text, and the regular expression by which it cuts. merged: tokens of more than one
-    character. Raises UserError at a step of another kind."""
+    """What SentencePiece's pre_tokenizer does, if there is one -> the last of the places (AT_START,
+    ..) at which it puts a space before a stretch of text, and the regular expressions by which it
+    cuts. merged: tokens of more than one character. Raises UserError at a step of another kind."""
     place, split = NOWHERE, False
     for step in steps:
         require(len(steps) == 1 and step["type"] == "Metaspace" and step["replacement"] == SPACE,
@@ -143,8 +143,8 @@ def metaspace_cuts(steps, merged, path):
 def character_table(vocab, path):
     """What tiktoken starts from in SentencePiece's BPE: {bytes: ids}.
 
-    Bytes come first, then the beginnings of characters, then those. So characters form before any
-    merge, and a beginning that never becomes one falls apart into byte tokens.
+    Bytes come first, then the beginnings of characters, then whole characters. So characters form
+    before any merge, and a beginning that never becomes a character gets the ids of its bytes.
     """
     spelled = [vocab.get(f"<0x{b:02X}>") for b in range(256)]
     require(None not in spelled, f"{path}: byte_fallback, but not all 256 byte tokens")
@@ -157,8 +157,9 @@ def character_table(vocab, path):
 
 @functools.cache
 def newer_characters(cut=""):
-    """{character: one that means nothing} of those that `regex` knows and the older Unicode of
-    tiktoken and `tokenizers` doesn't; not of those within a range of the cut, as a-z is one."""
+    """{character: one that means nothing} for the characters that `regex` knows, and the older
+    Unicode of tiktoken and `tokenizers` doesn't. Those in a range of the cut, as a-z is one, are
+    left out, since a range is the same in any Unicode."""
     if cut:
         ranges = re.findall(r"([^\\\[\]])-([^\\\[\]])", cut)
         return {c: none for c, none in newer_characters().items()
@@ -171,20 +172,22 @@ def newer_characters(cut=""):
 
 
 def find_pieces(cut, text):
-    """The pieces of text that a regular expression finds."""
+    """The pieces of text that the regular expression `cut` finds in tiktoken and `tokenizers`."""
     found = regex.finditer(cut, text.translate(newer_characters(cut)), timeout=RENDER_SECONDS)
     return [text[m.start():m.end()] for m in found]
 
 
-def mergeable(model, others, path):
+def mergeable(model, added, path):
     """The tokens of a BPE that merges make, in the order in which tiktoken is to merge.
 
     `tokenizers` merges the pairs that are listed. tiktoken merges any two neighbours that are a
     token together, and takes a piece that is a token as it is. Both come to the same if each token
-    is what the listed merges make of its own characters. A token of which they make something else
-    is never made in any text, so it is left out. But with ignore_merges (Llama 3) a piece that is
-    such a token becomes it. So it is kept there, and comes last: tiktoken never merges to it if the
-    merges leave three parts of it or more. others: the tokens beside the BPE's.
+    is what the listed merges make of its characters. If they make something else of a token's
+    characters, no text is ever merged to that token, and it is left out. But with ignore_merges
+    (Llama 3) a piece of text that equals it becomes it all the same. Then it is kept, and comes
+    last: tiktoken doesn't merge to it either if the merges leave three parts of it or more.
+
+    added: the tokens beside the BPE's own.
     """
     merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
     odd = next((m for m in merges if not {*m, "".join(m)} <= model["vocab"].keys()), None)
@@ -192,9 +195,9 @@ def mergeable(model, others, path):
             "they make; download it again")
     ranks = {pair: rank for rank, pair in reversed([*enumerate(merges)])}
     made, pieces, last = {}, [], len(merges)   # made: {token: the rank of the merge that makes it}
-    whole = {token: 0 for token in model["vocab"] if model.get("ignore_merges")
-             and len(token) > 1 and token not in others}
-    for token in {a + b: 0 for a, b in merges} | whole:
+    whole = dict.fromkeys(token for token in model["vocab"] if model.get("ignore_merges")
+                          and len(token) > 1 and token not in added)
+    for token in dict.fromkeys(a + b for a, b in merges) | whole:
         parts, rank = [*token], last
         while len(parts) > 1:
             found = [ranks.get(pair, last) for pair in zip(parts, parts[1:])]
@@ -218,10 +221,10 @@ class Tokenizer:
     Two families: byte-level BPE (Llama 3, SmolLM2, Qwen), and SentencePiece's BPE over characters
     (Llama 1 and 2, Mistral), which spells characters that it doesn't know in bytes.
 
-    It gives the ids that the `tokenizers` library gives, with one difference: a marker, which is a
-    special token or another token that the template writes around turns, stays text where the
-    *data* spells it. Where a normalizer is NFC, about a hundred rare combining marks may also come
-    in another order: those of Unicode 10 and later, which Python knows and `tokenizers` doesn't.
+    It gives the ids that the `tokenizers` library gives, with one difference. A *marker* is a
+    special token, or another token that the template writes around turns. Where the *data* spells
+    a marker, it stays text. (And with NFC, about a hundred rare combining marks may come in another
+    order: those of Unicode 10 and later, which Python knows and `tokenizers` doesn't.)
     Raises UserError for files that it can't honour exactly.
     """
 
@@ -284,7 +287,7 @@ class Tokenizer:
         self.fingerprint = hashlib.sha256(content.encode()).hexdigest()
 
     def load_bpe(self, spec, added, path):
-        """tiktoken's Encoding of the vocabulary, and what is done to a text before it."""
+        """Make tiktoken's Encoding of the vocabulary, and find out what is done to a text first."""
         model, vocab = spec["model"], spec["model"]["vocab"]
         normalizers, steps = steps_of(spec.get("normalizer")), steps_of(spec.get("pre_tokenizer"))
         byte_level = any(step["type"] == "ByteLevel" for step in steps)
@@ -300,7 +303,8 @@ class Tokenizer:
                     and normalizers.count(step) == 1,
                     f"{path}: normalizer {step} is not supported")
         self.nfc, self.prepend = {"type": "NFC"} in normalizers, put_first in normalizers
-        self.spaces = spaces in normalizers or characters and bool(steps)   # are written as SPACE
+        # whether spaces are written as SPACE
+        self.spaces = spaces in normalizers or characters and bool(steps)
         require(self.spaces or not self.prepend, f"{path}: Prepend alone is not supported")
         self.metaspace = NOWHERE
         merged = mergeable(model, added, path)
@@ -335,13 +339,14 @@ class Tokenizer:
         if characters:   # spaces as in a text, and byte tokens as what they stand for
             self.bytes_of = {i: b.replace(SPACE.encode(), b" ") for i, b in self.bytes_of.items()}
             self.bytes_of |= {vocab[f"<0x{b:02X}>"]: bytes([b]) for b in range(256)}
-        decoder = steps_of(spec.get("decoder"))   # SentencePiece takes the first space off again
+        decoder = steps_of(spec.get("decoder"))
+        # whether the space that SentencePiece puts before a text is taken off again
         self.strip = any(step["type"] == "Strip" and step["start"] or step["type"] == "Metaspace"
                          and step.get("prepend_scheme") != "never" for step in decoder)
 
     def encode(self, text, after=""):
         """Text -> ids. Added tokens become their ids, unless `shield` has hidden them. after: the
-        text before this one, which decides about a space at the border."""
+        text that this one follows, which decides whether a space is put between them."""
         place = AT_START if not after else \
             AFTER_TOKEN if after.endswith(self.before_stretch) else INSIDE
         ids = []
@@ -372,7 +377,8 @@ class Tokenizer:
             for cut in self.cuts:
                 pieces = [found for piece in pieces for found in find_pieces(cut, piece)]
             ranks = [rank for piece in pieces for rank in self.bpe.encode_ordinary(piece)]
-        if not self.dropped.keys().isdisjoint(ranks):   # what is left of such a piece merges
+        # A byte without an id is dropped before merging, so what is left of its piece may merge.
+        if not self.dropped.keys().isdisjoint(ranks):
             ranks, dropped = [], bytes(self.dropped.values())
             for piece in (found for p in pieces for found in find_pieces(self.pattern, p)):
                 kept = piece.encode().translate(None, dropped)
@@ -386,8 +392,8 @@ class Tokenizer:
     # --- chats
 
     def find_markers(self):
-        """Markers: special tokens, and others that the template writes around turns. They stay
-        text where data spells them. Thoughts have tokens too, and data may spell those."""
+        """Find the markers: special tokens, and others that the template writes around turns. They
+        stay text where data spells them, but for the tokens around thoughts, which data may use."""
         chat, talk = "", [turn(role, "a") for role in ("user", "assistant", "user")]
         for turns in (talk, talk[:2]) if self.template_text else ():
             with contextlib.suppress(Drop):   # the rows will show what the template refuses
@@ -420,7 +426,8 @@ class Tokenizer:
         template = self.tool_template if tools is not None else self.template
         turns = with_reasoning(turns)
         no_nulls = [{k: v for k, v in t.items() if v is not None} for t in turns]
-        # beside tool calls a template wants no content (as from transformers), null, or ""
+        # Where a turn has only tool calls, a template may want no content at all (as transformers
+        # gives it), null, or "".
         for messages in (no_nulls, turns, [{"content": ""} | t for t in no_nulls]):
             try:
                 with limited(RENDER_SECONDS, "chat template: to render a row"):
@@ -442,7 +449,7 @@ class Tokenizer:
                 "whose turns end in {{ eos_token }}")
 
     def renders_to(self, text, *args, **template):
-        """Whether such a conversation, of which something was taken away, is the same text."""
+        """Whether a conversation is rendered to `text`, though the caller left something out."""
         try:
             return self.render(*args, **template) == text
         except Drop:
@@ -453,8 +460,8 @@ class Tokenizer:
         return self.encode(self.render(self.shield(turns), True, **self.shield(template)))
 
     def encode_responses(self, turns, responses, **template):
-        """-> prompt ids, [response ids, ..]. A response is text, or turns that end in the
-        assistant's. template: what `render` gets beside the turns.
+        """-> prompt ids, [response ids, ..]. A response is text, or a list of turns that ends in
+        one of the assistant's. template: what `render` gets beside the turns.
 
         The prompt is what the model is given at inference. A response is what the model should
         write then, up to the template's end-of-turn token, or eos where the template has none.
@@ -466,7 +473,7 @@ class Tokenizer:
         encoded = []
         for text in texts:
             ends = [m.end() for m in self.marker_pattern.finditer(text)]
-            if ends and not text[ends[-1]:].strip():   # tool calls may end otherwise than answers
+            if ends and not text[ends[-1]:].strip():   # the last marker ends the turn
                 ids = self.encode(text[:ends[-1]], prompt)
                 require(ids[-1] in self.added.values(), "tokenizer.json: the end-of-turn token in "
                         f"{text[:ends[-1]][-20:]!r} is one only after a space (normalized: true)")
@@ -481,7 +488,7 @@ class Tokenizer:
         """What encode_responses encodes, as text: the prompt, [response, ..]."""
         prompt = self.render(turns, True, **template)
         self.check_turns(prompt, turns, True, template)
-        # what the template writes before a plain answer, and behind it: the end of its turn
+        # what the template writes before and after a plain answer: its header, the end of its turn
         before, found, after = self.render(
             [*turns, turn("assistant", ANSWER)], **template).rpartition(ANSWER)
         if not found:
@@ -499,13 +506,14 @@ class Tokenizer:
         return prompt, texts
 
     def render_response(self, prompt, turns, new, template):
-        """The conversation with a response's turns, rendered, with all that these say in it."""
+        """Render the conversation with a response's turns, so that all that they say is in it."""
         full = self.render([*turns, *new], **template)
-        # Templates leave the thoughts of earlier answers out, and some those of the last one too.
-        # The model should write them. Hidden in the content, they stay there.
+        # Templates leave out the thoughts of earlier answers, and some those of the last one too.
+        # The model should write them, so they go into the content. There HIDDEN stands for the <
+        # of their tags, by which the template would find them.
         begun = OPEN_THOUGHT.sub("", prompt)
         if not full.startswith(begun):
-            begun = os.path.commonprefix([full, begun])   # slow
+            begun = os.path.commonprefix([full, begun])   # slow, and mostly not needed
         written, kept = squash(full[len(begun):]), []
         for t in new:
             thought, said = t.get("reasoning_content") or "", text_of(t)
@@ -516,6 +524,7 @@ class Tokenizer:
             kept.append(t)
         if kept != new:
             full = self.render([*turns, *kept], **template)
+        # What can be taken away without a change of the text is not in it.
         mute = [t | {"content": text_of(t)} | dict.fromkeys(CALLS) if any(map(t.get, CALLS)) else t
                 for t in [*turns, *kept]]
         alone = turns + [t | {"content": None} if t.get("tool_calls") and text_of(t).strip() else t
@@ -526,31 +535,32 @@ class Tokenizer:
         self.check_turns(full, turns + kept, False, template)
         written = squash(full)
         if not all(squash(text_of(t)) in written for t in kept
-                   if t["role"] == "assistant"):   # a tool's answer may be JSON there
+                   if t["role"] == "assistant"):   # check_turns has seen to the others
             raise Drop("the chat template leaves a part of the response out")
         return full.replace(HIDDEN, "<")
 
     def check_turns(self, text, turns, generation, template):
-        """Drop where the template wrote a text without a tool's answer, or another role's turn."""
-        others = [i for i, t in enumerate(turns) if i and t["role"] not in ("user", "assistant")]
-        written = squash(text) if others else ""
-        for i in others:
-            said = text_of(turns[i])   # or as JSON, as Llama 3.1's template writes a tool's answer
-            if not any(squash(form) in written for form in (said, json.dumps(
-                    said, ensure_ascii=False))) and self.renders_to(
-                        text, turns[:i] + turns[i + 1:], generation, **template):
-                raise Drop("the chat template leaves a turn of the role "
-                           f"{turns[i]['role'][:20]} out")
+        """Raise Drop if the text lacks a turn of a role like a tool's, or a later system turn."""
+        written = squash(text)
+        for i, t in enumerate(turns):
+            if i == 0 or t["role"] in ("user", "assistant"):
+                continue
+            # Llama 3.1's template writes a tool's answer as JSON.
+            forms = text_of(t), json.dumps(text_of(t), ensure_ascii=False)
+            if not any(squash(form) in written for form in forms) and self.renders_to(
+                    text, turns[:i] + turns[i + 1:], generation, **template):
+                raise Drop(f"the chat template leaves a turn of the role {t['role'][:20]} out")
 
     def continuation(self, prompt, before, full):
-        """What is to be written after the prompt, given a whole conversation, rendered, and what
-        stands there before a plain answer.
+        """The text that the model should write after the prompt.
 
-        Mostly the conversation begins with the prompt. But templates move a system turn into the
-        user's last turn, which is another one then, or begin a thought in the prompt only.
+        full: the whole conversation, rendered. Mostly it begins with the prompt. But a template
+        may put the system turn into the user's last turn, which may be another turn in the whole
+        conversation, or begin a thought in the prompt only. before: what the template writes
+        before a plain answer to the same turns.
         """
         begun = OPEN_THOUGHT.sub("", prompt)
-        thought = prompt[len(begun):].strip()   # begun in the prompt, or empty and closed there
+        thought = prompt[len(begun):].strip()   # a tag that the prompt opens, or an empty thought
         start = next((s for s in (prompt, begun, before, before.rstrip()) if full.startswith(s)),
                      None)
         if start is None:
@@ -564,14 +574,14 @@ class Tokenizer:
             return text if start == prompt and not repeated else text.lstrip()
         if start == prompt:
             return text
-        if not thought:   # with the space that a template may put before an answer
+        if not thought:   # then keep the white space that the template puts before an answer
             gap = before[len(before.rstrip()):][len(prompt) - len(prompt.rstrip()):]
             header = "".join(prompt.split()[-1:])
             return gap * (start == before and before.rstrip().endswith(header)) + text
         text, closing = text.lstrip().removeprefix(thought), thought.replace("<", "</")
         if closing in self.marker_pattern.split(text)[0]:
             return text
-        return f"\n{closing}\n\n{text}"   # no thought, as Qwen3 writes it
+        return f"\n{closing}\n\n{text}"   # as Qwen3 writes an answer without a thought
 
     def stop_ids(self):
         """The ids that end a response: eos, the config files' own, the template's end of turn."""
@@ -586,8 +596,8 @@ def pattern_of(tokens):
 
 
 def split_at(pattern, text, place):
-    """Cuts text at tokens. Yields (the text before one, where it stands, the token), and what is
-    left at last, with None."""
+    """Cut text at tokens. Yields (the text before a token, its place, the token), and at last (the
+    text that is left, its place, None). place: where the text stands (AT_START, ..)."""
     at = 0
     for match in pattern.finditer(text):
         yield text[at:match.start()], place, match[0]
@@ -596,16 +606,16 @@ def split_at(pattern, text, place):
 
 
 def with_reasoning(turns):
-    """The turns with their reasoning by the names that templates read, as transformers does it."""
+    """The turns, with an answer's thoughts under both names that templates read."""
     found = [next((t[name] for name in THOUGHTS if t.get(name) is not None), None) for t in turns]
     return [t if said is None else {"thinking": said, **t, "reasoning_content": said}
             for t, said in zip(turns, found)]
 
 
 def with_arguments(turns, text):
-    """The turns with a tool call's arguments as an object where the data has them as JSON and the
-    template wrote that as a string, into `text`. (vLLM gives every template the objects. Some want
-    the JSON.)"""
+    """The turns, with a tool call's arguments as an object where the data has them as JSON, and the
+    template wrote this JSON into `text` as a quoted string. (vLLM always gives the object, but some
+    templates want the JSON.)"""
     def parsed(call):
         if not isinstance(call, dict):
             return call
@@ -624,7 +634,7 @@ def squash(text):
 
 
 def find_added_tokens(path, spec, config, special_map, added_tokens):
-    """{content: {"id", "special", ..}} of the tokens beside the BPE's own.
+    """The tokens beside the BPE's own: {content: {"id", "special", ..}}.
 
     tokenizer.json has them all, except in some older checkpoints. There transformers also reads
     tokenizer_config.json, or special_tokens_map.json and added_tokens.json, and so does this.
@@ -654,8 +664,8 @@ def find_added_tokens(path, spec, config, special_map, added_tokens):
 
 
 def find_text_prefix(spec):
-    """Ids that tokenizers puts before a plain text, as Llama-3's bos. (A chat template writes its
-    own.)"""
+    """The ids that `tokenizers` puts before a plain text, such as Llama 3's bos. (A chat template
+    writes its bos itself.)"""
     for step in steps_of(spec.get("post_processor")):
         if step["type"] == "TemplateProcessing":
             names = [part.get("SpecialToken", {}).get("id") for part in step["single"]]
@@ -677,7 +687,7 @@ DATE = datetime(2024, 7, 26)   # for templates that write the day's date: not th
 SHIELD, SHIELD_END, ANSWER, HIDDEN = "\ufdd0\ufdd1\ufdd2\ufdd3"   # no valid text has these
 THINK = re.compile(r"<(/?\w*(?:think|thought|reason)\w*>)")   # around thoughts
 NO_THOUGHT = r"<(\w*(?:think|thought|reason)\w*)>\s*</\1>\s*"
-# where a prompt begins one, or has an empty one
+# a thought that the end of a prompt opens, or an empty one there
 OPEN_THOUGHT = re.compile(r"<\w*(?:think|thought|reason)\w*>\s*$|" + NO_THOUGHT + "$")
 PLACEHOLDER = re.compile(f"{SHIELD}[0-9]+{SHIELD_END}")
 
@@ -694,8 +704,9 @@ TEMPLATES = {
 
 
 def find_chat_template(folder, config, override):
-    """The text of the template, a named one, a .jinja file, or else the checkpoint's own, and of
-    the one for rows with tools, which is mostly the same. "" where it has none."""
+    """-> the text of the chat template, and of the one for rows with tools, mostly the same.
+    override: one of TEMPLATES, a .jinja file, or "" for the checkpoint's own ("" if it has none).
+    """
     path = os.path.expanduser(override) or os.path.join(folder, "chat_template.jinja")
     require(override in ("", *TEMPLATES) or os.path.exists(path),
             f"chat_template: no file {path} (or one of {', '.join(TEMPLATES)})")
@@ -713,11 +724,11 @@ def find_chat_template(folder, config, override):
 
 
 def compile_template(text, where):
-    """A chat template, compiled as transformers does, in a sandbox: it is a stranger's program."""
+    """Compile a chat template as transformers does, in a sandbox, since strangers write them."""
     from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    class Generation(Extension):   # {% generation %} marks the assistant's tokens, the text stays
+    class Generation(Extension):   # {% generation %} only marks the assistant's text for trainers
         tags = {"generation"}
 
         def parse(self, parser):
@@ -728,7 +739,7 @@ def compile_template(text, where):
         raise Drop(f"the chat template refuses: {first_line(message or 'no reason')}")
 
     class Sandbox(ImmutableSandboxedEnvironment):
-        intercepted_binops = {"**", "*"}   # one of these may take longer than any time limit
+        intercepted_binops = {"**", "*"}   # one may take hours, and no time limit can stop it
 
         def call_binop(self, context, operator, left, right):
             times = [b for a, b in ((left, right), (right, left)) if isinstance(a, (str, list))]
