@@ -762,8 +762,9 @@ def compile_template(text, where):
 # -----------------------------------------------------------------------------
 # rows: whatever layout -> turns and responses
 
-# A field, and what data sets call it; the first of the names that a row has counts. Another name is
-# a word here. A layout that takes more than names is a few lines in `translate`.
+# The fields, and the names that data sets have for each. Of several that a row has, the first one
+# counts. To read another name, add it here. A layout that needs more than names is a few lines in
+# `translate`.
 NAMES = {name: names.split() for name, names in {
     "system": "system system_prompt system_message system_instruction systemInstruction",
     "messages": "messages conversations conversation trajectory",
@@ -802,7 +803,7 @@ AS_TEXT = re.compile(r"\s*\[?\s*\{[^{}\[\]]*" + NAMES_ROLE % "system|user|human|
 
 MESSAGE = {"role", "content"}, {"from", "value"}   # the fields of a message, and no others
 
-# two speakers in one text, as in BELLE ("Human: ..") and HelpSteer2 ("<extra_id_1>User")
+# how a text spells two speakers, as in BELLE ("Human: ..") and HelpSteer2 ("<extra_id_1>User")
 SPEAKERS = [re.compile(rf"^(?:.{{0,4}}\b(?:{who})\s?[:\uff1a]|<extra_id_1>(?:{who})$)",
                        re.IGNORECASE | re.MULTILINE)
             for who in ("human|user|prompter", "assistant|ai|bot")]
@@ -829,16 +830,16 @@ class BadRow(UserError):
 
 
 class Fields(dict):
-    """A row's fields, which are asked for by the words of NAMES. `used` has the names, as the row
-    has them, of those that were taken."""
+    """A row's fields, which are asked for by the words of NAMES. `used` has the row's own names of
+    the fields that were taken."""
 
     def __init__(self, row):
         super().__init__(row)
         self.used = set()
 
     def name(self, *words):
-        """What the row calls a field: the first name that holds something, or else that is there,
-        or None."""
+        """What the row calls a field: the first of its names that holds something, else the first
+        that is there, else None."""
         there = [name for word in words for name in NAMES[word] if name in self]
         return next((name for name in there if self[name] not in (None, "")), (there or [None])[0])
 
@@ -852,7 +853,7 @@ class Fields(dict):
         return self.name(word) in self.used
 
     def take(self, *words):
-        """-> a field's name in the row, its value."""
+        """-> a field's name in the row and its value. Raises BadRow if the row lacks it."""
         name = self.name(*words)
         if name is None:
             raise self.missing(words[0])
@@ -872,9 +873,9 @@ class Row:
     """The normal form of a row: a prompt and n ways to go on."""
     turns: list             # of the prompt: {"role", "content", and what else the row has there}
     responses: list         # n of them, each a list of turns, the best first
-    rewards: list           # r of each, or None where the row has none
+    rewards: list           # R of each response, or None where the row has none
     template: dict          # what the chat template gets beside the turns
-    ranked: str             # by what `responses` without rewards are: "best", "order"; else ""
+    ranked: str             # what ranks a list of responses without rewards: "best", "order", or ""
 
 
 def parse_row(row, columns={}, use_scores=False):
@@ -882,8 +883,8 @@ def parse_row(row, columns={}, use_scores=False):
 
     row: an object, or the bytes of its line of JSON. A preference becomes one Row: each response
     becomes a whole dialogue, and the prompt is what these share. A conversation or a completion
-    becomes a Row for each turn of the assistant in it. Raises Drop, BadRow, and UserError for a row
-    that no drop would make right (`first_is_best`).
+    becomes a Row for each turn of the assistant in it. Raises Drop, BadRow, or UserError where to
+    drop this row would leave others wrong (`first_is_best`).
     """
     given = parse_line(row)
     row = translate(given, columns)
@@ -908,8 +909,9 @@ def parse_row(row, columns={}, use_scores=False):
 
 
 def take_answers(row, columns):
-    """What is trained on: [(a field's name, its value), ..]. Chosen and rejected come before a list
-    of responses, that before a completion, that before a conversation, but for --columns."""
+    """What is trained on: [(a field's name, its value), ..]. Of several layouts in one row, chosen
+    and rejected count first, then a list of responses, a completion, and a conversation, unless
+    --columns names one of the later ones."""
     if row.has("chosen") or row.has("rejected") or row.has("completion") and row.name("rejected"):
         name = "chosen" if row.name("chosen") or not row.has("completion") else "completion"
         answers = [row.take(name), row.take("rejected")]
@@ -939,7 +941,7 @@ def take_answers(row, columns):
 
 
 def best_first(row, answers, columns, use_scores):
-    """-> the answers with the best first; r of each, or None; by what they are ranked (Row)."""
+    """-> the answers, the best first; their rewards, or None; and what ranks them (Row.ranked)."""
     pair = row.took("rejected")
     rewards = take_rewards(row, pair, len(answers), use_scores)
     if rewards:   # ties stay in order
@@ -970,7 +972,7 @@ def take_template(row):
 
 
 def not_used(row, given, columns, new, dialogues):
-    """The names of fields, and paths of --columns, that hold something and made no difference."""
+    """The names of fields that hold something, and paths of --columns, which made no difference."""
     said = {text_of(t).strip() for turns in dialogues for t in turns}
     paths = {part for path in columns.values() for part in (
         [path] if path in given else summands(path))}
@@ -1002,13 +1004,13 @@ def parse_line(row):
 
 
 def in_no_order(row):
-    """Whether the responses are distilabel's or Open-R1's generations, not rated."""
+    """Whether the responses are generations, as of distilabel or Open-R1, that nothing rates."""
     return row.name("responses") == "generations" and not row.has("rewards") \
         and not row.has("best")
 
 
 def is_answered(row):
-    """Whether the row has a conversation that ends in an answer, so that others only repeat it."""
+    """Whether the row has a conversation that ends in an answer. Then a completion repeats it."""
     value = row.value("messages")
     with contextlib.suppress(BadRow):
         value = parse_messages("messages", value)
@@ -1017,8 +1019,8 @@ def is_answered(row):
 
 
 def tools_of(tools):
-    """A row's tools as templates want them: OpenAI's old functions and LLaMA-Factory's tools are
-    the function alone, others are JSON in a list, or lie in an object."""
+    """A row's tools as templates want them. OpenAI's old functions and LLaMA-Factory's tools are
+    the function alone. Others are a list of JSON texts, or lie in an object."""
     if isinstance(tools, dict):
         tools = listed("tools", tools.get("tools"))
     tools = [listed("tools", tool) if isinstance(tool, str) else tool for tool in tools]
@@ -1027,7 +1029,8 @@ def tools_of(tools):
 
 
 def translate(row, columns):
-    """The row with `columns` renamed, and with the names of NAMES where its layout lacks them."""
+    """The row as Fields, with the paths of --columns under their names, and layouts that differ
+    by more than names brought to those of NAMES."""
     there = row.keys()
     found = {name: at(row, path) for name, path in columns.items() if at(row, path) is not None}
     for name in [n for n in found if columns[n] not in row and len(summands(columns[n])) > 1]:
@@ -1039,7 +1042,7 @@ def translate(row, columns):
             found[name] = values
     other = {"chosen", "rejected"} if "responses" in found else set()
     root = columns.get("prompt", "").split(".")[0]
-    if root in NAMES["input"] and isinstance(row.get(root), list):   # it would come once more
+    if root in NAMES["input"] and isinstance(row.get(root), list):   # else it would come twice
         other.add(root)
     row = Fields({name: value for name, value in row.items()
                   if name not in columns.values() and name not in other} | found)
@@ -1053,24 +1056,24 @@ def translate(row, columns):
     for name in (lists | {"input"} if "preferred_output" in row else lists) & row.keys():
         with contextlib.suppress(BadRow):   # kept as text, as a CSV does
             row[name] = listed(name, row[name])
-    if isinstance(row.get("rating"), list) and not row.has("rewards"):   # distilabel's, of old
+    if isinstance(row.get("rating"), list) and not row.has("rewards"):   # older distilabel
         row["rewards"] = row.pop("rating")
     if isinstance(row.get("scores"), list) and row.has("responses") and not row.has("rewards"):
-        row["rewards"] = row.pop("scores")   # beside a pair they may be of anything
-    if isinstance(row.get("functions"), list) and not row.has("tools"):   # OpenAI's, of old
+        row["rewards"] = row.pop("scores")   # beside chosen and rejected they may rate anything
+    if isinstance(row.get("functions"), list) and not row.has("tools"):   # older OpenAI
         row["tools"] = row.pop("functions")
     if isinstance(row.get("contents"), list) and not row.has("messages") and all(
-            isinstance(m, dict) and "parts" in m for m in row["contents"]):   # Gemini's
+            isinstance(m, dict) and "parts" in m for m in row["contents"]):   # Gemini
         row["messages"] = row.pop("contents")
-    if isinstance(row.get("input"), dict):   # OpenAI's preferences
+    if isinstance(row.get("input"), dict):   # OpenAI's format of preferences
         row |= row.pop("input")
     if row.has("rejected") and not row.name("chosen") and str(row.get("accepted")).lower() not in (
             "none", "", "true", "false", "yes", "no", "0", "1"):
-        row["chosen"] = row.pop("accepted")   # Vezora's
+        row["chosen"] = row.pop("accepted")   # Vezora
     if row.has("messages") and row.get("rejected_message") and not row.has("rejected"):
-        row["rejected"] = row.pop("rejected_message")   # OpenPipe's
+        row["rejected"] = row.pop("rejected_message")   # OpenPipe
     if row.has("rejected") and row.has("messages") and not row.has("chosen", "completion"):
-        name = row.name("messages")      # ms-swift's, of which the last is the chosen one
+        name = row.name("messages")   # ms-swift, where the last turn is the chosen one
         *before, chosen = turns_of(name, row.pop(name), "user") or [None]
         whole = row.name("rejected") == "rejected_messages"
         row |= {"chosen": [*before, chosen]} if whole else {name: before, "chosen": chosen}
@@ -1110,12 +1113,13 @@ def summands(path):
 
 
 def root_of(path):
-    """The field that a path leads into."""
+    """The row's field that a path begins with."""
     return path.lstrip("-").split(".")[0]
 
 
 def negative(path, value):
-    """Numbers with the other sign, also in a list or as text. None stays None."""
+    """A number with the other sign, or a list of such, also where they are text. None stays None.
+    """
     if isinstance(value, str) and value.strip().startswith("["):
         value = listed(path, value)
     if isinstance(value, list):
@@ -1127,11 +1131,12 @@ def negative(path, value):
 
 
 def take_rewards(row, pair, n, use_scores):
-    """r of each of the n responses, or None."""
+    """R of each of the n responses, or None where the row has no rewards. pair: whether these are
+    chosen and rejected."""
     if pair and use_scores and (row.has("responses") or not row.has("rewards")):
         (name, a), (_, b) = row.take("score_chosen"), row.take("score_rejected")
         rewards = [a, b]
-    elif row.has("rewards") and not (pair and row.has("responses")):   # or they are of those
+    elif row.has("rewards") and not (pair and row.has("responses")):   # these they would rate
         name, rewards = row.take("rewards")
         rewards = listed(name, rewards)
         if isinstance(rewards, dict):
@@ -1152,14 +1157,14 @@ def first_is_best(row, answers):
     if re.match(r"tie|both|neither", str(value).strip().lower()):
         raise Drop("no response is the better one")
     if not found or len(answers) != 2:
-        # no BadRow: where some rows count from 1, those that would not be dropped are wrong too
+        # This is no BadRow: where a row counts from 1, rows that say 1 are wrong as well.
         raise UserError(f'"{name}" must say which of two responses is the better one: 0 or 1, a or '
                         f"b, model_a or model_b (got {str(value)[:30]}, {len(answers)} responses)")
     return (found[1] or found[2]) in "a0"
 
 
 def make_dialogues(row, answers):
-    """-> the turns that each answer brings, and the same behind the turns of the prompt."""
+    """-> the turns that each answer brings, and the dialogues that they make with the prompt."""
     asked = row.value("prompt", "input")
     new = [turns_of(name, value, "assistant", asked if isinstance(asked, str) else "")
            for name, value in answers]
@@ -1169,7 +1174,7 @@ def make_dialogues(row, answers):
     if prompt and isinstance(row.get("history"), list):
         prompt = join(turns_of(*row.take("history"), "user"), prompt)
     if not prompt and not whole and any(len(turns) == 1 for turns in new):
-        # TRL's implicit prompt in text: what the responses share, up to a space
+        # TRL's implicit prompt, in text: as many whole words as the responses share
         texts = [value for _, value in answers if isinstance(value, str) and not hh_turns(value)]
         shared = re.match(r"(.*\S)\s+\S*$", os.path.commonprefix(texts), re.DOTALL)
         if len(texts) < max(2, len(answers)) or not shared or row.name("prompt"):
@@ -1204,7 +1209,7 @@ def take_prompt(row, whole):
 
 
 def join(prompt, turns):
-    """Prompt and turns, less those that both have."""
+    """The prompt's turns and those of an answer, without repeating what both have."""
     system, own = ([t for t in x[:1] if t["role"] == "system"] for x in (prompt, turns))
     prompt, turns = prompt[len(system):], turns[len(own):]
     n = next((n for n in range(min(len(prompt), len(turns)), 0, -1)
@@ -1218,14 +1223,14 @@ def join(prompt, turns):
 
 
 def first_new(turns, new):
-    """Where in a dialogue the turns begin that an answer brings."""
-    moved = new != [] and new[0]["role"] == "system"   # to the top
+    """Where in a dialogue, `turns`, the turns begin that an answer brings, `new`."""
+    moved = new != [] and new[0]["role"] == "system"   # to the top of the dialogue
     return max(1, len(turns) - len(new) + moved)
 
 
 def shared_turns(dialogues, new):
-    """How many turns are the prompt: as many as all have in common, with the assistant's next. What
-    stands before the turns that an answer brings, `new`, is no response."""
+    """How many turns are the prompt: as many as all dialogues have in common, where an answer is
+    next. No turn before those that an answer brings, `new`, is a part of a response."""
     if any(not turns or turns[-1]["role"] != "assistant" for turns in new):
         raise Drop("no response turn")
     least = max(map(first_new, dialogues, new))
@@ -1240,14 +1245,14 @@ def shared_turns(dialogues, new):
 
 
 def parse_messages(name, value):
-    """A field's value. Messages that it keeps as text, as a CSV does, are parsed."""
+    """A field's value, parsed if it is messages that are kept as text, as in a CSV."""
     if isinstance(value, str) and re.fullmatch(r"\s*[\[{].*[\]}]\s*", value, re.DOTALL):
         if AS_TEXT.match(value):
             found = listed(name, value)
             if isinstance(found, list) or {"content", "value", "tool_calls"} & found.keys():
                 return found
         if ROLE.search(value):
-            with contextlib.suppress(BadRow):   # then it is a text like others
+            with contextlib.suppress(BadRow):   # what can't be parsed is text that spells a role
                 found = listed(name, value)
                 if isinstance(found, dict):
                     return found if found.keys() in MESSAGE else value
@@ -1261,8 +1266,8 @@ def turn(role, content):
 
 
 def turns_of(name, value, role, prompt=""):
-    """A field's value -> turns. It holds messages, one message, text of the role's, or an hh-rlhf
-    dialogue. (What looks like one and lacks the prompt is text.)"""
+    """A field's value -> turns. It holds messages, one message, a text of this role, or an hh-rlhf
+    dialogue. (A text that looks like such a dialogue, but does not repeat the prompt, is text.)"""
     if isinstance(value, str):
         if prompt and hh_turns(prompt, "user"):   # as in Dahoas/full-hh-rlhf, yitingxie's
             value = re.sub(r"^\s*Assistant:", "", value).strip()   # rlhf-reward-datasets
@@ -1286,8 +1291,8 @@ def turns_of(name, value, role, prompt=""):
 
 
 def with_calls(name, t, turns):
-    """ShareGPT's and ms-swift's turn of a call as one of the assistant. It takes the last of the
-    turns before it along, where that is the assistant's too."""
+    """A turn that is a call, as ShareGPT and ms-swift have it, as one of the assistant with
+    tool_calls. If the last of the turns before it is the assistant's, the calls go to that one."""
     calls = listed(name, t["content"])
     calls = [{"type": "function", "function": call}
              for call in (calls if isinstance(calls, list) else [calls])]
@@ -1298,9 +1303,9 @@ def with_calls(name, t, turns):
 
 
 def exchange(value):
-    """The turns of what a list may have in place of messages, or []: {"input": .., "output": ..} as
-    in Capybara, {"human": .., "assistant": ..} as in Firefly, [asked, answered] as in a history,
-    [role, text] as in FastChat."""
+    """The turns of what a list may have in place of a message: {"input": .., "output": ..} as in
+    Capybara, {"human": .., "assistant": ..} as in Firefly, [asked, answered] as in a history, or
+    [role, text] as in FastChat. [] for anything else."""
     if isinstance(value, list) and len(value) == 2 and all(isinstance(x, str) for x in value):
         if role := ROLES.get(value[0].lower()):
             return [turn(role, value[1])]
@@ -1316,14 +1321,14 @@ def exchange(value):
 
 
 def check_message(name, message, alone=False):
-    """A message with its role and content by these names, and what else it has. (Null is what Arrow
-    writes for what isn't there.) alone: whether it is all that the field holds."""
+    """A message -> {"role", "content", and what else it has}, without nulls, which Arrow writes for
+    what isn't there. alone: whether it is all that the field holds."""
     rest = {k: v for k, v in message.items() if v is not None} if isinstance(message, dict) else {}
     role = rest.pop("role", rest.pop("from", "system" if name in NAMES["system"] else None))
     parts = next((rest.pop(key) for key in ("content", "value", "text", "parts") if key in rest),
                  None)
     content = joined(name, parts)
-    if call := rest.pop("function_call", None):   # OpenAI's, of old
+    if call := rest.pop("function_call", None):   # older OpenAI
         call = listed("function_call", call)
         rest["tool_calls"] = [{"type": "function", "function": call}]
     if isinstance(rest.get("tool_calls"), str):   # as JSON
@@ -1350,18 +1355,18 @@ def check_message(name, message, alone=False):
     spans = parts if isinstance(parts, list) else rest.get("train_detail") or []
     if role == "assistant" and any(map(is_masked, spans)):
         raise BadRow(f'"{name}" has turns with parts that are not to be trained on')
-    # An empty list of calls is none: templates would write its frame, or refuse it.
+    # An empty list of calls goes, since templates would write its frame, or refuse it.
     return turn(role, content) | {k: v for k, v in rest.items() if v or k not in CALLS}
 
 
 def joined(name, value):
-    """Content that is a list of parts, as one text; or what else it is."""
+    """Content that is a list of parts, as one text. Other content stays as it is."""
     if not isinstance(value, list):
         return value
     texts = []
     for part in value:
         kind = part.get("type", "text") if isinstance(part, dict) else kind_of(part)
-        kind = "text" if kind in ("input_text", "output_text") else kind   # as OpenAI's are called
+        kind = "text" if kind in ("input_text", "output_text") else kind   # OpenAI's Responses API
         text = next((part[key] for key in ("text", "value", "content") if key in part), None) \
             if kind == "text" else None
         if not isinstance(text, str):
@@ -1379,8 +1384,8 @@ def is_masked(part):
 
 
 def hh_turns(dialogue, role="assistant"):
-    """hh-rlhf's "\n\nHuman: ...\n\nAssistant: ..." -> turns, split at the markers, or [] for other
-    text. The user's part, a prompt, ends where the assistant's begins."""
+    """hh-rlhf's "\n\nHuman: ...\n\nAssistant: ..." -> its turns, or [] for other text. With role
+    "user" it is a prompt, which ends in a turn of the user or an empty one of the assistant."""
     first, *pieces = re.split(r"\n\n(Human|Assistant):", "\n\n" + dialogue.lstrip())
     turns = [turn(ROLES[who.lower()], what.strip())
              for who, what in zip(pieces[::2], pieces[1::2])]
@@ -1396,21 +1401,20 @@ def text_of(turn):
 
 
 def same(a, b):
-    """Whether turns say the same, but for white space. What else messages have (ids, times) doesn't
-    count."""
+    """Whether turns say the same, but for white space and what else messages have (ids, times)."""
     a, b = ([(t["role"], text_of(t).split(), *(t.get(key) or None for key in SAID)) for t in turns]
             for turns in (a, b))
     return a == b
 
 
-# numpy's list of texts, which Python reads as one text, and of objects
+# how numpy prints a list of texts, which Python reads as one text, and a list of objects
 WITHOUT_COMMAS = re.compile(
     r"""\s*\[(\s*('(\\.|[^'\\])*'|"(\\.|[^"\\])*")){2,}\s*\]\s*""", re.DOTALL)
 OBJECTS_WITHOUT_COMMAS = re.compile(r"\} *\n *\{")
 
 
 def listed(name, value):
-    """A list or an object, also where it is kept as text."""
+    """A field's list or object, also where it is kept as text. Raises BadRow for anything else."""
     if isinstance(text := value, str):
         for parse in (parse_json, ast.literal_eval):
             with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
