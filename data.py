@@ -87,8 +87,7 @@ def byte_alphabet():
 
 
 def steps_of(step):
-    """The steps of tokenizer.json's normalizer, pre_tokenizer, .. as a list. (There it is null, one
-    step, or a Sequence of steps.)"""
+    """A normalizer, pre_tokenizer, .. (null, one step, or a Sequence) as a list of steps."""
     if not step or step["type"] != "Sequence":
         return [step] if step else []
     return next((value for value in step.values() if isinstance(value, list)), [])
@@ -704,9 +703,8 @@ TEMPLATES = {
 
 
 def find_chat_template(folder, config, override):
-    """-> the text of the chat template, and of the one for rows with tools, mostly the same.
-    override: one of TEMPLATES, a .jinja file, or "" for the checkpoint's own ("" if it has none).
-    """
+    """-> the text of the chat template ("" if there is none), and of the one for rows with tools,
+    mostly the same. override: one of TEMPLATES, a .jinja file, or "" for the checkpoint's own."""
     path = os.path.expanduser(override) or os.path.join(folder, "chat_template.jinja")
     require(override in ("", *TEMPLATES) or os.path.exists(path),
             f"chat_template: no file {path} (or one of {', '.join(TEMPLATES)})")
@@ -1029,8 +1027,8 @@ def tools_of(tools):
 
 
 def translate(row, columns):
-    """The row as Fields, with the paths of --columns under their names, and layouts that differ
-    by more than names brought to those of NAMES."""
+    """The row with the fields that --columns names, and in terms of NAMES where its layout differs
+    by more than names."""
     there = row.keys()
     found = {name: at(row, path) for name, path in columns.items() if at(row, path) is not None}
     for name in [n for n in found if columns[n] not in row and len(summands(columns[n])) > 1]:
@@ -1118,8 +1116,7 @@ def root_of(path):
 
 
 def negative(path, value):
-    """A number with the other sign, or a list of such, also where they are text. None stays None.
-    """
+    """A number, or those in a list, with the other sign, also where kept as text. Keeps None."""
     if isinstance(value, str) and value.strip().startswith("["):
         value = listed(path, value)
     if isinstance(value, list):
@@ -1175,7 +1172,7 @@ def make_dialogues(row, answers):
         prompt = join(turns_of(*row.take("history"), "user"), prompt)
     if not prompt and not whole and any(len(turns) == 1 for turns in new):
         # TRL's implicit prompt, in text: as many whole words as the responses share
-        texts = [value for _, value in answers if isinstance(value, str) and not hh_turns(value)]
+        texts = [value for _, value in answers if isinstance(value, str)]
         shared = re.match(r"(.*\S)\s+\S*$", os.path.commonprefix(texts), re.DOTALL)
         if len(texts) < max(2, len(answers)) or not shared or row.name("prompt"):
             raise row.missing("prompt")
@@ -1269,8 +1266,8 @@ def turns_of(name, value, role, prompt=""):
     """A field's value -> turns. It holds messages, one message, a text of this role, or an hh-rlhf
     dialogue. (A text that looks like such a dialogue, but does not repeat the prompt, is text.)"""
     if isinstance(value, str):
-        if prompt and hh_turns(prompt, "user"):   # as in Dahoas/full-hh-rlhf, yitingxie's
-            value = re.sub(r"^\s*Assistant:", "", value).strip()   # rlhf-reward-datasets
+        if hh_turns(prompt, "user"):   # Dahoas/full-hh-rlhf, yitingxie/rlhf-reward-datasets
+            value = re.sub(r"^\s*Assistant:", "", value).strip()
         hh = " ".join(prompt.split()) in " ".join(value.split()) and hh_turns(value, role)
         return hh or [turn(role, value)]
     if not isinstance(value, (list, dict)):
@@ -1463,7 +1460,7 @@ def read_rows(source, split):
 
 
 def read_objects(source):
-    """Yields (where, dict) for each row of a file that need not hold pairs. Raises UserError."""
+    """Yields (where, dict) for each row of a file, of preferences or anything. Raises UserError."""
     for where, row in read_rows(source, ""):
         try:
             yield where, parse_line(row)
@@ -1473,7 +1470,7 @@ def read_objects(source):
 
 def opened(source, packing):
     check_file(source)
-    if packing == ".zst":   # pyarrow's, since zstandard's reader takes half a file for a whole one
+    if packing == ".zst":   # by pyarrow, since zstandard's reader takes half a file for a whole one
         import pyarrow
         return io.BufferedReader(pyarrow.input_stream(source, compression="zstd"))
     return (gzip.open if packing else open)(source, "rb")
@@ -1519,7 +1516,7 @@ def read_csv(source, f):
         yield from ((f"{source}:{rows.line_num}", {None: ""} if None in row.values() else row)
                     for row in rows)
     except csv.Error as e:
-        line = rows.reader.line_num   # that of `rows` is the one before
+        line = rows.reader.line_num   # rows.line_num is still that of the row before
         raise UserError(f"{source}:{line}: not CSV ({e}); is a quote missing?") from e
 
 
@@ -1535,7 +1532,8 @@ def read_parquet(source, f):
 
 
 def numbered(where, rows):
-    """Rows of Arrow, without the nulls that it writes inside a field for what other rows have."""
+    """Yields (where, row) of Arrow's rows, without the nulls that it writes inside a field for what
+    other rows have there."""
     def clean(value):
         if isinstance(value, dict):
             return {k: clean(v) for k, v in value.items() if v is not None}
@@ -1563,7 +1561,7 @@ def decoded(source, content):
 
 
 def read_folder(source, split):
-    """Rows of a folder that `Dataset.save_to_disk` made, or of a folder's parquet files."""
+    """Yields (where, row) of a folder that `Dataset.save_to_disk` made, or of parquet files."""
     from datasets import load_dataset, load_from_disk
     from datasets.data_files import DataFilesDict, get_data_patterns
     saved, here = {"state.json", "dataset_dict.json"} & {*os.listdir(source)}, glob.escape(source)
@@ -1600,14 +1598,14 @@ def open_hub(source, split):
 
 
 def commits_of(dataset):
-    """The commits of the hub that a dataset's files are of. Their folders have these names."""
+    """The hub's commits that a dataset's files are of, by which their folders are named."""
     files = getattr(dataset, "cache_files", [])
     return {os.path.basename(os.path.dirname(file["filename"])) for file in files}
 
 
 def check_revision(source, name, revision, dataset):
-    """UserError if these rows are of another revision of a hub dataset than was asked for. Where it
-    can't reach the hub, `datasets` gives whichever it had last."""
+    """Raise UserError if a hub dataset is of another revision than was asked for. Where `datasets`
+    can't reach the hub, it gives the revision that it downloaded last, whichever that is."""
     from huggingface_hub import constants, dataset_info
     ref = os.path.join(constants.HF_HUB_CACHE, f"datasets--{name.replace('/', '--')}", "refs",
                        revision or "main")
@@ -1626,7 +1624,7 @@ def check_revision(source, name, revision, dataset):
 
 @dataclass
 class Pairs:
-    """N tokenized pairs. `tokens` has them end to end: prompt, response 1, .., response n."""
+    """N tokenized pairs. `tokens` has them end to end, each its prompt, then responses 1 to n."""
     tokens: np.ndarray      # (sum of all lengths,) int32
     lengths: np.ndarray     # (N, 1 + n) int64: tokens of the prompt and of each response
     rewards: np.ndarray     # (N, n) float32, or (0, n) where the data has none
@@ -1634,7 +1632,7 @@ class Pairs:
 
     @staticmethod
     def from_ids(pairs, rewards=(), report=""):
-        """pairs: [prompt ids, response 1 ids, ..] each."""
+        """pairs: a list of [prompt ids, response 1 ids, ..]. report: see Pairs."""
         lengths = np.array([[len(ids) for ids in pair] for pair in pairs], dtype=np.int64)
         rewards = np.array(rewards, dtype=np.float32).reshape(-1, lengths.shape[1] - 1)
         tokens = np.concatenate([ids for pair in pairs for ids in pair]).astype(np.int32)
@@ -1666,7 +1664,7 @@ class Pairs:
 
 
 def hold_out(pairs, n, seed):
-    """-> the other pairs, n random ones."""
+    """Split pairs -> those to train on, n random ones that are held out."""
     require(n < len(pairs), f"eval_pairs: {n} of {len(pairs)} pairs held out leaves none to train "
             "on; lower it, or give eval_dataset")
     order = np.random.default_rng(seed).permutation(len(pairs))
@@ -1674,8 +1672,8 @@ def hold_out(pairs, n, seed):
 
 
 def n_leaked(pairs, held_out):
-    """How many held-out pairs have a prompt that is trained on too, or that begins or continues one
-    that is, as turns of one conversation do."""
+    """How many held-out pairs have a prompt that is trained on too, or one that begins or continues
+    such a prompt, as the pairs of one conversation do."""
     def prompts(some):
         return [some.tokens[start:start + n].tobytes()
                 for start, n in zip(some.starts, some.lengths[:, 0])]
@@ -1697,8 +1695,9 @@ def load_pairs(sources, split, tokenizer, max_length, max_prompt_length, bad_row
     split: of hub datasets, one for all or one for each source, separated by commas.
     Truncation keeps the prompt's last max_prompt_length tokens, then cuts the response's end at
     max_length minus the prompt. bad_rows "drop" counts malformed rows instead of ending the run.
-    columns: "prompt:question_text,chosen:good", which names rows have instead. use_scores: their
-    scores are the rewards. Raises UserError that names the source and line.
+    columns: "prompt:question_text,chosen:good" says what rows have in place of prompt and chosen.
+    use_scores: score_chosen and score_rejected are the rewards. Raises UserError that names the
+    source and line.
     """
     found, columns = find_sources(sources, split), parse_columns(columns)
     args, contents = (max_length, max_prompt_length, bad_rows, columns, use_scores), content(found)
@@ -1713,11 +1712,11 @@ def load_pairs(sources, split, tokenizer, max_length, max_prompt_length, bad_row
 
 
 def content(sources):
-    """What tells whether the content of [(source, split), ..] is the same as before."""
+    """What identifies the content of [(source, split), ..]: sums of files, or a hub's commits."""
     contents = []
     for source, split in sources:
         files = [source, *sorted(glob.glob(f"{glob.escape(source)}/**", recursive=True))]
-        # with their names in a folder, by which parquet files belong to splits
+        # in a folder also their names, which say to what split a parquet file belongs
         sums = [[file[len(source):], sha256(file)] for file in files if os.path.isfile(file) and (
             file == source or file.endswith((".parquet", ".PARQUET", ".arrow", ".json")))]
         if not os.path.exists(source):   # a hub dataset is known by its commit
@@ -1727,7 +1726,7 @@ def content(sources):
 
 
 def find_sources(sources, split):
-    """-> [(a path or a hub dataset's name, its split), ..], with all files that a glob finds."""
+    """-> [(a path or a hub dataset's name, its split), ..], a glob replaced by what it finds."""
     names, splits = [s.strip() for s in sources.split(",") if s.strip()], split.split(",")
     require(names, f'no dataset in "{sources}"; give files, folders or hub ids')
     require(len(splits) in (1, len(names)), f"{split}: {len(splits)} splits for {len(names)} "
@@ -1736,7 +1735,7 @@ def find_sources(sources, split):
     for name, split in zip(names, splits * len(names)):
         name = os.path.expanduser(name)
         files = [] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
-        if "**" in name:   # it finds folders beside all that is in them
+        if "**" in name:   # this finds folders, and what is in them once more
             files = [*filter(os.path.isfile, files)] or files
         found += [(file, split.strip()) for file in files or [name]]
     return found
@@ -1757,7 +1756,7 @@ def parse_columns(text):
 
 
 def tokenize(sources, tokenizer, max_length, max_prompt_length, bad_rows, columns, use_scores):
-    """load_pairs without the cache. Every row is used, or counted as dropped, by its reason."""
+    """load_pairs without the cache. Each row is used, or dropped and counted by the reason."""
     tokenizer.require_template()
     pairs, rewards, ranked, seen, used = [], [], set(), 0, 0
     dropped, left_out, cut, told, unused, ignored = (Counter() for _ in range(6))
@@ -1818,8 +1817,8 @@ def tokenize(sources, tokenizer, max_length, max_prompt_length, bad_rows, column
 
 
 def remarks(row, markers):
-    """What a person should know of a row that is trained on, as the report says it after a number
-    of such rows. markers: the pattern of those that the tokenizer keeps as text in the data."""
+    """What a person should know of a row that is trained on. The report writes it after the number
+    of such rows. markers: the pattern of what the tokenizer keeps as text in the data."""
     response_turns = [t for turns in row.responses for t in turns]
     texts, prompt = [text_of(t) for t in row.turns + response_turns], text_of(row.turns[-1])
     if any(t["role"] != "assistant" for t in response_turns):
@@ -1853,8 +1852,8 @@ def counted(reasons):
 
 
 def check_alike(row, pairs, rewards, ranked):
-    """BadRow unless a row can be trained on together with those before it: their pairs, rewards,
-    and by what their responses are ranked."""
+    """Raise BadRow unless a row can be trained on together with the rows before it, of which these
+    are the pairs, the rewards, and what ranked them (Row.ranked)."""
     n = len(row.responses)
     if pairs and n != (first := len(pairs[0]) - 1):
         raise BadRow(f"{n} responses where the first row has {first}", "to take the first and the "
@@ -1868,7 +1867,7 @@ def check_alike(row, pairs, rewards, ranked):
 
 
 def ignored_fields(tokenizer, row):
-    """The names in row.template that the chat template makes no use of."""
+    """The names in row.template that the chat template does not use: it writes the same without."""
     prompt = tokenizer.render(row.turns, True, **row.template) if row.template else ""
     return [name for name in row.template if tokenizer.renders_to(
         prompt, row.turns, True, **{k: v for k, v in row.template.items() if k != name})]
@@ -1877,7 +1876,7 @@ def ignored_fields(tokenizer, row):
 def tokenize_row(row, tokenizer, max_length, max_prompt_length, cut):
     """-> [prompt ids, response ids, ..]. Counts what it truncates in `cut`. Raises Drop, BadRow."""
     parts = [row.turns, *row.responses]
-    # tool calls may be all that a turn says
+    # the last turn of each part must say something, which may be tool calls
     if not all(text_of(turns[-1]).strip() or any(map(turns[-1].get, SAID)) for turns in parts):
         raise Drop("empty")
     values = [value for turns in parts for t in turns for value in t.values()]
@@ -1903,7 +1902,7 @@ def tokenize_row(row, tokenizer, max_length, max_prompt_length, cut):
 
 
 def batch_indices(n_pairs, batch_size, seed, iter_num):
-    """The pairs of step iter_num. An epoch visits all, shuffled; its last batch may be smaller."""
+    """The pairs of step iter_num. An epoch visits all, shuffled. Its last batch may be smaller."""
     steps = -(-n_pairs // batch_size)
     epoch, step = divmod(iter_num, steps)
     order = np.random.default_rng([seed, epoch]).permutation(n_pairs)
@@ -1915,7 +1914,7 @@ def plan_packs(lengths, pack_tokens, world_size=1, equal_counts=False):
 
     Ranks get about equal numbers of tokens, and fit their pairs into packs of at most pack_tokens.
     A rank without a pair gets one empty pack, since all ranks take part in a step. With
-    equal_counts (for FSDP, whose ranks run forward together) shorter lists are filled with those.
+    equal_counts (for FSDP, whose ranks run forward together) empty packs fill the shorter lists.
     """
     ranks, load = [[] for _ in range(world_size)], [0] * world_size
     for i in np.argsort(-lengths, kind="stable"):   # the longest first
@@ -1929,7 +1928,7 @@ def plan_packs(lengths, pack_tokens, world_size=1, equal_counts=False):
 
 
 def best_fit(members, lengths, pack_tokens):
-    """Spread `members` over packs of at most pack_tokens, each into the fullest with room."""
+    """Spread `members` over packs of at most pack_tokens, each into the fullest one with room."""
     packs, room = [], []   # room: (free tokens, which pack), sorted
     for i in members:
         at = bisect.bisect_left(room, (lengths[i],))
@@ -1950,17 +1949,17 @@ class Pack:
     """
     tokens: torch.Tensor         # (1, T)
     positions: torch.Tensor      # (1, T) every response starts again where its prompt ended
-    tree: torch.Tensor           # (T,) which tree a token is of, -1 for padding
+    tree: torch.Tensor           # (T,) which tree a token belongs to, -1 for padding
     branch: torch.Tensor         # (T,) 0 in a prompt, i in response i
     predict_from: torch.Tensor   # (R,) index of the token whose state predicts a response token
     targets: torch.Tensor        # (R,) the id of that response token
-    response: torch.Tensor       # (R,) which response of the pack it is of, tree by tree
+    response: torch.Tensor       # (R,) which response of the pack it belongs to, tree by tree
     members: torch.Tensor        # (pairs,) the positions of these pairs in their batch
     trees: list                  # [prompt, response 1, .., response n] tokens of each tree
     n_responses: int             # of each pair
 
     def to(self, device):
-        """A copy on the device, for which the CPU does not wait."""
+        """A copy on the device. The CPU goes on before it is there."""
         def moved(x):
             x = x.pin_memory() if device.type == "cuda" else x
             return x.to(device, non_blocking=True)
@@ -1974,8 +1973,8 @@ class Pack:
 
 
 def pad_multiple(device):
-    """A pack's tokens are a multiple of this. On a GPU flex attention takes 128 at a time, and
-    packs of one such block would compile apart from the others."""
+    """A pack's tokens are padded to a multiple of this. On a GPU flex attention takes 128 at a
+    time, and packs of one such block would be compiled apart from the others."""
     return 256 if device.type == "cuda" else 1
 
 
@@ -1998,7 +1997,7 @@ def collate(pairs, batch, members, pad_to=1):
     trees = pairs.lengths[indices].tolist()
     if padding := max(1, -(-start // pad_to)) * pad_to - start:   # an empty pack is all padding
         index, none = np.arange(padding), np.zeros(0)
-        # a branch each, so that a token of padding sees itself only
+        # each token of padding is a branch, so that it sees itself only
         columns.append((0 * index, 0 * index, 0 * index - 1, 1 + index, none, none, none))
         trees.append([padding, 0])
     tokens, positions, *rest = (torch.from_numpy(np.concatenate(parts).astype(np.int64))
@@ -2009,10 +2008,10 @@ def collate(pairs, batch, members, pad_to=1):
 
 @torch.no_grad()
 def score(model, pairs, indices, pack_tokens, title=None, also=None):
-    """Summed log-probs of each response of the pairs at `indices` -> (len(indices), n) fp32. With
-    `also`, as the model takes it, what it gives is summed too -> (2, len(indices), n).
+    """The summed log-probs of each response of the pairs at `indices` -> (len(indices), n) fp32.
+    also: what else the model is to give of each token; its sums come second, (2, len(indices), n).
 
-    Every rank calls it, computes a share, and gets all. The title is that of a progress bar.
+    Every rank calls this, computes a share, and gets all. title: of a progress bar, if any.
     """
     device = model.head_weight.device
     rank, ranks = rank_and_size()
