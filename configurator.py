@@ -46,7 +46,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 # errors
 
 
-BEHIND = {}   # path of a link that this program made: what it stands for
+BEHIND = {}   # {a link that this program made: the path that a message names instead}
 
 
 class UserError(Exception):
@@ -64,7 +64,7 @@ def require(condition, message):
         raise UserError(message)
 
 
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)   # the system names no file with these
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)   # errors that may come without a file name
 LONGEST = 300   # characters of an error
 
 
@@ -80,7 +80,7 @@ class Unbreakable(io.FileIO):
 def open_streams():
     """Make stdout and stderr safe to write to: closed ones lead nowhere, and characters that they
     can't encode are escaped."""
-    while (opened := os.open(os.devnull, os.O_RDWR)) <= 2:   # the lowest number that is free
+    while (opened := os.open(os.devnull, os.O_RDWR)) <= 2:   # it gets the lowest free number
         pass
     os.close(opened)
     for number, name in ((1, "stdout"), (2, "stderr")):
@@ -97,9 +97,9 @@ def printable(text):
 
 
 def one_line_errors():
-    """From here on a UserError, and what the system says about a file, ends the program in one
-    line, as Ctrl-C and too little memory do. Everything else is a bug and keeps its traceback. And
-    no output ends it."""
+    """From here on a UserError, the system's error about a file, Ctrl-C, and too little memory end
+    the program in one line. Everything else is a bug and keeps its traceback. Output that can't be
+    written ends nothing."""
     open_streams()
 
     def hook(kind, error, trace):
@@ -173,7 +173,7 @@ def limited(seconds, what):
             most = int(f.read().split()[0]) * resource.getpagesize() + 2 ** 30
         limit = resource.getrlimit(resource.RLIMIT_AS)
     try:
-        if limit and (limit[0] < 0 or limit[0] > most):   # below 0: none
+        if limit and (limit[0] < 0 or limit[0] > most):   # a negative one means no limit
             resource.setrlimit(resource.RLIMIT_AS, (most, limit[1]))
         signal.setitimer(signal.ITIMER_PROF, seconds)
         yield
@@ -243,7 +243,7 @@ def write_text(path, text):
     temporary = f"{path}.tmp{os.getpid()}"
     try:
         with writing(path):
-            # half a character, as of a file's name that is no UTF-8, is as JSON has it: \ud800
+            # half a character, as in a file's name that is not UTF-8, is escaped: \ud800
             with open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="") as f:
                 f.write(text)
             publish(temporary, path)
@@ -252,7 +252,7 @@ def write_text(path, text):
             os.remove(temporary)
 
 
-UMASK = os.umask(0)   # which can only be read by setting it
+UMASK = os.umask(0)   # it can only be read by setting it
 os.umask(UMASK)
 
 
@@ -284,7 +284,8 @@ def sha256(path):
     return digest.hexdigest()
 
 
-# what caches depend on: the code as this program runs it, even if it is edited meanwhile
+# Caches depend on the code that made them. These are its sums as this program runs it, taken at the
+# start, since a file may be edited meanwhile.
 CODE = {file: sha256(os.path.join(HERE, file)) for file in (
     "data.py", "model.py", "scripts/evaluate.py") if os.path.exists(os.path.join(HERE, file))}
 
@@ -292,7 +293,7 @@ CODE = {file: sha256(os.path.join(HERE, file)) for file in (
 def cache_path(kind, key, code):
     """Where something computed from `key` (anything that json can write) is kept.
 
-    code: the files of CODE that compute it. Who edits them gets it computed again.
+    code: the files of CODE that compute it. Once they are edited, it is computed again.
     """
     digest = hashlib.sha256(json.dumps(key).encode())
     for file in code:
@@ -302,7 +303,7 @@ def cache_path(kind, key, code):
 
 
 def cache_sum(path, arrays):
-    """A sha256 of arrays by name, their shapes and dtypes, and the name of the cache's file."""
+    """A sha256 over {name: array}, shapes and dtypes included, and the name of the cache's file."""
     digest = hashlib.sha256(os.path.basename(path).encode())
     for name, array in sorted(arrays.items()):
         array = np.asarray(array)
@@ -311,8 +312,8 @@ def cache_sum(path, arrays):
 
 
 def load_cache(path):
-    """{name: array} as save_cache was given it. None where there is nothing, or anything else: a
-    damaged cache is no cache, and a note says so."""
+    """{name: array} as save_cache was given it, or None where there is no such file. A damaged one
+    counts as none, and a note says so."""
     if not os.path.isfile(path):
         return None
     try:
@@ -351,26 +352,25 @@ def read_metrics(path):
 
 
 def read_run_settings(folder):
-    """The settings of the run that train.py started in this folder, {} where there is none. Another
-    program may have a file of that name."""
+    """The settings of the run that train.py started in this folder, {} where there is none."""
     path = os.path.join(folder, "train_config.json")
     found = read_json(path) if os.path.exists(path) else {}
-    if not isinstance(found.get("init_from"), str):
+    if not isinstance(found.get("init_from"), str):   # then it is another program's file
         return {}
-    require(isinstance(found.get("finished", 0), int),   # in runs of old True
+    require(isinstance(found.get("finished", 0), int),   # True in older runs
             f"{path}: finished should be a step; bring the run's own file back")
     return found
 
 
 def run_sum(folder):
-    """What tells a run from another one in the same folder: the sum of its metrics.jsonl, which has
-    the speed of each step, so that no two are equal. None without a run."""
+    """What tells the run in a folder from any other: the sum of its metrics.jsonl, where the speed
+    of each step differs from run to run. None where there is no run."""
     path = os.path.join(folder, "metrics.jsonl")
     return sha256(path) if os.path.exists(path) else None
 
 
 def is_finished(folder):
-    """At which step the run of this folder has ended, if there is one and it has."""
+    """The step at which the run of this folder ended, or False."""
     return read_run_settings(folder).get("finished", False)
 
 
@@ -426,7 +426,7 @@ def read_settings(source):
     return settings
 
 
-# what numbers may be, and the settings that are such numbers
+# what a number may be, the test of it, and the settings that it is for
 BOUNDS = (("above 0, and below 2 ** 31", lambda x: 0 < x < 2 ** 31, """
               log_interval eval_interval sample_tokens kl_tokens eval_pairs max_length
               max_prompt_length lora_alpha batch_size epochs pack_tokens keep_checkpoints"""),
@@ -469,7 +469,7 @@ def configure(namespace, argv, source, choices={}):
             overrides[key] = value
     given = {arg[2:].partition("=")[0] for arg in argv if arg.startswith("--")}
     if "epochs" in given and "max_iters" not in given and overrides.get("max_iters"):
-        overrides["max_iters"] = 0   # a file's, as the laptop's config has it; epochs is to count
+        overrides["max_iters"] = 0   # it is a config file's, and --epochs must win over files
     namespace.update(overrides)
     if overrides.get("debug"):
         sys.excepthook = sys.__excepthook__
@@ -482,8 +482,8 @@ PATHS = ("init_from", "dataset", "eval_dataset", "chat_template")   # settings t
 def run_config_file(path, known):
     """The settings that a config file makes. It sees the current ones, so it can compute with them.
 
-    What the file names and is not found from here is looked for beside the checkout, so that
-    config/demo.py runs from any folder.
+    The file, and the paths that it sets, are looked for below the checkout's folder if they are not
+    found from here. So config/demo.py runs from any folder.
     """
     path = beside_the_checkout(path)
     require(os.path.exists(path),
@@ -517,6 +517,7 @@ def run_config_file(path, known):
 
 
 def beside_the_checkout(path):
+    """This path, or the one below the checkout's folder if only that exists."""
     there = os.path.join(HERE, path)
     return there if path and not os.path.exists(path) and os.path.exists(there) else path
 
@@ -525,7 +526,7 @@ def all_beside_the_checkout(paths):
     return ",".join(beside_the_checkout(path.strip()) for path in paths.split(","))
 
 
-# what TRL or nanoGPT call a setting, and what to give here
+# what TRL or nanoGPT call a setting: what it is called here
 BATCH = ("batch_size, the global batch in pairs, on however many GPUs; pack_tokens bounds the "
          "memory, so nothing is accumulated by hand")
 ELSEWHERE = {
@@ -564,15 +565,14 @@ LARGEST = {int: 2 ** 63, float: 1e30}   # numbers are below it; fp32 ends at 3e3
 
 
 def words_of(comment):
-    """The allowed values that a comment begins with, `mmpo | dpo | sft: ..`; [] if it lists none.
-    """
+    """The allowed values that a comment lists, as `mmpo | dpo | sft: ..`, or [] without a list."""
     found = re.match(r"([\w.-]+(?: \| [\w.-]+)+)(?::|$)", comment)
     return found[1].split(" | ") if found else []
 
 
 def coerce(key, value, default, words, where):
-    """value (a command line's text, BARE, or anything from a config file) as the type of the
-    default, or one of `words` if there are any."""
+    """A value (a command line's text, BARE, or anything from a config file) in the default's type,
+    or as one of `words` if there are any."""
     want = type(default)
     if value is BARE:
         require(want is bool or "true" in words,
@@ -614,8 +614,8 @@ def help_text(known, source):
         if setting.group != group:
             group = setting.group
             lines += ["", group]
-        shown = f'"{setting.value}"' if isinstance(setting.value, str) else setting.value
-        lines.append(f"  --{name + '=' + str(shown):<40} {setting.comment}")
+        value = f'"{setting.value}"' if isinstance(setting.value, str) else setting.value
+        lines.append(f"  --{name + '=' + str(value):<40} {setting.comment}")
     return "\n".join(lines)
 
 
@@ -624,7 +624,7 @@ def help_text(known, source):
 
 
 def check_numbers(args, **least):
-    """UserError unless these arguments of a script are None, or numbers from so much to 2 ** 31."""
+    """Raise UserError unless each of a script's arguments is None, or in [its least, 2 ** 31)."""
     for name, lowest in least.items():
         value = getattr(args, name)
         require(value is None or lowest <= value < 2 ** 31,
@@ -633,7 +633,7 @@ def check_numbers(args, **least):
 
 def torchrun_ranks():
     """-> whether torchrun or the like started this process, its rank, its rank on this machine, the
-    number of processes. UserError where what a launcher sets is there in part."""
+    number of processes. Raises UserError if only a part of what a launcher sets is there."""
     if "RANK" not in os.environ:
         size = os.environ.get("WORLD_SIZE", "1")
         require(size in ("", "1"), f'WORLD_SIZE is "{size}", but RANK is not set; start with '
@@ -670,7 +670,7 @@ def join_ranks(backend, device_id=None):
             time.sleep(0.1)
             here = store.add("here", 0)
         store.set_timeout(patience)
-        # If another rank dies in this call, torchrun's SIGTERM must end it.
+        # If another rank dies during this call, torchrun's SIGTERM must end this rank.
         heard = signal.signal(signal.SIGTERM, signal.SIG_DFL)
         dist.init_process_group(backend, store=store, rank=rank, world_size=ranks,
                                 timeout=timedelta(hours=2), device_id=device_id)
@@ -688,8 +688,8 @@ def rank_and_size():
 
 
 def first_on_each_node(function, *args):
-    """function(*args), which downloads or tokenizes: by local rank 0 of each machine first. Then
-    the other ranks find the result in the cache."""
+    """function(*args), which downloads or tokenizes. Local rank 0 of each machine calls it first.
+    Then the other ranks find the result in the cache."""
     first = not dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0"
     for my_turn in (first, not first):
         if my_turn:
@@ -700,7 +700,7 @@ def first_on_each_node(function, *args):
 
 
 def same_on_all_ranks(settings):
-    """UserError unless all ranks were given the same, but for paths, whose content counts."""
+    """Raise UserError unless all ranks have the same settings. Only paths may differ."""
     if not dist.is_initialized():
         return
     everywhere = [None] * dist.get_world_size()
