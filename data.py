@@ -789,7 +789,7 @@ ROLES = {name: role for role, names in {   # what data sets call the roles
     "assistant": "assistant gpt bot chatbot chatgpt ai model",
     "tool": "tool observation tool_response function_response function",
 }.items() for name in names.split()}
-WHO = {name: who for who, names in {   # says what a field of this name holds
+WHO = {name: who for who, names in {   # who says what a field of this name holds
     "system": NAMES["system"], "user": ["user", "human", *NAMES["prompt"], *NAMES["input"]],
     "assistant": ["assistant", "gpt", "bot", *NAMES["completion"]]}.items() for name in names}
 # Messages kept as text, as in a CSV, have a role somewhere (a developer's may be a job), and those
@@ -871,7 +871,7 @@ class Row:
     """The normal form of a row: a prompt and n ways to go on."""
     turns: list             # of the prompt: {"role", "content", and what else the row has there}
     responses: list         # n of them, each a list of turns, the best first
-    rewards: list           # R of each response, or None where the row has none
+    rewards: list           # r of each response (mmpo.py), or None where the row has none
     template: dict          # what the chat template gets beside the turns
     ranked: str             # what ranks a list of responses without rewards: "best", "order", or ""
 
@@ -1128,7 +1128,7 @@ def negative(path, value):
 
 
 def take_rewards(row, pair, n, use_scores):
-    """R of each of the n responses, or None where the row has no rewards. pair: whether these are
+    """r of each of the n responses, or None where the row has no rewards. pair: whether they are
     chosen and rejected."""
     if pair and use_scores and (row.has("responses") or not row.has("rewards")):
         (name, a), (_, b) = row.take("score_chosen"), row.take("score_rejected")
@@ -1759,6 +1759,7 @@ def tokenize(sources, tokenizer, max_length, max_prompt_length, bad_rows, column
     """load_pairs without the cache. Each row is used, or dropped and counted by the reason."""
     tokenizer.require_template()
     pairs, rewards, ranked, seen, used = [], [], set(), 0, 0
+    # for the report: how many rows or turns there are of each reason, remark or field
     dropped, left_out, cut, told, unused, ignored = (Counter() for _ in range(6))
     every = (found for source in sources for found in read_rows(*source))
     for where, line in tqdm(every, "rows", disable=None):   # None: only on a terminal
