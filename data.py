@@ -1150,9 +1150,10 @@ def take_rewards(row, pair, n, use_scores):
 def first_is_best(row, answers):
     """Whether the field `best` names the first of two answers. Raises Drop at a tie."""
     name, value = row.take("best")
-    found = re.fullmatch(r"(?:model_)?([ab])|([01])(?:\.0)?", str(value).strip().lower())
-    if re.match(r"tie|both|neither", str(value).strip().lower()):
+    said = str(value).strip().lower()
+    if re.match(r"tie|both|neither", said):
         raise Drop("no response is the better one")
+    found = re.fullmatch(r"(?:model_)?([ab])|([01])(?:\.0)?", said)
     if not found or len(answers) != 2:
         # This is no BadRow: where a row counts from 1, rows that say 1 are wrong as well.
         raise UserError(f'"{name}" must say which of two responses is the better one: 0 or 1, a or '
@@ -1332,17 +1333,17 @@ def check_message(name, message, alone=False):
         rest["tool_calls"] = listed("tool_calls", rest["tool_calls"] or "[]")
     if not isinstance(role, str) or not (isinstance(content, str)
                                          or content is None and {*CALLS} & rest.keys()):
-        field, of = next((word for word, names in NAMES.items() if name in names), name), ""
+        field, more = next((word for word, names in NAMES.items() if name in names), name), ""
         if alone and role is None and field in ("chosen", "rejected", "responses"):
-            of = (f" with {', '.join(map(str, message))}, of which a path takes one: --columns="
-                  f"{field}:{name}{'.*' * (field == 'responses')}.NAME")
+            more = (f" with {', '.join(map(str, message))}, of which a path takes one: --columns="
+                    f"{field}:{name}{'.*' * (field == 'responses')}.NAME")
         elif isinstance(message, dict):
-            of = f", {kind_of(role)} and {kind_of(content)}"
+            more = f", {kind_of(role)} and {kind_of(content)}"
         elif field in ("chosen", "rejected", "completion"):
-            of = (f"; of a list of texts --columns={field}:{name}.0 takes the first, and "
-                  f"responses:{name} all, the best first")
+            more = (f"; of a list of texts --columns={field}:{name}.0 takes the first, and "
+                    f"responses:{name} all, the best first")
         raise BadRow(f'"{name}" must hold messages with role and content',
-                     f"got {kind_of(message)}{of}")
+                     f"got {kind_of(message)}{more}")
     for key in {*THOUGHTS} & rest.keys():
         rest[key] = joined(name, rest[key] or "")
         if not isinstance(rest[key], str):
