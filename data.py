@@ -425,8 +425,7 @@ class Tokenizer:
         template = self.tool_template if tools is not None else self.template
         turns = with_reasoning(turns)
         no_nulls = [{k: v for k, v in t.items() if v is not None} for t in turns]
-        # Where a turn has only tool calls, a template may want no content at all (as transformers
-        # gives it), null, or "".
+        # Beside tool calls a template may want no content (as transformers gives it), null, or "".
         for messages in (no_nulls, turns, [{"content": ""} | t for t in no_nulls]):
             try:
                 with limited(RENDER_SECONDS, "chat template: to render a row"):
@@ -612,9 +611,8 @@ def with_reasoning(turns):
 
 
 def with_arguments(turns, text):
-    """The turns, with a tool call's arguments as an object where the data has them as JSON, and the
-    template wrote this JSON into `text` as a quoted string. (vLLM always gives the object, but some
-    templates want the JSON.)"""
+    """The turns, with a tool call's arguments as an object where the data has them as JSON and the
+    template quoted this JSON in `text`. (vLLM always gives objects. Some templates want JSON.)"""
     def parsed(call):
         if not isinstance(call, dict):
             return call
@@ -663,8 +661,7 @@ def find_added_tokens(path, spec, config, special_map, added_tokens):
 
 
 def find_text_prefix(spec):
-    """The ids that `tokenizers` puts before a plain text, such as Llama 3's bos. (A chat template
-    writes its bos itself.)"""
+    """The ids that `tokenizers` puts before a text that is no chat, such as Llama 3's bos."""
     for step in steps_of(spec.get("post_processor")):
         if step["type"] == "TemplateProcessing":
             names = [part.get("SpecialToken", {}).get("id") for part in step["single"]]
@@ -760,9 +757,8 @@ def compile_template(text, where):
 # -----------------------------------------------------------------------------
 # rows: whatever layout -> turns and responses
 
-# The fields, and the names that data sets have for each. Of several that a row has, the first one
-# counts. To read another name, add it here. A layout that needs more than names is a few lines in
-# `translate`.
+# The fields, and what data sets call each: of several names that a row has, the first one counts. A
+# new name goes in here. A layout that differs by more than names is a few lines in `translate`.
 NAMES = {name: names.split() for name, names in {
     "system": "system system_prompt system_message system_instruction systemInstruction",
     "messages": "messages conversations conversation trajectory",
@@ -828,8 +824,7 @@ class BadRow(UserError):
 
 
 class Fields(dict):
-    """A row's fields, which are asked for by the words of NAMES. `used` has the row's own names of
-    the fields that were taken."""
+    """A row's fields, by the words of NAMES. `used` has the row's own names of those taken."""
 
     def __init__(self, row):
         super().__init__(row)
@@ -1027,8 +1022,7 @@ def tools_of(tools):
 
 
 def translate(row, columns):
-    """The row with the fields that --columns names, and in terms of NAMES where its layout differs
-    by more than names."""
+    """A row of any layout -> its Fields, which then have everything by the names of NAMES."""
     there = row.keys()
     found = {name: at(row, path) for name, path in columns.items() if at(row, path) is not None}
     for name in [n for n in found if columns[n] not in row and len(summands(columns[n])) > 1]:
@@ -1128,8 +1122,7 @@ def negative(path, value):
 
 
 def take_rewards(row, pair, n, use_scores):
-    """r of each of the n responses, or None where the row has no rewards. pair: whether they are
-    chosen and rejected."""
+    """r of each of the n responses, or None. pair: whether they are chosen and rejected."""
     if pair and use_scores and (row.has("responses") or not row.has("rewards")):
         (name, a), (_, b) = row.take("score_chosen"), row.take("score_rejected")
         rewards = [a, b]
@@ -1533,8 +1526,8 @@ def read_parquet(source, f):
 
 
 def numbered(where, rows):
-    """Yields (where, row) of Arrow's rows, without the nulls that it writes inside a field for what
-    other rows have there."""
+    """Yields (where, row) of Arrow's rows, without the nulls inside a field that stand for what
+    only other rows have there."""
     def clean(value):
         if isinstance(value, dict):
             return {k: clean(v) for k, v in value.items() if v is not None}
