@@ -880,7 +880,7 @@ def parse_row(row, columns={}, use_scores=False):
     drop this row would leave others wrong (`first_is_best`).
     """
     given = parse_line(row)
-    row = translate(given, columns)
+    row = translate(rename(given, columns))
     answers = take_answers(row, columns)
     answers, rewards, ranked = best_first(row, answers, columns, use_scores)
     template = take_template(row)
@@ -1021,9 +1021,8 @@ def tools_of(tools):
             and "type" not in tool else tool for tool in tools]
 
 
-def translate(row, columns):
-    """A row of any layout -> its Fields, which then have everything by the names of NAMES."""
-    there = row.keys()
+def rename(row, columns):
+    """A row -> its Fields, among which `columns` names what is found on its paths."""
     found = {name: at(row, path) for name, path in columns.items() if at(row, path) is not None}
     for name in [n for n in found if columns[n] not in row and len(summands(columns[n])) > 1]:
         values = found.pop(name)   # of a sum
@@ -1032,18 +1031,22 @@ def translate(row, columns):
             found[name] = "\n\n".join(filter(None, values))   # some rows may lack some of them
         elif None not in values:
             found[name] = values
-    other = {"chosen", "rejected"} if "responses" in found else set()
+    replaced = {*columns.values()} | ({"chosen", "rejected"} if "responses" in found else set())
     root = columns.get("prompt", "").split(".")[0]
     if root in NAMES["input"] and isinstance(row.get(root), list):   # else it would come twice
-        other.add(root)
-    row = Fields({name: value for name, value in row.items()
-                  if name not in columns.values() and name not in other} | found)
+        replaced.add(root)
+    fields = Fields({name: value for name, value in row.items() if name not in replaced} | found)
     for name in columns.keys() & {"prompt", "chosen", "rejected", "completion", "responses",
                                   "messages", "rewards", "best"}:
         path = columns[name]
-        if row.name(name) != name and there & {path, *map(root_of, summands(path))}:
+        if fields.name(name) != name and row.keys() & {path, *map(root_of, summands(path))}:
             raise BadRow(f'"{path}" must not be null or empty',
-                         f"got the fields {', '.join(map(str, there))}")
+                         f"got the fields {', '.join(map(str, row))}")
+    return fields
+
+
+def translate(row):
+    """Fields of any layout -> the same by the names of NAMES, where a layout differs in more."""
     lists = {"rating", "scores", "functions", "contents", "history"}
     for name in (lists | {"input"} if "preferred_output" in row else lists) & row.keys():
         with contextlib.suppress(BadRow):   # kept as text, as a CSV does
