@@ -1329,17 +1329,7 @@ def check_message(name, message, alone=False):
         rest["tool_calls"] = listed("tool_calls", rest["tool_calls"] or "[]")
     if not isinstance(role, str) or not (isinstance(content, str)
                                          or content is None and {*CALLS} & rest.keys()):
-        field, more = next((word for word, names in NAMES.items() if name in names), name), ""
-        if alone and role is None and field in ("chosen", "rejected", "responses"):
-            more = (f" with {', '.join(map(str, message))}, of which a path takes one: --columns="
-                    f"{field}:{name}{'.*' * (field == 'responses')}.NAME")
-        elif isinstance(message, dict):
-            more = f", {kind_of(role)} and {kind_of(content)}"
-        elif field in ("chosen", "rejected", "completion"):
-            more = (f"; of a list of texts --columns={field}:{name}.0 takes the first, and "
-                    f"responses:{name} all, the best first")
-        raise BadRow(f'"{name}" must hold messages with role and content',
-                     f"got {kind_of(message)}{more}")
+        raise no_message(name, message, role, content, alone)
     for key in {*THOUGHTS} & rest.keys():
         rest[key] = joined(name, rest[key] or "")
         if not isinstance(rest[key], str):
@@ -1351,6 +1341,21 @@ def check_message(name, message, alone=False):
         raise BadRow(f'"{name}" has turns with parts that are not to be trained on')
     # An empty list of calls goes, since templates would write its frame, or refuse it.
     return turn(role, content) | {k: v for k, v in rest.items() if v or k not in CALLS}
+
+
+def no_message(name, message, role, content, alone):
+    """The BadRow about what a field has in place of a message, with the path that may help."""
+    field, more = next((word for word, names in NAMES.items() if name in names), name), ""
+    if alone and role is None and field in ("chosen", "rejected", "responses"):
+        more = (f" with {', '.join(map(str, message))}, of which a path takes one: --columns="
+                f"{field}:{name}{'.*' * (field == 'responses')}.NAME")
+    elif isinstance(message, dict):
+        more = f", {kind_of(role)} and {kind_of(content)}"
+    elif field in ("chosen", "rejected", "completion"):
+        more = (f"; of a list of texts --columns={field}:{name}.0 takes the first, and "
+                f"responses:{name} all, the best first")
+    return BadRow(f'"{name}" must hold messages with role and content',
+                  f"got {kind_of(message)}{more}")
 
 
 def joined(name, value):
