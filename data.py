@@ -243,7 +243,7 @@ class Tokenizer:
             self.added = {content: token["id"] for content, token in added.items()}
             self.load_bpe(spec, added, path)
             self.special = {c: t["id"] for c, t in added.items() if t.get("special")}
-            # tokens that are looked for in the text as it is, and in the normalized text
+            # Some added tokens are looked for in the text as it is, others in the normalized text.
             self.added_pattern = pattern_of(c for c, t in added.items() if not t.get("normalized"))
             self.normalized = {self.normalize(c, AT_START): t["id"]
                                for c, t in added.items() if t.get("normalized")}
@@ -276,7 +276,7 @@ class Tokenizer:
             require(name in self.template_text + for_tools,
                     f"chat_template_kwargs: the template has no variable {name!r:.50}")
         self.find_markers()
-        # each turn of a conversation has those before it in its prompt
+        # The turns of a conversation come again in the prompt of each later turn.
         self.encode_plain = functools.lru_cache(256)(self.encode_plain)
         content = json.dumps([spec, config, special_map, added_tokens, self.template_text,
                               self.template_kwargs])
@@ -533,7 +533,7 @@ class Tokenizer:
         self.check_turns(full, turns + kept, False, template)
         written = squash(full)
         if not all(squash(text_of(t)) in written for t in kept
-                   if t["role"] == "assistant"):   # check_turns has seen to the others
+                   if t["role"] == "assistant"):   # check_turns is for the others
             raise Drop("the chat template leaves a part of the response out")
         return full.replace(HIDDEN, "<")
 
@@ -619,7 +619,7 @@ def with_arguments(turns, text):
         found = {"function": parsed(call["function"])} if "function" in call else {}
         said = call.get("arguments")
         if isinstance(said, str) and json.dumps(said, ensure_ascii=False) in text:
-            with contextlib.suppress(ValueError):   # then they are a string
+            with contextlib.suppress(ValueError):   # what is no JSON stays text
                 found["arguments"] = parse_json(said)
         return call | found
     return [t | {"tool_calls": [*map(parsed, t["tool_calls"])]}
@@ -679,7 +679,7 @@ def content_of(token):
 # chat templates
 
 RENDER_SECONDS = 2   # of CPU time, for what takes a millisecond
-DATE = datetime(2024, 7, 26)   # for templates that write the day's date: not the day of the run
+DATE = datetime(2024, 7, 26)   # today for every template, so that no two runs differ by their day
 SHIELD, SHIELD_END, ANSWER, HIDDEN = "\ufdd0\ufdd1\ufdd2\ufdd3"   # no valid text has these
 THINK = re.compile(r"<(/?\w*(?:think|thought|reason)\w*>)")   # around thoughts
 NO_THOUGHT = r"<(\w*(?:think|thought|reason)\w*)>\s*</\1>\s*"
@@ -928,7 +928,7 @@ def take_answers(row, columns):
         raise row.missing("chosen")
     texts = [row.value("prompt"), *(value for _, value in answers)]
     if len(texts) > (1 if columns else 2) and all(isinstance(text, str) and re.fullmatch(
-            r'\s*\[("|null).*("|null)\]\s*', text, re.DOTALL) for text in texts):   # Arena's 55k
+            r'\s*\[("|null).*("|null)\]\s*', text, re.DOTALL) for text in texts):   # Arena 55k
         raise BadRow("prompt and responses are lists kept as text; make them texts or turns")
     return answers
 
@@ -991,7 +991,7 @@ def parse_line(row):
         raise BadRow("a row must be an object with fields", f"got {kind_of(row)}")
     row = {name: None if isinstance(value, float) and value != value else value   # pandas' NaN
            for name, value in row.items()}
-    if None in row:   # where csv puts what has no column, and read_csv what has too few cells
+    if None in row:   # csv puts cells without a column there, and read_csv marks too few cells so
         raise BadRow("not as many cells as columns; quote text that has commas or lines in it")
     return row
 
@@ -1049,7 +1049,7 @@ def translate(row):
     """Fields of any layout -> the same by the names of NAMES, where a layout differs in more."""
     lists = {"rating", "scores", "functions", "contents", "history"}
     for name in (lists | {"input"} if "preferred_output" in row else lists) & row.keys():
-        with contextlib.suppress(BadRow):   # kept as text, as a CSV does
+        with contextlib.suppress(BadRow):   # a CSV keeps them as text; other text stays
             row[name] = listed(name, row[name])
     if isinstance(row.get("rating"), list) and not row.has("rewards"):   # older distilabel
         row["rewards"] = row.pop("rating")
@@ -1129,7 +1129,7 @@ def take_rewards(row, pair, n, use_scores):
     if pair and use_scores and (row.has("responses") or not row.has("rewards")):
         (name, a), (_, b) = row.take("score_chosen"), row.take("score_rejected")
         rewards = [a, b]
-    elif row.has("rewards") and not (pair and row.has("responses")):   # these they would rate
+    elif row.has("rewards") and not (pair and row.has("responses")):   # else they rate responses
         name, rewards = row.take("rewards")
         rewards = listed(name, rewards)
         if isinstance(rewards, dict):
