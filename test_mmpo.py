@@ -1794,8 +1794,8 @@ def test_objectives(objective, n, length_norm):
 
     def theirs(x):
         return FORMULAS[objective](SimpleNamespace(
-            **knobs, R=R, logps=x, means=x / lengths, scored=x / lengths if length_norm else x,
-            ref_logps=ref_logps, ref_means=ref_logps / lengths))
+            **knobs, R=R, lengths=lengths, logps=x, means=x / lengths, ref_logps=ref_logps,
+            scored=x / lengths if length_norm else x, ref_means=ref_logps / lengths))
     assert ours(logps).shape == (5,) and gap(ours(logps), theirs(logps)) <= 1e-9
     assert gap(autograd(lambda x: ours(x).sum(), logps),
                numeric_grad(lambda x: theirs(x).sum(), logps)) <= 1e-6

@@ -136,7 +136,7 @@ require(device == "cpu" or torch.cuda.is_available(), "device: no cuda here; try
 require(device != "cuda" or ddp_local_rank < torch.cuda.device_count(),
         f"torchrun: this machine has {torch.cuda.device_count()} GPUs; lower --nproc_per_node")
 require(ddp or parallel == "ddp", "parallel: fsdp shards over processes; start it with torchrun")
-require(optimizer_state == "fp32" or not fsdp and find_spec("bitsandbytes"),
+require(optimizer_state != "8bit" or not fsdp and find_spec("bitsandbytes"),
         "optimizer_state: 8bit takes pip install bitsandbytes, and parallel=ddp")
 require(not wandb_log or getattr(find_spec("wandb"), "origin", None),   # it leaves such a folder
         "wandb_log: it takes pip install wandb")
@@ -417,8 +417,9 @@ def record(iter_num, metrics):
     global wandb_log
     if not master_process:
         return
+    metrics = {name: float(value) for name, value in metrics.items()}
     with writing(metrics_file.name):
-        metrics_file.write(json.dumps({"iter": iter_num} | metrics, default=float) + "\n")
+        metrics_file.write(json.dumps({"iter": iter_num} | metrics) + "\n")
     log(report.line(iter_num, metrics))
     if wandb_log:
         try:
