@@ -287,7 +287,14 @@ def sha256(path):
 # Caches depend on the code that made them. These are its sums as this program runs it, taken at the
 # start, since a file may be edited meanwhile.
 CODE = {file: sha256(os.path.join(HERE, file)) for file in (
-    "data.py", "model.py", "scripts/evaluate.py") if os.path.exists(os.path.join(HERE, file))}
+    "train.py", "model.py", "mmpo.py", "data.py", "scripts/evaluate.py")
+    if os.path.exists(os.path.join(HERE, file))}
+
+
+def code_sum():
+    """What tells the code that trains from other code: a sha256 of it, without the scripts."""
+    sums = [found for file, found in CODE.items() if not file.startswith("scripts/")]
+    return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
 
 
 def cache_path(kind, key, code):
@@ -295,9 +302,7 @@ def cache_path(kind, key, code):
 
     code: the files of CODE that compute it. Once they are edited, it is computed again.
     """
-    digest = hashlib.sha256(json.dumps(key).encode())
-    for file in code:
-        digest.update(CODE[file].encode())
+    digest = hashlib.sha256(json.dumps([key, *(CODE[file] for file in code)]).encode())
     folder = os.path.expanduser(os.environ.get("NANOMMPO_CACHE") or "~/.cache/nanommpo")
     return os.path.join(folder, f"{kind}-{digest.hexdigest()[:24]}.npz")
 

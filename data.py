@@ -242,7 +242,6 @@ class Tokenizer:
             added = find_added_tokens(path, spec, config, special_map, added_tokens)
             self.added = {content: token["id"] for content, token in added.items()}
             self.load_bpe(spec, added, path)
-            self.special = {c: t["id"] for c, t in added.items() if t.get("special")}
             # Some added tokens are looked for in the text as it is, others in the normalized text.
             self.added_pattern = pattern_of(c for c, t in added.items() if not t.get("normalized"))
             self.normalized = {self.normalize(c, AT_START): t["id"]
@@ -256,6 +255,8 @@ class Tokenizer:
             self.named = {"bos_token": "", "eos_token": ""} | {
                 name: content_of(token) for name, token in (config | special_map).items()
                 if name.endswith("_token") and content_of(token)}
+            named = {*self.named.values()}
+            self.special = {c: t["id"] for c, t in added.items() if t.get("special") or c in named}
             self.eos_id = self.added.get(self.named["eos_token"])
             ends = (model_config | generation_config).get("eos_token_id")
             self.end_ids = {*(ends if isinstance(ends, list) else [ends])} - {None}
@@ -397,8 +398,7 @@ class Tokenizer:
         for turns in (talk, talk[:2]) if self.template_text else ():
             with contextlib.suppress(Drop):   # the rows will show what the template refuses
                 chat = chat or self.render(turns)
-        markers = {*self.special, *(self.named.values() & self.added.keys()),
-                   *re.findall(pattern_of(self.added), chat)}
+        markers = {*self.special, *re.findall(pattern_of(self.added), chat)}
         shielded = [*sorted(m for m in markers if not THINK.fullmatch(m)), SHIELD, HIDDEN]
         self.marker_pattern = pattern_of(shielded)
         self.placeholders = {m: f"{SHIELD}{n}{SHIELD_END}" for n, m in enumerate(shielded)}

@@ -2041,12 +2041,14 @@ def test_tokens_that_only_other_files_name(name, checkpoint, tmp_path):
         data.Tokenizer(folder)
 
 
-def test_tokenizer_file_that_is_not_utf8(checkpoint, tmp_path):
+@pytest.mark.parametrize("content, words", [
+    (b'{"eos_token": "\xff"}', "not valid JSON"), (b'{"pad_token": ["a"]}', "not a tokenizer's file")])
+def test_damaged_tokenizer_file(content, words, checkpoint, tmp_path):
     """A damaged tokenizer file is an error, never read with other characters in it."""
     folder = shutil.copytree(checkpoint, str(tmp_path / "model"))
     with open(f"{folder}/tokenizer_config.json", "wb") as f:
-        f.write(b'{"eos_token": "\xff"}')
-    with pytest.raises(UserError, match="not valid JSON"):
+        f.write(content)
+    with pytest.raises(UserError, match=words):
         data.Tokenizer(folder)
 
 

@@ -29,9 +29,9 @@ import data
 import mmpo
 import model as llama
 from configurator import (
-    UserError, cache_path, configure, first_line, first_on_each_node, is_finished, join_ranks,
-    load_cache, one_line_errors, printable, read_run_settings, require, same_on_all_ranks,
-    save_cache, torchrun_ranks, write_json, writing)
+    UserError, cache_path, code_sum, configure, first_line, first_on_each_node, is_finished,
+    join_ranks, load_cache, one_line_errors, printable, read_run_settings, require,
+    same_on_all_ranks, save_cache, torchrun_ranks, write_json, writing)
 from scripts import cost, report
 from scripts.checkpoints import (
     check_checkpoint, check_same_run, end_on_signals, finish_saving, hold, interrupted,
@@ -253,10 +253,10 @@ if dry_run:
     sys.exit()
 # A resumed run must be the same run: the same settings, pairs and base weights, by their content.
 written = llama.last_written(folder)
-settings["init_from_sha256"] = llama.weights_fingerprint(folder)
+settings |= {"init_from_sha256": llama.weights_fingerprint(folder), "code_sha256": code_sum()}
 same_on_all_ranks(settings)
 if before:
-    check_same_run(settings, before)
+    check_same_run(settings, before, log)
 if finished and (not checkpoint or max(start_iter, finished) >= max_iters):
     log(f"resume: the run in {out_dir} is finished, and stays as it is; " + (
         "with more max_iters or epochs it would go on" if checkpoint else
