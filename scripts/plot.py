@@ -28,10 +28,12 @@ PANELS = {"loss": "loss", "accuracy/mean": "chosen likelier, mean log-probs",   
           "weights/chosen": "weight of the chosen response, q_w",
           "accuracy/implicit": "implicit reward accuracy",
           "kl": "KL(reference || policy), nats a token"}
+CURVES = "kl", "accuracy/mean"   # what a run without an evaluation is drawn by
 IMPLICIT = "accuracy/implicit"   # as scripts/evaluate.py calls it
 ACCURACY = {True: "implicit reward accuracy", False: "held-out accuracy, mean log-probs"}
 KL_TICKS = [0, 0.005, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100]
-GROUPS = "init_from", "data", "model", "optimizer", "schedule", "dtype"   # of settings, and two
+# what runs may differ in besides the objective: groups of train.py's settings, and two settings
+GROUPS = "init_from", "data", "model", "optimizer", "schedule", "dtype"
 COLOURS = "#0072B2 #E69F00 #009E73 #CC79A7 #000000 #56B4E9 #D55E00".split()   # Okabe and Ito's
 LINES, MARKERS = ["-", "--", "-.", ":", (0, (7, 2, 1, 2, 1, 2))], "os^DvPX<>"
 STYLES = [{"color": COLOURS[i % 7], "linestyle": LINES[i % 5], "marker": MARKERS[i % 9],
@@ -53,35 +55,37 @@ def read_run(path):
 
 
 def read_methods(paths):
-    """Runs' folders -> {label: {beta: [(KLs, accuracies, evaluation)]}}, all betas, and whether
-    scripts/evaluate.py was run on all of them, beside a reference. A label: the objective, its
-    settings that aren't the defaults, and what the runs differ in of GROUPS."""
-    known, methods = read_settings(Path(__file__).parents[1] / "train.py"), {}
-    runs = [read_json(os.path.join(path, "train_config.json")) for path in paths]
-    told = [name for name in known if name not in ("objective", "beta")
-            and (known[name].group == "objective" or {name, known[name].group} & {*GROUPS}
-                 and len({run.get(name) for run in runs}) > 1)]
-    lacking = []
-    for path, run in zip(paths, runs):
+    """Runs' folders -> {label: [run, ..]} by beta, all betas, and whether scripts/evaluate.py was
+    run on all of them, beside a reference. A run has its beta, its curves and what evaluate.py
+    wrote, or {}. A label is the objective, those of its settings that aren't the defaults, and the
+    settings of GROUPS in which the runs differ."""
+    known = read_settings(Path(__file__).parents[1] / "train.py")
+    settings = [read_json(os.path.join(path, "train_config.json")) for path in paths]
+    differ = [name for name, setting in known.items() if {name, setting.group} & {*GROUPS}
+              and len({told.get(name) for told in settings}) > 1]
+    methods, lacking, evaluated = {}, [], True
+    for path, told in zip(paths, settings):
         _, curves = read_run(path)
-        lacking += [path] if not {"eval/kl", "eval/accuracy/mean"} <= curves.keys() else []
+        if not {f"eval/{metric}" for metric in CURVES} <= curves.keys():
+            lacking.append(path)
         file = os.path.abspath(path) + ".evaluation.json"
         found = read_json(file) if os.path.exists(file) else {}
         now = run_sum(path)   # older files don't say of which run they are
         require(found.get("run", now) == now, f"{file}: of another run than the "
                 "one that is there now; run scripts.evaluate again")
+        evaluated = evaluated and {IMPLICIT, "kl"} <= found.get("metrics", {}).keys()
         with reading(path, "a run's settings"):
-            names = [name for name in told if known[name].group != "objective"
-                     or run[name] != known[name].value]
-            label = [run["objective"], *(f"{n} {run[n]}".removesuffix(".0") for n in names)]
-            methods.setdefault(plain(", ".join(label)), {}).setdefault(run["beta"], []).append(
-                (*(curves.get(f"eval/{name}", [[], []])[1] for name in ("kl", "accuracy/mean")),
-                 found))
-    every = [run for some in methods.values() for runs in some.values() for run in runs]
-    evaluated = all({IMPLICIT, "kl"} <= found.get("metrics", {}).keys() for *_, found in every)
+            names = [name for name, setting in known.items() if name in differ
+                     or setting.group == "objective" and name not in ("objective", "beta")
+                     and told[name] != setting.value]
+            label = [told["objective"], *(f"{n} {told[n]}".removesuffix(".0") for n in names)]
+            run = {metric: curves.get(f"eval/{metric}", ([], []))[1] for metric in CURVES}
+            methods.setdefault(plain(", ".join(label)), []).append(
+                run | {"beta": told["beta"], "evaluation": found})
     require(evaluated or not lacking, f"{', '.join(lacking)}: without KL, or accuracy on pairs; "
             "run scripts.evaluate on all runs, with --reference, or train with kl_samples above 0")
-    return methods, sorted({beta for some in methods.values() for beta in some}), evaluated
+    methods = {label: sorted(runs, key=lambda run: run["beta"]) for label, runs in methods.items()}
+    return methods, sorted({told["beta"] for told in settings}), evaluated
 
 
 def plain(label):
@@ -126,8 +130,8 @@ def tradeoff(paths, out):
     """Accuracy against KL, over a run's evaluations. Where scripts/evaluate.py was run on all runs,
     the accuracy of implicit rewards at their ends instead, and that against multiple choice."""
     methods, betas, evaluated = read_methods(paths)
-    asked = {str([name for name in sorted(found.get("metrics", {})) if name.startswith("choices/")])
-             for some in methods.values() for runs in some.values() for *_, found in runs}
+    asked = {str([name for name in sorted(run["evaluation"].get("metrics", {}))
+                  if name.startswith("choices/")]) for runs in methods.values() for run in runs}
     require(len(asked) < 2 or not evaluated, "the runs were evaluated on other --choices than each "
             "other; run scripts.evaluate again on all of them")
     left, right = Figure(figsize=(11, 4.5), layout="constrained").subplots(1, 2, sharey=True)
@@ -135,13 +139,14 @@ def tradeoff(paths, out):
     left.set(xticks=KL_TICKS, xticklabels=KL_TICKS, xlabel=PANELS["kl"], ylabel=ACCURACY[evaluated])
     star = {"color": "black", "marker": "*", "ms": 12, "lw": 1, "label": "the reference"}
     for i, (label, runs) in enumerate(methods.items()):
-        for beta, (kls, accuracies, found) in [(b, run) for b in sorted(runs) for run in runs[b]]:
+        for run in runs:
+            beta, evaluation = run["beta"], run["evaluation"]
             look = STYLES[i % 315] | {"marker": MARKERS[betas.index(beta) % 9], "linewidth": 1,
                                       "label": label + f", beta {beta:g}" * (len(betas) > 1)}
             if not evaluated:
-                left.plot(kls, accuracies, **look, markevery=[-1])
+                left.plot(*(run[metric] for metric in CURVES), **look, markevery=[-1])
                 continue
-            for metrics, look in (found["metrics"], look), (found["before"], star):
+            for metrics, look in (evaluation["metrics"], look), (evaluation["before"], star):
                 y = metrics.get(IMPLICIT, [0.5] * 3)   # the reference gains nothing
                 bars(left, metrics.get("kl", [0] * 3), y, look)
                 tasks = np.array([value for name, value in metrics.items()
@@ -167,13 +172,16 @@ def by_beta(paths, out):
     axes[1].set_yscale("symlog", linthresh=0.01)
     axes[1].set_yticks(KL_TICKS, KL_TICKS)
     axes[1].axhline(0, color="grey", linewidth=0.8, linestyle=":")   # the reference
-    for axis, column, metric, title in ((axes[0], 1, IMPLICIT, ACCURACY[evaluated]),
-                                        (axes[1], 0, "kl", PANELS["kl"])):
+    for axis, curve, metric, title in ((axes[0], "accuracy/mean", IMPLICIT, ACCURACY[evaluated]),
+                                       (axes[1], "kl", "kl", PANELS["kl"])):
         for i, (label, runs) in enumerate(methods.items()):
-            last = [[run[2]["metrics"][metric][0] if evaluated else run[column][-1]
-                     for run in runs[beta]] for beta in sorted(runs)]
-            axis.plot(sorted(runs), [*map(np.mean, last)], **STYLES[i % 315], label=label)
-            axis.vlines(sorted(runs), [*map(min, last)], [*map(max, last)], COLOURS[i % 7], lw=1)
+            ends = {}   # beta: the last value of each of its runs
+            for run in runs:
+                last = run["evaluation"]["metrics"][metric][0] if evaluated else run[curve][-1]
+                ends.setdefault(run["beta"], []).append(last)
+            axis.plot([*ends], [*map(np.mean, ends.values())], **STYLES[i % 315], label=label)
+            axis.vlines([*ends], [*map(min, ends.values())], [*map(max, ends.values())],
+                        COLOURS[i % 7], lw=1)
         axis.set_xscale("symlog", linthresh=min(filter(None, betas), default=1))
         axis.set_xticks(betas, [f"{beta:g}" for beta in betas], rotation=90)
         axis.set(xlabel="beta (a bar spans the seeds)", ylabel=title)
