@@ -17,9 +17,11 @@ from configurator import (
     HERE, beside_the_checkout, is_finished, one_line_errors, read_json, read_metrics,
     read_settings, reading, require, write_text)
 
-FAR_KL = 0.3       # nats a token; twice what assets/results.md's short recipe needs on sentences
-FAR_CHOSEN = 0.1   # share by which the chosen response's log-prob fell; there it rises
-CLIPPED = 10       # times grad_clip
+# Beyond these a model has moved far from its start. The short recipe of assets/results.md reaches
+# half that KL on whole sentences, and there the chosen response becomes likelier.
+FAR_KL = 0.3       # nats a token
+FAR_CHOSEN = 0.1   # fall of the chosen response's log-prob, as a share of what it was
+CLIPPED = 10       # times grad_clip, from which a gradient's norm is worth a word
 
 # read here, since train.py may be in the middle of an edit when the run ends
 DEFAULTS = {k: s.value for k, s in read_settings(os.path.join(HERE, "train.py")).items()}
@@ -64,10 +66,11 @@ def line(iter_num, metrics):
 
 
 def name_pairs(pairs, batch, logps, tokenizer):
-    """The pairs (B,) of a step that went wrong, by how some of their chosen responses begin: those
-    without a log-prob (B, n), or else all."""
-    found = batch[~logps.isfinite().all(1).cpu().numpy()]
-    kind, found = ("its pairs without log-probs", found) if len(found) else ("its pairs", batch)
+    """What to say of a step that went wrong: how some chosen responses begin, of its pairs whose
+    logps (B, n) are not finite, or of all its pairs (B,) where every log-prob is."""
+    kind, found = "its pairs without log-probs", batch[~logps.isfinite().all(1).cpu().numpy()]
+    if not len(found):
+        kind, found = "its pairs", batch
     texts = (tokenizer.decode(pairs.ids(i)[1].tolist()[:16]) for i in found[:3])
     return (f"{kind}: {len(found)}, whose chosen responses begin "
             + ", ".join(f'"{" ".join(text.split()):.24}"' for text in texts)
@@ -103,13 +106,15 @@ def closing_lines(out_dir):
         gain, gain_error = accuracy - start, math.sqrt(2) * error
         learned = gain > gain_error or implicit - 0.5 > error
         harmed = not learned and (-gain > gain_error or 0.5 - implicit > error)
-    mmpo_alone = settings["objective"] == "mmpo" and settings["pref_weight"] < 10
-    why = [f"KL is {kl:.2f}"] * (not kl <= FAR_KL) + [   # NaN is far too
-        f"the chosen response became {before - after:.1f} nats less likely"] * (
-        not fell <= FAR_CHOSEN)
-    if why:
-        objective, weight = settings["objective"], settings["pref_weight"]
-        lines.append(f"WARNING: the model has moved far from its start: {' and '.join(why)}. Its "
+    objective, weight = settings["objective"], settings["pref_weight"]
+    weight_is_low = objective == "mmpo" and weight < 10
+    far = []
+    if not kl <= FAR_KL:   # NaN is far too
+        far.append(f"KL is {kl:.2f}")
+    if not fell <= FAR_CHOSEN:
+        far.append(f"the chosen response became {before - after:.1f} nats less likely")
+    if far:
+        lines.append(f"WARNING: the model has moved far from its start: {' and '.join(far)}. Its "
                      "accuracy then says little about its answers; read its sample. Gentler: a "
                      f"lower learning_rate (now {settings['learning_rate']:g})" +
                      f", or a lower pref_weight (now {weight:g})" * (   # assets/results.md
@@ -118,12 +123,12 @@ def closing_lines(out_dir):
         lines.append("WARNING: on the held-out pairs the rejected responses gained more than the "
                      "chosen ones. Are these pairs like those that were trained on, and is chosen "
                      "the better one in both?" + " MMPO makes both responses likelier; a higher "
-                     "pref_weight sets them apart" * mmpo_alone)
-    elif not learned and not why:
+                     "pref_weight sets them apart" * weight_is_low)
+    elif not learned and not far:
         lines.append(f"note: {n_pairs} held-out pairs show no preference learned beyond the "
                      f"standard error, {error:.2f} of implicit rewards and {gain_error:.2f} of the "
                      "accuracy's gain. More: a higher learning_rate, more steps" +
-                     ", a higher pref_weight" * mmpo_alone)
+                     ", a higher pref_weight" * weight_is_low)
     if said := skipped(norms):
         lines.append(f"note: {said}")
     clip = settings["grad_clip"]
@@ -135,14 +140,14 @@ def closing_lines(out_dir):
 
 
 def skipped(norms):
-    """How many of the logged steps did nothing, in words, where there are any."""
+    """How many of the logged steps did nothing, in words. "" if all did something."""
     n = sum(not math.isfinite(norm) for norm in norms)
-    return f"{n} of {len(norms)} logged steps changed nothing, as their gradient was not finite" * (
-        n > 0)
+    return f"{n} of {len(norms)} logged steps changed nothing, as their gradient was not " \
+           "finite" if n else ""
 
 
 def hub_ids(sources):
-    """owner/name of those comma-separated sources that are no files here."""
+    """owner/name of those of the comma-separated sources that are on the hub, not files here."""
     names = [re.split("[:@]", source.strip())[0] for source in sources.split(",")]
     return ["/".join(name.split("/")[:2]) for name in names
             if re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)+", name)
@@ -151,8 +156,8 @@ def hub_ids(sources):
 
 
 def write_model_card(out_dir):
-    """out_dir/README.md, with the hub's metadata -> what to call it. One that a person wrote or
-    changed is left alone: its last line, a sha256 of the others, doesn't fit then."""
+    """Write out_dir/README.md, with the hub's metadata -> what the run's last line calls it. One
+    that a person wrote or changed stays: its last line is not the sha256 of the others."""
     path, signature = os.path.join(out_dir, "README.md"), "<!-- by nanoMMPO, sha256 %s -->\n"
     if os.path.lexists(path):
         content = Path(path).read_bytes() if os.path.isfile(path) else b""
