@@ -12,24 +12,26 @@ import time
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 import data
 import mmpo
 import model as llama
+from configurator import rank_and_size
 
 TIMED_WORK = 1e11   # parameters times tokens of a pack that is timed: 740 tokens of a 135M model
 
 
 def layer_bytes(model, item, stream):
     """Bytes a token that a compiled block keeps for backward: its input, what attention adds to it,
-    queries, keys, values, the attention's output, gate, up, and the inputs of trained weights;
-    under LoRA's dropout one for each adapter, and its mask.
+    queries, keys, values, the attention's output, gate, up, and the inputs of layers whose weights
+    train. Under LoRA's dropout each adapter keeps an input of its own, and its mask.
+
+    item, stream: bytes of a number in products, and of one in what a block passes on.
     """
-    c, inputs = model.config, {}
-    shares = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+    c, inputs = model.config, {}   # inputs: bytes of each that is kept
+    shares = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}   # have one input
     for path, layer in model.model.layers[0].named_modules():
         name = path.split(".")[-1]
         if isinstance(layer, llama.LoRALinear):
@@ -88,7 +90,8 @@ def report(model, pairs, held_out, settings, ranks, device, dtype):
 
 
 def cpu_report(model, pairs, held_out, settings, ranks, dtype):
-    """What the run takes on this CPU, in words, from three packs that it computes on every rank."""
+    """What the run would take on this CPU, in words, told from three packs that each rank computes
+    here."""
     bf16 = dtype == "bfloat16" or dtype == "auto" and llama.fast_bfloat16(torch.device("cpu"))
     title = f"on this CPU, in {'bfloat16' if bf16 else 'float32'}"
     if isinstance(model.head_weight, DTensor):
@@ -154,7 +157,7 @@ def time_packs(model, packs, bf16):
 def free_memory():
     """Bytes of memory that this machine can give now; 0 where that can't be known."""
     try:
-        peak_memory()   # is to be known as well
+        peak_memory()   # a caller that knows what is free needs this too
         with open("/proc/meminfo") as f:
             return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", f.read())[1])
     except (OSError, TypeError):   # not on Linux
@@ -199,12 +202,12 @@ def throughput(model, lengths, packs, pad_to, seconds):
     """Speed of a step that took `seconds` over trees of `lengths` (N, 1 + n), on all ranks; how
     full this rank's packs were; on a GPU the peak of its memory, and the share of its peak rate."""
     device = model.head_weight.device
-    ranks = dist.get_world_size() if dist.is_initialized() else 1
     tflops = step_flops(model, lengths) / seconds / 1e12
     tokens = [lengths[members].sum() for members in packs]
     found = {"tokens_per_second": lengths.sum() / seconds, "tflops": tflops,
              "fill": sum(tokens) / sum(max(1, math.ceil(n / pad_to)) * pad_to for n in tokens)}
     if peak := peak_flops(device):
+        _, ranks = rank_and_size()
         found["mfu"] = tflops * 1e12 / (peak * ranks)
     if device.type == "cuda":
         found["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2 ** 30
