@@ -45,7 +45,7 @@ from scripts.checkpoints import last_checkpoint
 TRAIN, EVALUATE = os.path.join(HERE, "train.py"), evaluate.__file__
 # the columns of the table are the metrics that begin so
 COLUMNS = "accuracy", "logps", "choices", "text", "kl", "answers"
-# what train.py may record otherwise than it was asked for
+# settings that train.py may record with another value than it was given
 RECORDED = ("out_dir", "overwrite", "resume", "dtype")
 # settings that a grid may not vary
 NO_AXES = ("out_dir", "overwrite", "resume", "dry_run", "debug")
@@ -93,8 +93,9 @@ def same_files(one, other):
 
 
 def run(folder, arguments, settings, evaluation, devices, references, first_evaluation):
-    """Train and evaluate one run, unless that is done -> the seconds it took. The two locks are
-    held while the reference's log-probs are computed, in a training and in an evaluation."""
+    """Train and evaluate one run, unless that is done -> the seconds it took. While a training or
+    an evaluation computes what all need of the reference, the two locks keep the others waiting,
+    which then find it in the cache."""
     device = devices.get()
     started, metrics = time.time(), os.path.join(folder, "metrics.jsonl")
     try:
@@ -102,7 +103,7 @@ def run(folder, arguments, settings, evaluation, devices, references, first_eval
             start = partial(subprocess.Popen, stdout=log, stderr=log, env=os.environ | device)
             if not check_folder(folder, settings):
                 resume = ["--resume=True"] if last_checkpoint(folder)[1] else []
-                with references:   # the next run starts when this one has the reference's log-probs
+                with references:   # until the first evaluation, which comes after those log-probs
                     training = start([sys.executable, TRAIN, *arguments,
                                       f"--out_dir={folder}", *resume])
                     while training.poll() is None and not (
@@ -126,9 +127,9 @@ def run(folder, arguments, settings, evaluation, devices, references, first_eval
 def is_evaluated(result, folder, asked):
     """Whether the file `result` is of the run that is in the folder now, and of these arguments."""
     found = read_json(result) if os.path.exists(result) else {}
-    known = vars(evaluate.arguments(asked)) | {"models": None}   # a folder has several spellings
-    return (found.get("run"), (found.get("settings") or {}) | {"models": None}) == (
-        run_sum(folder), known)
+    told, settings = vars(evaluate.arguments(asked)), found.get("settings") or {}
+    same = told | {"models": None} == settings | {"models": None}   # a folder has several spellings
+    return same and found.get("run") == run_sum(folder)
 
 
 def last_line(log):
@@ -147,20 +148,21 @@ def run_all(runs, out, evaluation, jobs):
     for job in range(jobs):
         devices.put({"CUDA_VISIBLE_DEVICES": gpus.split(",")[job % n_gpus]} if n_gpus else {})
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // jobs)))
-    failed, seconds = [], []   # seconds: of the runs that weren't done before
+    failed, seconds = [], []   # seconds: of the runs that were not done when this began
     pool = ThreadPoolExecutor(jobs)
     try:
         futures = {pool.submit(run, os.path.join(out, name), *r, evaluation, devices, *locks):
                    name for name, r in runs.items()}
         for done, future in enumerate(as_completed(futures), 1):
-            error, left = future.exception(), len(runs) - done
-            seconds += [future.result()] if not error and future.result() > 1 else []
-            minutes = f", about {left * np.mean(seconds) / jobs / 60:.0f} min left" \
-                if seconds else ""
-            print(f"{done} of {len(runs)} runs done{minutes}: {futures[future]}"
-                  f"{f' FAILED: {error}' if error else ''}", flush=True)
+            error, line = future.exception(), f"{done} of {len(runs)} runs done"
             if error:
                 failed.append(str(error))
+            elif future.result() > 1:
+                seconds.append(future.result())
+            if seconds:
+                left = (len(runs) - done) * np.mean(seconds) / jobs
+                line += f", about {left / 60:.0f} min left"
+            print(f"{line}: {futures[future]}" + f" FAILED: {error}" * bool(error), flush=True)
     finally:
         pool.shutdown(cancel_futures=True)   # after Ctrl-C no other run starts
     require(not failed, "; ".join(failed))
@@ -174,7 +176,7 @@ def table(runs, out, beside):
     for name in runs:
         found = read_json(os.path.join(out, f"{name}.evaluation.json"))
         groups.setdefault(without_seed(name), []).append(found)
-    [first, *_] = groups[beside]
+    first = groups[beside][0]
     columns = [metric for metric in first["metrics"] if metric.startswith(COLUMNS)]
     rows = [["run", *columns, f"accuracy/implicit less that of {beside}"],
             ["---"] * (len(columns) + 2),
@@ -186,9 +188,9 @@ def table(runs, out, beside):
 
 
 def check_data(runs, out):
-    """UserError where runs that were told the same of data and base trained on others, or were
-    evaluated on others."""
-    groups, asked, known = {}, {}, read_settings(TRAIN)
+    """UserError where runs with the same settings of data and base trained on different ones, or
+    where runs were evaluated on different files of one name."""
+    groups, files, known = {}, {}, read_settings(TRAIN)
     for name, (_, settings) in runs.items():
         told = {key: value for key, value in settings.items()
                 if key in ("seed", "init_from") or known[key].group == "data"}
@@ -199,7 +201,7 @@ def check_data(runs, out):
                 "of the same name; delete the older one, or give another --out")
         for path, content in read_json(os.path.join(out, f"{name}.evaluation.json")).get(
                 "files", {}).items():   # runs of old lack these
-            require(asked.setdefault(path, content) == content, f"{out}: {name} and others were "
+            require(files.setdefault(path, content) == content, f"{out}: {name} and others were "
                     f"evaluated on another {path}; delete the older .evaluation.json files")
 
 
@@ -208,6 +210,7 @@ def without_seed(name):
 
 
 def cell(values):
+    """[[value, low, high], ..] of the seeds -> the text of a cell, "" where one has no value."""
     if None in values:
         return ""
     mean, low, high = np.mean(values, axis=0)
@@ -217,9 +220,9 @@ def cell(values):
 
 
 def difference(group, base):
-    """Of the implicit reward accuracies of two groups of runs, with its 95% interval. "" where the
-    evaluations had no pairs, and a word where they had others than each other. Their order may
-    differ, as by seed."""
+    """How much the implicit reward accuracy of a group of runs is above that of the group `base`,
+    with its 95% interval. "" where the evaluations had no pairs, and a word where they had
+    different ones. The order of the pairs may differ, since a run's seed draws it."""
     if not all(e.get("pairs") and e["margins"] for e in [*base, *group]):
         return ""
     found = []   # of each evaluation, its pairs in one order: what they are, their prompts, margins
