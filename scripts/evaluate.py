@@ -15,10 +15,10 @@ $ python -m scripts.evaluate out/mmpo out/dpo --reference=HuggingFaceTB/SmolLM2-
 - *Talks:* its answers to held-out prompts: tokens, the share that ends by itself, the share of
   4-grams that were in the same answer before. Three answers are shown in full.
 
-All but the answers are log-probs of continuations behind a context. Those that share a context are
-one tree of a pack (data.Pack), where it is computed once. Multiple-choice numbers are those of
-lm-evaluation-harness: acc by summed log-probs, acc_norm by log-probs a character; an item with one
-choice (LAMBADA) counts where the likeliest tokens spell it, and has a perplexity.
+All but the answers are log-probs of continuations of a context. Continuations that share a context
+are one tree of a pack (data.Pack), where the context is computed once. Multiple-choice numbers are
+those of lm-evaluation-harness: acc by summed log-probs, acc_norm by log-probs a character; an item
+with one choice (LAMBADA) is right where the likeliest tokens spell it, and has a perplexity.
 
 Intervals are 95%, from a bootstrap that draws prompts with all their pairs, or multiple-choice
 items, or windows of the text. On a GPU the weights are fp32 and products TF32, but bf16 where those
@@ -56,15 +56,15 @@ BRANCHES = 16   # continuations of a tree, at most
 def score(model, requests, title=None, greedy=False, pack_tokens=0):
     """[(context, continuation), ..], tuples of ids -> log pi(continuation|context) of each (N,), in
     nats. With `greedy` also whether the likeliest tokens are the continuation -> (2, N)."""
-    behind = {}   # context: its continuations, each once
+    continuations = {}   # by context, each once
     for context, continuation in dict.fromkeys(requests):
-        behind.setdefault(context, []).append(continuation)
-    trees = [(context, some[i:i + BRANCHES]) for context, some in behind.items()
+        continuations.setdefault(context, []).append(continuation)
+    trees = [(context, some[i:i + BRANCHES]) for context, some in continuations.items()
              for i in range(0, len(some), BRANCHES)]
     n = max(len(some) for _, some in trees)
     pairs = data.Pairs.from_ids([[context, *some, *[()] * (n - len(some))]
                                  for context, some in trees])   # () is a response of no tokens
-    # so many on a GPU, since launching a pack takes its time, however short it is
+    # more on a GPU, since even a short pack takes a while to launch
     pack_tokens = pack_tokens or (32768 if model.head_weight.is_cuda else 4096)
     sums = data.score(model, pairs, np.arange(len(trees)), pack_tokens, title,
                       llama.token_misses if greedy else None).double().numpy()
@@ -78,9 +78,9 @@ def ratio(top, bottom=None, groups=None, of=lambda x: x, draws=1000, unseen=None
     """of(sum of top / sum of bottom), and its 95% interval -> [value, low, high]. None where bottom
     is all 0.
 
-    top, bottom (N,); no bottom is the mean of top. Items of one group (N,) are drawn together. The
-    draws are from these and from the `unseen` (2, ..), tops and bottoms, since few items that are
-    all alike would have an interval without width: of a share one success and one failure.
+    top, bottom (N,): without a bottom it is the mean of top. Items of one group (N,) are drawn
+    together. unseen (2, M): tops and bottoms of M more items, which are drawn too but are not in
+    the value. Without them a few items that are all alike would have an interval of no width.
     """
     top = np.asarray(top, dtype=float)
     bottom = np.ones(len(top)) if bottom is None else np.asarray(bottom, dtype=float)
@@ -88,7 +88,7 @@ def ratio(top, bottom=None, groups=None, of=lambda x: x, draws=1000, unseen=None
         return None
     groups = np.arange(len(top)) if groups is None else np.unique(groups, return_inverse=True)[1]
     sums = np.stack([np.bincount(groups, x) for x in (top, bottom)])                 # (2, groups)
-    if unseen:
+    if unseen:   # each a group of its own
         sums = np.hstack([sums, unseen])
     n = sums.shape[1]
     drawn = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=draws) @ sums.T
@@ -97,18 +97,18 @@ def ratio(top, bottom=None, groups=None, of=lambda x: x, draws=1000, unseen=None
         return [float(value), *(float(x) for x in np.nanpercentile(drawn, [2.5, 97.5]))]
 
 
-share = partial(ratio, unseen=[[1, 0], [1, 1]])
+share = partial(ratio, unseen=[[1, 0], [1, 1]])   # one success and one failure
 
 # -----------------------------------------------------------------------------
 # The questions. Each is a function of a model and of the reference's results (None for the
-# reference itself, or where there is none) that returns
-# {"metrics": {name: [value, low, high] or None}, ..}.
+# reference itself, or where there is none). It returns {"metrics": {name: [value, low, high] or
+# None}, ..}, and what else it has to say.
 
 
 def preference(pairs, model, base):
-    """Which response of data.Pairs is likelier. Also returns the log-probs (N, 2), the margins for
-    paired tests, {how: (N,)} in nats (of means: a token), the number of each pair's prompt, and a
-    hash of each pair."""
+    """Which response of data.Pairs is likelier. Also returns the log-probs (N, 2), the number of
+    each pair's prompt, a hash of each pair, and for paired tests the margins, {how: (N,)} in nats
+    (those of means in nats a token)."""
     ids = [[tuple(x.tolist()) for x in pairs.ids(i)] for i in range(len(pairs))]
     logps = score(model, [(x[0], x[j]) for x in ids for j in (1, -1)], "pairs").reshape(-1, 2)
     number = {prompt: n for n, prompt in enumerate(dict.fromkeys(x[0] for x in ids))}
@@ -132,9 +132,9 @@ def preference(pairs, model, base):
 
 
 def encode(tokenizer, context, continuation):
-    """Ids of both as lm-evaluation-harness makes them: spaces that end the context go to the
-    continuation, whose ids are what both together have more than the context. Behind an empty
-    context the bos token is the context, or eos where there is no bos."""
+    """Ids of both as lm-evaluation-harness makes them. The text of both together is tokenized, and
+    the continuation is what follows the tokens of the context, which are counted without spaces at
+    its end. An empty context is the bos token, or eos where there is no bos."""
     prefix = tokenizer.text_prefix
 
     def ids(text):
@@ -150,8 +150,8 @@ def encode(tokenizer, context, continuation):
 
 def read_items(file, tokenizer, limit, room):
     """A file of multiple-choice items -> its name, [[(context, continuation), ..] of each], [gold],
-    [characters of each choice]. A context is cut on the left where both have over room + 1 tokens,
-    the last of which the model need not read."""
+    [characters of each choice]. A context is cut on the left where it and the continuation are over
+    room + 1 tokens. (The model need not read the last one.)"""
     items, gold, characters = [], [], []
     for where, row in islice(data.read_objects(file), limit or None):
         with reading(where, "a multiple-choice item"):
@@ -160,7 +160,7 @@ def read_items(file, tokenizer, limit, room):
                     and row["gold"] in range(len(texts)),
                     f"{where}: gold must be the index of a choice, and no choice may be empty")
             choices = [encode(tokenizer, *pair) for pair in row["pairs"]]
-            require(all(c and 0 < len(ids) <= room for c, ids in choices),
+            require(all(context and 0 < len(ids) <= room for context, ids in choices),
                     f"{where}: a choice has no tokens to stand behind, or not 1 to {room} itself")
             items.append([(context[max(0, len(context) + len(ids) - room - 1):], ids)
                           for context, ids in choices])
@@ -187,8 +187,8 @@ def multiple_choice(task, items, gold, characters, model, _):
 
 
 def text_windows(ids, size=1024):
-    """A text's ids -> requests that score each token but the first once, behind up to half a window
-    of the text before it."""
+    """A text's ids -> requests that score half a window each, and every token but the first once.
+    The context is the half window of text before, or as much as there is."""
     half = size // 2
     return [(tuple(ids[max(0, i - half):i]), tuple(ids[i:i + half]))
             for i in range(1, len(ids), half)]
@@ -205,11 +205,11 @@ def talk(prompts, tokenizer, args, compared, model, base):
     stop_ids = tokenizer.stop_ids()
 
     def ask(title, temperature, top_p):
-        found = []
+        answers = []
         for i in tqdm(range(0, len(prompts), 16), title, disable=None):
-            found += model.generate(prompts[i:i + 16], args.max_new_tokens, temperature, 0, top_p,
-                                    stop_ids, args.seed + i)
-        return found
+            answers += model.generate(prompts[i:i + 16], args.max_new_tokens, temperature, 0,
+                                      top_p, stop_ids, args.seed + i)
+        return answers
 
     found, metrics = {}, {}
     if compared:
@@ -226,7 +226,7 @@ def talk(prompts, tokenizer, args, compared, model, base):
 
 def describe(answers, stop_ids):
     """Metrics of answers, lists of ids."""
-    grams = [[tuple(ids[i:i + 4]) for i in range(len(ids) - 3)] for ids in answers]
+    grams = [[*zip(ids, ids[1:], ids[2:], ids[3:])] for ids in answers]
     return {"answers/tokens": ratio([len(ids) for ids in answers]),
             "answers/ended": share([ids[-1] in stop_ids for ids in answers]),
             "answers/repeated": ratio([len(g) - len(set(g)) for g in grams], [*map(len, grams)])}
@@ -238,19 +238,22 @@ def describe(answers, stop_ids):
 
 def held_out(args, run, tokenizer):
     """The pairs to evaluate: those of --pairs, or those that the run held out."""
-    names = ("eval_dataset", "eval_split") if run.get("eval_dataset") else (
-        "dataset", "train_split")
-    source, split = (args.pairs, args.split) if args.pairs else (run[name] for name in names)
+    if args.pairs:
+        source, split = args.pairs, args.split
+    elif run.get("eval_dataset"):
+        source, split = run["eval_dataset"], run["eval_split"]
+    else:
+        source, split = run["dataset"], run["train_split"]
     source = all_beside_the_checkout(source)   # as a config file names it
-    told = {name: s.value for name, s in read_settings(os.path.join(HERE, "train.py")).items()}
-    told |= run   # its settings, or the defaults where there is no run
+    defaults = read_settings(os.path.join(HERE, "train.py"))
+    settings = {name: setting.value for name, setting in defaults.items()} | run
     if args.pairs:   # which may have other fields
-        told["use_scores"] = False
+        settings["use_scores"] = False
     if args.columns is not None:
-        told["columns"] = args.columns
-    pairs = data.load_pairs(source, split, tokenizer, args.max_length or told["max_length"],
-                            args.max_prompt_length or told["max_prompt_length"],
-                            told["bad_rows"], told["columns"], told["use_scores"])
+        settings["columns"] = args.columns
+    pairs = data.load_pairs(source, split, tokenizer, args.max_length or settings["max_length"],
+                            args.max_prompt_length or settings["max_prompt_length"],
+                            settings["bad_rows"], settings["columns"], settings["use_scores"])
     if args.pairs:
         print(f"{source}: {pairs.report}")
         return pairs
@@ -272,13 +275,14 @@ def sign_test(before, after):
 
 def print_table(results):
     """Metrics as rows, models as columns; which pairs turned since the first; three answers."""
+    def cell(value, low, high):
+        return f"{value:.4g}" + (f" ({low:.4g} to {high:.4g})" if low < high else "")
+
     print(f"\n| | {' | '.join(results)} |\n" + "|---" * (len(results) + 1) + "|")
-    *_, last = results.values()
+    *_, last = results.values()   # the first may be the reference, which has fewer metrics
     for metric in last["metrics"]:
         found = (result["metrics"].get(metric) for result in results.values())
-        cells = ("" if not x else f"{x[0]:.4g} ({x[1]:.4g} to {x[2]:.4g})" if x[1] < x[2] else
-                 f"{x[0]:.4g}" for x in found)
-        print(f"| {metric} | {' | '.join(cells)} |")
+        print(f"| {metric} | {' | '.join(cell(*x) if x else '' for x in found)} |")
     (first, base), *others = results.items()
     for name, result in others:
         for how in ("mean", "sum") if result.get("margins") else ():
@@ -326,8 +330,8 @@ def check_runs(args, run):
 
 
 def find_models(args, run):
-    """-> the name of the reference or None, and {name: (folder, when its files were written, sum of
-    its weights, sum of its run)} of it and of the models."""
+    """-> the name of the reference or None, and of it and all models {name: (folder, when its files
+    were written, its weights' fingerprint, run_sum of its run)}."""
     reference = args.reference or beside_the_checkout(run.get("init_from", "")) or None
     names = dict.fromkeys([*filter(None, [reference]), *args.models])
     folders = {name: llama.checkpoint_folder(name) for name in names}
@@ -342,8 +346,8 @@ def find_models(args, run):
 
 
 def questions_of(args, run, tokenizer, config, compared):
-    """What to ask: functions of a model and of the reference's results; and for a cache's name what
-    they ask about. config: the first model's LlamaConfig."""
+    """-> the questions, as above, and what they ask about, by which a cache is known. config: the
+    first model's LlamaConfig. compared: whether there is a reference."""
     pairs, windows, questions, room = None, None, [], config.max_position_embeddings
     if args.pairs or run and args.pairs is None:
         with reading(args.pairs or f"{args.models[0]}/train_config.json",
@@ -369,8 +373,9 @@ def questions_of(args, run, tokenizer, config, compared):
 
 
 def write_result(name, run, result, before, reference, args, dtype):
-    """The JSON file beside a model's folder. run: the sum of the model's run."""
-    here = os.path.expanduser(name)   # of an adapter, not the temporary folder on its base
+    """Write the JSON file beside a model's folder. run: run_sum of the model's run. before: the
+    reference's metrics."""
+    here = os.path.expanduser(name)   # of an adapter its own folder, not the one on its base
     beside = os.path.abspath(here) if os.path.isdir(here) else name.replace("/", "_")
     files = {path: sha256(path) for path in (*args.choices, args.text, args.pairs)
              if path and os.path.isfile(path)}
@@ -410,12 +415,11 @@ def main():
               vars(args) | {"models": None}]
 
     results = {}
-    # the others are compared with the first
     for name, (folder, written, weights, its_run) in models.items():
         base = results.get(reference)
         path = cache_path("evaluation", [weights, *asked],
                           ["data.py", "model.py", "scripts/evaluate.py"])
-        if not base and (cached := load_cache(path)):   # the reference's, of an earlier call
+        if not base and (cached := load_cache(path)):   # as the reference of an earlier call
             results[name] = json.loads(str(cached["result"]))
         else:
             require(data.Tokenizer(folder, args.chat_template).bytes_of == tokenizer.bytes_of,
@@ -423,11 +427,12 @@ def main():
             model, _ = llama.from_pretrained(folder, device, dtype)
             require(llama.last_written(folder) == written,
                     f"{name}: changed while it was read; start again")
-            found = [question(model, base) for question in questions]
+            result, metrics = {}, {}
+            for question in questions:
+                result |= question(model, base)
+                metrics |= {metric: x for metric, x in result["metrics"].items() if x}
+            results[name] = result | {"metrics": metrics}
             del model   # before the next one is read
-            results[name] = {key: value for one in found for key, value in one.items()}
-            results[name]["metrics"] = {metric: value for one in found for metric, value
-                                        in one["metrics"].items() if value}
             if name == reference:
                 save_cache(path, result=json.dumps(results[name]))
         if name in args.models:
