@@ -89,15 +89,18 @@ def same_file(file, path):
 
 
 def let_go(folder, made):
-    """The reverse of hold; a folder that it made and that nothing was written into goes too. If a
-    signal ended the run, say what there is of it."""
+    """The reverse of hold. A folder that it made (`made`) and that is empty goes too. If a signal
+    ended the run, say what there is of it."""
     leave_time_to_save()
     if asked:
-        found = last_checkpoint(folder)[1]
-        print(f"ended by {signal.Signals(asked[0]).name}: " + (
-            f"the run in {folder} is finished" if is_finished(folder) else
-            f"{found} is saved; the same command with --resume=True goes on from there" if found
-            else "no checkpoint was saved; the same command starts again"), file=sys.stderr)
+        _, found = last_checkpoint(folder)
+        if is_finished(folder):
+            state = f"the run in {folder} is finished"
+        elif found:
+            state = f"{found} is saved; the same command with --resume=True goes on from there"
+        else:
+            state = "no checkpoint was saved; the same command starts again"
+        print(f"ended by {signal.Signals(asked[0]).name}: {state}", file=sys.stderr)
     with contextlib.suppress(OSError):
         if same_file(lock, lock.name):
             os.remove(lock.name)
@@ -144,8 +147,8 @@ def training_tensors(model, optimizer):
 
 
 def first_row(tensor):
-    """The first row of this rank's part of a sharded tensor, which torch cuts in equal parts, but
-    for the last ones."""
+    """The row of the whole tensor with which this rank's part begins, 0 where it isn't sharded.
+    torch cuts it into parts of equal size, of which the last ones may be smaller or empty."""
     rank, ranks = rank_and_size()
     return min(rank * -(-len(tensor) // ranks), len(tensor)) if isinstance(tensor, DTensor) else 0
 
@@ -156,8 +159,8 @@ LATE = 90       # seconds until NFS shows a file of another machine, at the late
 
 def save_checkpoint(model, optimizer, folder, iter_num, settings, log, must=True):
     """Write folder/checkpoint-<iter_num>. The run waits while its tensors are copied to the host's
-    memory. A thread of each rank writes its part; when all are there, the first rank gives the
-    folder its name, deletes all checkpoints but the last few, and logs it.
+    memory. A thread of each rank writes its part; when all parts are there, the first rank's gives
+    the folder its name, deletes all checkpoints but the last few, and logs it.
 
     Raises UserError where the save before this one could not be written, unless `must` is False.
     """
@@ -193,7 +196,7 @@ def write_part(save, mine, about, rank, keep, log):
         while not sums <= {*os.listdir(temporary)}:
             require(late < LATE, f"{save.path}: parts of other ranks are not here; if those don't "
                     "say why, all machines must share out_dir")
-            if save.all_written.wait(0.05):
+            if save.all_written.wait(0.05):   # the others are done, so only the disk can be late
                 time.sleep(1)
                 late += 1
         size = sum(map(os.path.getsize, parts_of(temporary)))
@@ -213,9 +216,9 @@ def write_part(save, mine, about, rank, keep, log):
 
 
 def finish_saving(must=True):
-    """Wait for the save under way, on all ranks. UserError where it could not be written. If
-    `must` is False, then a warning says so instead, and what there is of it goes. UserError too
-    where the folder is another run's now (`check_held`)."""
+    """Wait for the save under way, on all ranks. Raises UserError where it could not be written. If
+    `must` is False, a warning says so instead, and what was written of it is deleted. Raises
+    UserError too where the folder is another run's now (`check_held`)."""
     global saving
     check_held()
     if saving is None:
@@ -239,8 +242,8 @@ def finish_saving(must=True):
 
 
 def leave_time_to_save():
-    """Where the program ends by an error, the save under way may still become whole. Parts of other
-    ranks get less time, since those may be dead."""
+    """Called when the program ends, by an error too, so that the save under way may still become
+    whole. The parts of other ranks get less time, since those may be dead."""
     if saving:
         saving.written.wait(60)
         saving.thread.join(5)
@@ -259,8 +262,8 @@ def about_part(part):
 
 
 def check_checkpoint(path):
-    """The settings of the run that wrote it. Raises UserError unless every part is there, and every
-    byte as it was written. Each rank reads its share."""
+    """-> the settings of the run that wrote it. Raises UserError unless every part is there, and
+    every byte as it was written. Each rank checks the bytes of its share of the parts."""
     require(os.path.isdir(path), f"{path}: no folder; if it is a link, is its disk there?")
     files, (rank, ranks), settings = parts_of(path), rank_and_size(), None
     expected = {f"{i}.safetensors" for i in range(len(files) or 1)}
@@ -273,9 +276,8 @@ def check_checkpoint(path):
                 digest = file.removesuffix("safetensors") + "sha256"
                 require(os.path.exists(digest), f"{digest}: missing, so nobody knows whether "
                         f"{name} is as it was written; bring it back, or delete the checkpoint")
-                with open(digest, encoding="utf-8") as f:
-                    require(f.read() == sha256(file), f"{path}: {name} failed its sha256; delete "
-                            "the checkpoint")
+                require(Path(digest).read_text(encoding="utf-8") == sha256(file),
+                        f"{path}: {name} failed its sha256; delete the checkpoint")
             with safe_open(file, framework="pt") as part:
                 about = about_part(part)
             settings = settings or dict(about["settings"])
@@ -318,7 +320,7 @@ def load_checkpoint(model, optimizer, path):
 
 def read_state(p, pieces):
     """The weights of parameter p, or a tensor of its optimizer's state. Where p is sharded, so are
-    tensors of its shape, and this rank's rows are read."""
+    its weights and the states of its shape, of which this rank's rows are read."""
     shape = pieces[0][1].get_shape()
     if not isinstance(p, DTensor) or not shape or shape[1:] != [*p.shape[1:]]:
         value = read_rows(pieces, 0, None)
@@ -355,12 +357,12 @@ def remove_checkpoints(folder, keep=0):
 
 
 def remove_checkpoint(path):
-    """Delete a checkpoint, its name first, so that a kill leaves no half one by that name. Only the
-    files that save_checkpoint writes go. `path` may be a link to where it was moved."""
+    """Delete a checkpoint. It is renamed first, so that a kill leaves no half of it by its name.
+    Only files that save_checkpoint writes go. `path` may be a link to where it was moved."""
     temporary = path.removesuffix(".tmp") + ".tmp"
     if path != temporary:
         os.rename(path, temporary)
-    with contextlib.suppress(FileNotFoundError):   # a link to what is gone already
+    with contextlib.suppress(FileNotFoundError):   # a link may lead to nothing
         for name in os.listdir(temporary):
             # safetensors writes .tmp and six letters, and renames that
             if re.fullmatch(r"\d+\.(safetensors|sha256)(\.tmp\d+)?|\.tmp\w{6}", name):
@@ -372,8 +374,8 @@ def remove_checkpoint(path):
 
 
 def past_metrics(path, start_iter):
-    """What metrics.jsonl keeps: nothing for a new run (start_iter 0), and for one that goes on the
-    steps before start_iter, since it makes those after it again."""
+    """The records that metrics.jsonl keeps: none for a new run (start_iter 0); for one that goes
+    on those of the steps before start_iter, since it makes the later ones again."""
     past = read_metrics(path) if start_iter and os.path.exists(path) else []
     require(not start_iter or any(record["iter"] == 0 and "eval/loss" in record for record in past),
             f"{path}: without the first evaluation, which the end of a run is compared with; bring "
@@ -439,7 +441,7 @@ def end_on_signals():
 
 def interrupted(device):
     """The signal that asked this run to end, or 0. The same on all ranks, so that they end at the
-    same step; a rank whose torchrun is gone asks them to."""
+    same step. A rank whose torchrun is gone asks all of them to end."""
     global may_leave
     may_leave = False
     number = asked[0] if asked else 0
