@@ -83,7 +83,7 @@ ROPE = {   # rope_type: its numbers
     "yarn": ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow",
              "attention_factor")}
 # Fields of config.json that change what the network computes: the values that this file honours,
-# None for a field that is missing, and a hint for all others.
+# of which None stands for a field that is missing, and what an error about another value says.
 HONOURED = {
     "model_type": (tuple(ARCHITECTURES), ", ".join(ARCHITECTURES)),
     "hidden_act": (("silu", "swish", None), "silu"),
@@ -97,12 +97,12 @@ HONOURED = {
 } | dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"),
                   ((True, False, None), "true or false"))
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-         "num_attention_heads")   # which every config.json has
+         "num_attention_heads")   # every config.json must have them
 ROPE_NUMBERS = dict.fromkeys(field for fields in ROPE.values() for field in fields)
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 WHOLE, NUMBER = (int,), (int, float)
-# Of each number its type, the least and the largest value with which a network can be built and
-# computes something.
+# The type of each number, and the least and the largest value with which a network can be built
+# and computes something.
 RANGES = dict.fromkeys((*SIZES, "num_key_value_heads", "head_dim", "max_position_embeddings",
                         "sliding_window", "no_rope_layer_interval"), (WHOLE, 1, 2 ** 30)) | (
     dict.fromkeys(ROPE_NUMBERS, (NUMBER, 1e-12, 1e12))) | {
@@ -120,11 +120,12 @@ def config_from_dict(hf, where="config.json"):
     require(isinstance(rope, dict) and dict not in map(type, rope.values()),
             f"{where}: rope parameters must be one object of numbers and words (got {rope!r:.60})")
     rope = {field: value for field, value in rope.items() if value is not None}
-    kind, rope_type = hf.get("model_type"), rope.get("rope_type") or rope.get("type") or "default"
+    rope_type = rope.get("rope_type") or rope.get("type") or "default"
+    model_type, window = hf.get("model_type"), None
     # Every Mistral has a window, of 4,096 where its config doesn't say; Qwen's is switched on by
     # use_sliding_window. A sequence that fits into it doesn't meet it.
-    windowed = kind == "mistral" or hf.get("use_sliding_window")
-    window = hf.get("sliding_window", 4096) if windowed else None
+    if model_type == "mistral" or hf.get("use_sliding_window"):
+        window = hf.get("sliding_window", 4096)
     layers = set(re.findall(r"\w+", str(hf.get("layer_types") or "")))
     odd = layers - {"full_attention", "sliding_attention" if window else None}
     found = hf | rope | {"rope_type": rope_type, "layer_types": min(odd, default=None)}
@@ -132,19 +133,21 @@ def config_from_dict(hf, where="config.json"):
         require(found.get(field) in values,
                 f'{where}: {field} {json.dumps(found.get(field)):.60} is not supported ({hint})')
 
+    # The numbers that the network takes. Some have defaults; those of other rope_types don't count.
     context, factor = hf.get("max_position_embeddings"), rope.get("factor")
-    sharper = 1 + 0.1 * math.log(max(1, factor)) if type(factor) in NUMBER else None
     original = "original_max_position_embeddings"
-    given = {original: context, "beta_fast": 32, "beta_slow": 1, "attention_factor": sharper} | rope
+    given = {original: context, "beta_fast": 32, "beta_slow": 1} | rope
     given[original] = hf.get(original) or given[original]
+    if type(factor) in NUMBER:   # YaRN makes attention sharper the more it stretches the context
+        given.setdefault("attention_factor", 1 + 0.1 * math.log(max(1, factor)))
     scaling = {field: given.get(field) for field in ROPE[rope_type]}
+    default_theta = 2e6 if model_type == "smollm3" else 1e4
     needed = {field: hf.get(field) for field in SIZES} | scaling | {
-        "rope_theta": rope.get("rope_theta", hf.get(
-            "rope_theta", 2e6 if kind == "smollm3" else 1e4)),
+        "rope_theta": rope.get("rope_theta", hf.get("rope_theta", default_theta)),
         "rms_norm_eps": hf.get("rms_norm_eps", 1e-6)}
-    given = hf | dict.fromkeys(ROPE_NUMBERS) | {"sliding_window": window} | needed
+    numbers = hf | dict.fromkeys(ROPE_NUMBERS) | {"sliding_window": window} | needed
     for field, (kinds, least, most) in RANGES.items():
-        value, name = given.get(field), "whole number" if kinds is WHOLE else "number"
+        value, name = numbers.get(field), "whole number" if kinds is WHOLE else "number"
         require(type(value) in kinds and least <= value <= most
                 or value is None and field not in needed,
                 f"{where}: {field} must be a {name} from {least} to {most} (got {value!r:.60})")
@@ -154,14 +157,16 @@ def config_from_dict(hf, where="config.json"):
             require(i is None or type(i) is int,
                     f"{where}: {field} must be a token's id, a number (got {i!r:.60})")
 
-    # SmolLM3 marks layers without rotary embedding by a 0; where it doesn't, that is each fourth
+    # A 0 marks a layer without rotary embedding. Only SmolLM3 has such layers, by default each
+    # fourth one.
     n_layer, every = hf["num_hidden_layers"], hf.get("no_rope_layer_interval") or 4
-    marks = hf.get("no_rope_layers") if kind == "smollm3" else [1] * n_layer
-    marks = [i % every for i in range(1, n_layer + 1)] if marks is None else marks
+    marks = hf.get("no_rope_layers") if model_type == "smollm3" else [1] * n_layer
+    if marks is None:
+        marks = [i % every for i in range(1, n_layer + 1)]
     marked = isinstance(marks, list) and {*map(type, marks)} == {int} and len(marks) >= n_layer
     n_head, width, bias = hf["num_attention_heads"], hf["hidden_size"], hf.get("attention_bias")
     n_kv_head = hf.get("num_key_value_heads") or n_head
-    head_dim = hf.get("head_dim") or (128 if kind == "qwen3" else width // n_head)
+    head_dim = hf.get("head_dim") or (128 if model_type == "qwen3" else width // n_head)
     low, high = scaling.get("low_freq_factor", 0), scaling.get("high_freq_factor", 1)
     for wrong, why in ((n_head % n_kv_head, f"{n_head} heads can't share {n_kv_head} key heads"),
                        (head_dim % 2 or not head_dim, f"head_dim {head_dim} is no even number"),
@@ -176,11 +181,11 @@ def config_from_dict(hf, where="config.json"):
         norm_eps=needed["rms_norm_eps"], rope_theta=needed["rope_theta"],
         rope_scaling={"rope_type": rope_type} | scaling if scaling else None,
         max_position_embeddings=context or 2048,
-        tie_word_embeddings=bool(hf.get("tie_word_embeddings", kind == "smollm3")),
+        tie_word_embeddings=bool(hf.get("tie_word_embeddings", model_type == "smollm3")),
         unrotated=tuple(i for i in range(n_layer) if not marks[i]),
         limits=tuple((field, n) for field, n in limits.items() if n),
-        mlp_bias=bool(hf.get("mlp_bias")), qkv_bias=bool(bias) or kind == "qwen2",
-        o_bias=bool(bias) and kind != "qwen2", qk_norm=kind == "qwen3")
+        mlp_bias=bool(hf.get("mlp_bias")), qkv_bias=bool(bias) or model_type == "qwen2",
+        o_bias=bool(bias) and model_type != "qwen2", qk_norm=model_type == "qwen3")
 
 
 # -----------------------------------------------------------------------------
