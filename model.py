@@ -232,19 +232,21 @@ def frequencies(config, device):
     """
     exponent = torch.arange(0, config.head_dim, 2, device=device) / config.head_dim
     freq = 1 / config.rope_theta ** exponent   # in this order transformers' bits come out
-    s, alone = config.rope_scaling or {"factor": 1}, 0.0
-    if s.get("rope_type") == "llama3":
-        turns = s["original_max_position_embeddings"] * freq / (2 * math.pi)
-        low, high = s["low_freq_factor"], s["high_freq_factor"]
-        alone = ((turns - low) / (high - low)).clamp(0, 1)   # 1: leave alone, 0: divide
-    elif s.get("rope_type") == "yarn":
+    scaling = config.rope_scaling or {"factor": 1}
+    context, alone = scaling.get("original_max_position_embeddings"), 0.0   # 1: leave, 0: divide
+    if scaling.get("rope_type") == "llama3":
+        turns = context * freq / (2 * math.pi)
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        alone = ((turns - low) / (high - low)).clamp(0, 1)
+    elif scaling.get("rope_type") == "yarn":
         start, end = (config.head_dim / 2 * math.log(
-            s["original_max_position_embeddings"] / (2 * math.pi * turns), config.rope_theta)
-            for turns in (s["beta_fast"], s["beta_slow"]))
+            context / (2 * math.pi * turns), config.rope_theta)
+            for turns in (scaling["beta_fast"], scaling["beta_slow"]))
         start, end = max(math.floor(start), 0), min(math.ceil(end), config.head_dim - 1)
         place = torch.arange(len(freq), device=device)
         alone = 1 - ((place - start) / (end - start or 0.001)).clamp(0, 1)
-    return alone * freq + (1 - alone) * freq / s["factor"], s.get("attention_factor", 1.0)
+    freq = alone * freq + (1 - alone) * freq / scaling["factor"]
+    return freq, scaling.get("attention_factor", 1.0)
 
 
 def rotary(positions, config):
@@ -591,10 +593,10 @@ def chunk_grad(logits, targets, lse, d_logps):
     logits.copy_(grad)
 
 
-def near_memory(function, logits, *columns):
-    """function(logits, *columns), which memory traffic bounds. A GPU runs it compiled, so that the
-    logits are read twice and not ten times. A CPU takes a few tokens at a time, so that the
-    intermediate results stay in its cache."""
+def memory_bound(function, logits, *columns):
+    """function(logits, *columns), whose speed is bound by memory, not arithmetic. A GPU runs it
+    compiled, so that the logits are read twice and not ten times. A CPU takes a few tokens at a
+    time, so that the intermediate results stay in its cache."""
     if logits.is_cuda:
         return compiled(function)(logits, *columns)
     n = max(1, CACHED_LOGITS // logits.size(1))
@@ -618,7 +620,7 @@ class TokenLogProbs(torch.autograd.Function):
             for s in chunks(x, weight):
                 logits = None   # frees the last chunk's before this one's are computed
                 logits = F.linear(x[s].to(dtype), w)
-                found[s] = near_memory(chunk_logps, logits, targets[s])
+                found[s] = memory_bound(chunk_logps, logits, targets[s])
         logps, lse = (column.clone() for column in found.T)
         ctx.save_for_backward(x, w, targets, lse)
         ctx.last_logits, ctx.weight_dtype = logits, weight.dtype
@@ -632,7 +634,7 @@ class TokenLogProbs(torch.autograd.Function):
         for s in reversed(chunks(x, w)):
             xs = x[s].to(w.dtype)
             logits = F.linear(xs, w) if logits is None else logits
-            near_memory(chunk_grad, logits, targets[s], lse[s], d_logps[s])
+            memory_bound(chunk_grad, logits, targets[s], lse[s], d_logps[s])
             dx[s] = logits @ w            # logits hold their own gradient now
             if ctx.needs_input_grad[1]:   # summed over the chunks in fp32
                 part = logits.T @ xs
@@ -777,16 +779,19 @@ ON_A_BASE = {}   # the folders that on_its_base made; each goes when the program
 
 
 def model_files(folder):
-    """Names of what is in a folder, of those that somebody who opens a model there may read."""
+    """Names of a folder's files that a program may read when it opens a model there."""
     found = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
     return [file for file in found if file in MODEL_FILES
             or file.endswith((".safetensors", ".safetensors.index.json"))]
 
 
 def checkpoint_folder(name, weights=True, base_of=""):
-    """A folder as it is; of a hub id, owner/name or owner/name@revision, the folder into which the
-    needed files are downloaded; of a LoRA adapter, what `on_its_base` makes of it. weights: whether
-    the weights are needed, too. base_of: the adapter_config.json that names it as its base."""
+    """A folder or hub id -> the folder to read the model from. Of a hub id, owner/name or
+    owner/name@revision, the needed files are downloaded. Of a LoRA adapter it is what `on_its_base`
+    makes of it.
+
+    weights: whether the weights are needed too. base_of: the adapter_config.json that names it.
+    """
     folder, where = os.path.expanduser(name), f"{base_of}: base model " if base_of else ""
     if folder in ON_A_BASE:
         return folder
@@ -849,8 +854,9 @@ def on_its_base(adapter, weights):
     path = os.path.join(adapter, "adapter_config.json")
     config = read_json(path)
     for field, value in config.items():
-        supported = value in LORA_VALUES[field] if field in LORA_VALUES else \
-            not value or field in LORA_FIELDS
+        supported = not value or field in LORA_FIELDS
+        if field in LORA_VALUES:
+            supported = value in LORA_VALUES[field]
         require(supported,
                 f"{path}: {field} {value!r:.60} is not supported; merge the adapter in peft")
     alpha, revision = config.get("lora_alpha"), config.get("revision")
@@ -862,7 +868,7 @@ def on_its_base(adapter, weights):
     # A tokenizer's files belong together, so an adapter's replace those of the base. But some
     # adapters have them without tokenizer.json, or a template alone.
     own = model_files(adapter)
-    brings_tokenizer = {*own} & {*TOKENIZER_FILES} - {"chat_template.jinja"}
+    brings_tokenizer = {*own} & ({*TOKENIZER_FILES} - {"chat_template.jinja"})
     sources = {file: base for file in model_files(base) if not brings_tokenizer
                or file == "tokenizer.json" or file not in TOKENIZER_FILES}
     sources |= {file: adapter for file in own
@@ -893,7 +899,7 @@ def read_config(folder):
 
 
 def find_adapter(folder):
-    """`find_tensors` of a folder's adapter, and its adapter_config.json. Two {} without one."""
+    """`find_tensors` and adapter_config.json of a folder's adapter; {} and {} if it has none."""
     path = os.path.join(folder, "adapter_config.json")
     if not os.path.exists(path):
         return {}, {}
@@ -901,7 +907,8 @@ def find_adapter(folder):
 
 
 def merge(weight, name, adapter, config):
-    """A weight of the base as the adapter changes it. What changed it is taken from `adapter`."""
+    """A weight of the base as the adapter changes it. The tensors that did so are removed from
+    `adapter`, where in the end none may be left."""
     parts, layer = [adapter.pop(name, weight)], name.removesuffix(".weight")
     if f"{layer}.lora_A.weight" in adapter:
         A, B = (adapter.pop(f"{layer}.lora_{x}.weight").float() for x in "AB")
@@ -915,7 +922,7 @@ def merge(weight, name, adapter, config):
         if part.shape != weight.shape:
             raise ValueError(f"shape {tuple(part.shape)}, not {tuple(weight.shape)}, as of a "
                              "vocabulary that was resized: merge it in peft")
-    return sum(parts[1:], start=parts[0])
+    return parts[0] + parts[1] if len(parts) > 1 else parts[0]
 
 
 def find_tensors(folder, stem="model"):
@@ -1034,7 +1041,8 @@ def load_weights(model, folder, device, in_bf16=False):
 
 
 def all_finite(tensor):
-    return torch.stack(torch.aminmax(tensor)).isfinite().all()   # one pass, several times as fast
+    # several times as fast as tensor.isfinite().all(), which makes large tensors on its way
+    return torch.stack(torch.aminmax(tensor)).isfinite().all()
 
 
 def from_pretrained(name, device="cpu", dtype=torch.float32):
@@ -1047,6 +1055,8 @@ def from_pretrained(name, device="cpu", dtype=torch.float32):
 
 # -----------------------------------------------------------------------------
 # weights on disk: the result of a run
+
+EXPORTED = "exported_files.json"   # in an export's folder, the names of its files
 
 
 @torch.no_grad()
@@ -1064,7 +1074,7 @@ def export(model, folder, hf_config, files={}, dtype=torch.bfloat16, adapter_of=
     Every rank calls it, since a sharded tensor is put together by all; the first rank writes. Files
     are written into a folder of their own, then moved, so that each is whole or not there.
     """
-    layers, state, generation = lora_layers(model), model.state_dict(), {}
+    layers, state = lora_layers(model), model.state_dict()
     kind = "adapter_" if adapter_of else ""
     if adapter_of:
         dtype, config = torch.float32, adapter_config(layers, adapter_of)
@@ -1073,7 +1083,6 @@ def export(model, folder, hf_config, files={}, dtype=torch.bfloat16, adapter_of=
         name = str(dtype).removeprefix("torch.")
         config = hf_config | {"dtype": name, "torch_dtype": name, "architectures":
                               [ARCHITECTURES[hf_config["model_type"]]]}
-        generation = {k: hf_config[k] for k in TOKEN_IDS if hf_config.get(k) is not None}
         tensors = {n: p for n, p in state.items() if "lora_" not in n}
     shards = split_state_dict_into_shards_factory(
         tensors, get_storage_size=lambda p: p.numel() * dtype.itemsize,
@@ -1108,9 +1117,11 @@ def export(model, folder, hf_config, files={}, dtype=torch.bfloat16, adapter_of=
     for file, content in files.items():
         with writing(os.path.join(folder, file)):
             Path(temporary, file).write_bytes(content)
-    path = os.path.join(temporary, "generation_config.json")
-    if os.path.exists(path):
+    path, generation = os.path.join(temporary, "generation_config.json"), {}
+    if os.path.exists(path):   # it was one of `files`
         generation = read_json(path)
+    elif not adapter_of:
+        generation = {k: hf_config[k] for k in TOKEN_IDS if hf_config.get(k) is not None}
     if stop_ids:
         generation["eos_token_id"] = sorted(stop_ids) if len(stop_ids) > 1 else max(stop_ids)
     write_json(path, generation)
@@ -1121,14 +1132,15 @@ def export(model, folder, hf_config, files={}, dtype=torch.bfloat16, adapter_of=
 
 
 def write_template(folder, chat_template):
-    """Leave no other template in a folder. transformers reads chat_template.jinja, llama.cpp the
-    one in tokenizer_config.json, which may also list several by name."""
+    """Make this the template of a folder, and the only one. transformers reads chat_template.jinja,
+    llama.cpp the one in tokenizer_config.json, which may also list several by name."""
     jinja = os.path.join(folder, "chat_template.jinja")
     path = os.path.join(folder, "tokenizer_config.json")
     config = read_json(path) if os.path.exists(path) else {}
     had = config.get("chat_template")
-    same = {"name": "default", "template": chat_template} in had if isinstance(had, list) \
-        else had == chat_template
+    same = had == chat_template
+    if isinstance(had, list):
+        same = {"name": "default", "template": chat_template} in had
     if not same or os.path.exists(jinja):
         write_text(jinja, chat_template)
     if had and not same:
@@ -1136,10 +1148,11 @@ def write_template(folder, chat_template):
 
 
 def keep_spaces(folder):
-    """Have transformers take SentencePiece's spaces from tokenizer.json, as this project does. For
-    the class LlamaTokenizer transformers 5 puts them where a flag, `legacy`, says. What else that
-    class does stays."""
-    path, tokenizer = (os.path.join(folder, f"tokenizer{end}") for end in ("_config.json", ".json"))
+    """Have transformers put SentencePiece's spaces where tokenizer.json says, as this project does.
+    The class LlamaTokenizer of transformers 5 would put them where a flag, `legacy`, says. What
+    else that class does stays."""
+    path = os.path.join(folder, "tokenizer_config.json")
+    tokenizer = os.path.join(folder, "tokenizer.json")
     if os.path.exists(path) and os.path.exists(tokenizer):
         config, spec = read_json(path), read_json(tokenizer)
         steps = f"{spec.get('normalizer')} {spec.get('pre_tokenizer')}"
@@ -1162,9 +1175,6 @@ def replace_export(folder, temporary):
         publish(os.path.join(temporary, file), os.path.join(folder, file))
     write_json(record, {"files": sorted(new)})
     os.rmdir(temporary)
-
-
-EXPORTED = "exported_files.json"   # in an export's folder, the names of its files
 
 
 def exported_files(folder):
@@ -1191,9 +1201,10 @@ def rounded(tensor, dtype, name):
     return (bits & -2 ** 16).view(torch.float32).to(dtype)
 
 
-def adapter_config(layers, base):   # as peft reads it
-    some, here = next(iter(layers.values())), os.path.abspath(os.path.expanduser(base))
-    name, _, revision = (here, "", "") if os.path.isdir(here) else base.partition("@")
+def adapter_config(layers, base):
+    """adapter_config.json as peft reads it. base: a folder or hub id."""
+    some, folder = next(iter(layers.values())), os.path.abspath(os.path.expanduser(base))
+    name, _, revision = (folder, "", "") if os.path.isdir(folder) else base.partition("@")
     return {"peft_type": "LORA", "task_type": "CAUSAL_LM",
             "base_model_name_or_path": name, "revision": revision or None,
             "r": some.rank, "lora_alpha": some.alpha, "lora_dropout": some.dropout,
