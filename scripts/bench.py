@@ -171,7 +171,7 @@ def packs_of(idea, pairs, batch):
 
 
 def stack(rows, members):
-    """Packs of T tokens each -> one Pack of (rows, T) tokens, with which pairs of the batch."""
+    """Packs of T tokens each -> one Pack of (rows, T) tokens. members: its pairs in the batch."""
     def all_of(name, shift=0):
         return torch.cat([getattr(row, name) + i * shift for i, row in enumerate(rows)])
 
@@ -199,7 +199,7 @@ def per_token_logps(idea, model, pack):
 
 
 def forwards(idea, model, pairs, batch):
-    """-> (which of the batch's pairs, their summed log-probs (m, 2)) for each forward."""
+    """For each forward (positions of its m pairs in the batch, their summed log-probs (m, 2))."""
     for pack in packs_of(idea, pairs, batch):
         pack = pack.to(DEVICE)
         with AUTOCAST:
@@ -209,7 +209,7 @@ def forwards(idea, model, pairs, batch):
 
 @torch.no_grad()
 def reference_logps(idea, model, pairs, batch):
-    """Before the first step the policy is the reference. (B, 2)"""
+    """Summed log-probs (B, 2) of a model that is not trained yet, and so is the reference."""
     if idea in (BY_TREE, COMPILED):
         with AUTOCAST:
             return data.score(model, pairs, batch, PACK_TOKENS).to(DEVICE)
@@ -241,19 +241,21 @@ def load(idea, args):
 
 
 def run_ours(idea, args, pairs):
-    """-> seconds a pair of the reference pass and of the steps; peak memory in GB; of the first
-    batch the mean log-probs (chosen, rejected), the gradient's norm and the loss."""
+    """-> seconds a pair, of the reference pass and of the steps; the peak of memory in GB; of the
+    first batch the mean log-probs (chosen, rejected), the gradient's norm and the loss."""
     model, optimizer = load(idea, args)
     batches = np.split(np.arange(args.pairs), args.pairs // args.batch)
     for _ in range(2):
         start = clock()
         references = [reference_logps(idea, model, pairs, batch) for batch in batches]
-    reference, steps = (clock() - start) / args.pairs, []
+    reference = (clock() - start) / args.pairs   # of the second pass
+    steps = []
     for _ in range(2):
         start = clock()
         for batch, ref_logps in zip(batches, references):
             steps.append(train_step(idea, model, optimizer, pairs, batch, ref_logps))
-    seconds, (loss, norm, logps) = (clock() - start) / args.pairs, steps[0]
+    seconds = (clock() - start) / args.pairs
+    loss, norm, logps = steps[0]
     return {"seconds": seconds, "reference": reference, "peak": peak_gb(),
             "first_batch": [*logps.mean(0).tolist(), norm.item(), loss]}
 
@@ -329,12 +331,12 @@ def measure(sides, args, pairs):
         idea = {OURS: BY_TREE, OURS_COMPILED: COMPILED}.get(side, side)
         run = fresh(run_ours if idea in IDEAS else run_trl, idea, args, pairs)
         results[side].append(run)
-        numbers = run["first_batch"]
-        tqdm.write("{}: {:.4f} s/pair, {:.1f} GB; of the first batch: log-probs {:.4f} and {:.4f}, "
-                   "gradient {:.4f}, loss {:.4f}".format(
-                       side, run["seconds"], run["peak"], *numbers))
-        first = first or numbers
-        if not np.allclose(numbers, first, rtol=0.01, atol=0.02):
+        chosen, rejected, norm, loss = run["first_batch"]
+        tqdm.write(f"{side}: {run['seconds']:.4f} s/pair, {run['peak']:.1f} GB; of the first "
+                   f"batch: log-probs {chosen:.4f} and {rejected:.4f}, gradient {norm:.4f}, "
+                   f"loss {loss:.4f}")
+        first = first or run["first_batch"]
+        if not np.allclose(run["first_batch"], first, rtol=0.01, atol=0.02):
             raise RuntimeError(f"{side} does not compute what {sides[0]} computes")
     return results
 
@@ -355,7 +357,7 @@ def table(results, rivals):
 
 
 def about(args, pairs):
-    """What is measured on what."""
+    """The model, the pairs, the machine and the versions, in words."""
     lengths, (prompt, chosen, rejected) = pairs.lengths, pairs.lengths.mean(0)
     rows = (lengths[:, 0] + lengths[:, 1:].max(1)).reshape(-1, args.batch)
     padded = 2 * args.batch * rows.max(1).sum() / lengths.sum()
