@@ -463,14 +463,14 @@ class Llama(nn.Module):
 
     def hidden(self, tokens, positions, layout, caches=None):
         """tokens, positions (B, T) -> final hidden states (B, T, C)."""
-        if self.config.limits:                     # else a GPU need not wait for the CPU
+        if self.config.limits:                     # few have one, and here the CPU waits for a GPU
             self.config.check_length(int(positions.max()) + 1)
         turned = rotary(positions, self.config)    # the same in all blocks, but for SmolLM3
         still = ()
         if self.config.unrotated:
             still = torch.ones_like(turned[0]), torch.zeros_like(turned[1])
-        for x in (*turned, *still):   # compiled blocks take other sizes for ones that may change
-            torch._dynamo.mark_static(x, 3)        # head_dim
+        for x in (*turned, *still):   # else compiled blocks treat head_dim as a size that changes
+            torch._dynamo.mark_static(x, 3)
         x = self.model.embed_tokens(tokens)        # (B, T, C)
         for i, block in enumerate(self.model.layers):
             rope = still if i in self.config.unrotated else turned
@@ -1001,7 +1001,8 @@ def load_weights(model, folder, device, in_bf16=False):
 
     Strict: every tensor of the model exactly once, of the right shape, finite, and none besides;
     else UserError says what is wrong where. The weights are never in memory twice. in_bf16: whether
-    products will be in bf16, which round fp32 weights to the nearest; so they are `rounded` here.
+    products will be in bf16. They would round fp32 weights to the nearest, so these are `rounded`
+    here.
     """
     found = {name: entry for name, entry in find_tensors(folder).items()
              if not name.endswith("rotary_emb.inv_freq")}   # old Llamas saved it; it is computed
@@ -1016,13 +1017,14 @@ def load_weights(model, folder, device, in_bf16=False):
         require(shape == shapes[name], f"{path}: {name} has shape {shape!s:.80}, config.json asks "
                 f"for {shapes[name]}")
     model.to_empty(device=device)   # not before it is known to be as large as the files say
-    parameters, (adapter, settings) = dict(model.named_parameters()), find_adapter(folder)
+    parameters = dict(model.named_parameters())
     dtype = torch.bfloat16 if in_bf16 else model.head_weight.dtype
+    adapter, settings = find_adapter(folder)
     adapter = {name.removeprefix("base_model.model.").replace(".base_layer.", "."):
                read_tensor(path, name) for name, (path, *_) in adapter.items()}   # peft's names
     for name, (path, *_) in found.items():
         p, tensor = parameters[name], read_tensor(path, name)
-        if not (tied and p is model.head_weight):
+        if not (tied and p is model.head_weight):   # an adapter of that is refused below
             with reading(f"{folder}: the adapter's part of {name}", "one for this base"):
                 tensor = merge(tensor, name, adapter, settings)
         cast = rounded(tensor, dtype, name)
@@ -1067,9 +1069,10 @@ def export(model, folder, hf_config, files={}, dtype=torch.bfloat16, adapter_of=
     hf_config, files: the start checkpoint's config.json, and its `files_beside_weights`.
     adapter_of: the base model's name; the LoRA adapters are then written alone, for
     peft.PeftModel.from_pretrained. chat_template: the text trained with. stop_ids: what ends a
-    turn, for generation_config.json. in_bf16: whether products were in bf16. They saw each matrix
-    rounded to the nearest bf16 number, so all weights are written so, norms and embeddings too, in
-    any dtype; but not where an adapter is merged, which they saw by itself.
+    turn, for generation_config.json. in_bf16: whether products were in bf16. They saw weights
+    rounded to the nearest bf16 number, so all are written as such, norms and embeddings too,
+    whatever dtype is. A matrix that an adapter is merged into is not, since products saw the two
+    apart.
 
     Every rank calls it, since a sharded tensor is put together by all; the first rank writes. Files
     are written into a folder of their own, then moved, so that each is whole or not there.
