@@ -17,7 +17,6 @@ run writes its folder in --out, beside it a .log and what scripts/evaluate.py wr
 reference log-probs are computed once, by the first run that needs them.
 """
 import argparse
-import glob
 import itertools
 import os
 import re
@@ -113,10 +112,9 @@ def run(folder, arguments, settings, evaluation, devices, references, first_eval
                 require(training.wait() == 0, f"{folder}: failed ({last_line(log.name)})")
             result, asked = f"{folder}.evaluation.json", [folder, *shlex.split(evaluation)]
             if not is_evaluated(result, folder, asked):
-                all_runs = glob.escape(os.path.dirname(folder))
                 with first_evaluation:   # the others wait for it, then find the reference's
                     process = start([sys.executable, EVALUATE, *asked])
-                    if not glob.glob(os.path.join(all_runs, "*.evaluation.json")):
+                    if not any(Path(folder).parent.glob("*.evaluation.json")):
                         process.wait()
                 require(process.wait() == 0, f"{folder}: not evaluated ({last_line(log.name)})")
         return time.time() - started

@@ -109,10 +109,11 @@ def preference(pairs, model, base):
     """Which response of data.Pairs is likelier. Also returns the log-probs (N, 2), the number of
     each pair's prompt, a hash of each pair, and for paired tests the margins, {how: (N,)} in nats
     (those of means in nats a token)."""
-    ids = [[tuple(x.tolist()) for x in pairs.ids(i)] for i in range(len(pairs))]
-    logps = score(model, [(x[0], x[j]) for x in ids for j in (1, -1)], "pairs").reshape(-1, 2)
-    number = {prompt: n for n, prompt in enumerate(dict.fromkeys(x[0] for x in ids))}
-    prompts, lengths = [number[x[0]] for x in ids], pairs.lengths[:, [1, -1]]
+    ids = [[tuple(part.tolist()) for part in pairs.ids(i)] for i in range(len(pairs))]
+    requests = [(pair[0], pair[j]) for pair in ids for j in (1, -1)]   # chosen, rejected
+    logps, lengths = score(model, requests, "pairs").reshape(-1, 2), pairs.lengths[:, [1, -1]]
+    numbers = {}   # by prompt
+    prompts = [numbers.setdefault(prompt, len(numbers)) for prompt, *_ in ids]
     longer, shorter = lengths[:, 0] > lengths[:, 1], lengths[:, 0] < lengths[:, 1]
     scores = {"mean": logps / lengths, "sum": logps}
     if base:
@@ -127,7 +128,7 @@ def preference(pairs, model, base):
                     f"accuracy/{how}/chosen_shorter": share(right * shorter, shorter, prompts),
                     f"margin/{how}": ratio(margin, groups=prompts)}
     return {"metrics": metrics, "logps": logps.tolist(), "prompts": prompts,
-            "pairs": [hashlib.sha256(str(x).encode()).hexdigest()[:16] for x in ids],
+            "pairs": [hashlib.sha256(str(pair).encode()).hexdigest()[:16] for pair in ids],
             "margins": {how: margin.tolist() for how, margin in margins.items()}}
 
 
