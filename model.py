@@ -123,7 +123,7 @@ def config_from_dict(hf, where="config.json"):
     rope_type = rope.get("rope_type") or rope.get("type") or "default"
     model_type, window = hf.get("model_type"), None
     # Every Mistral has a window, of 4,096 where its config doesn't say; Qwen's is switched on by
-    # use_sliding_window. A sequence that fits into it doesn't meet it.
+    # use_sliding_window. Sequences that fit into the window are exact without it.
     if model_type == "mistral" or hf.get("use_sliding_window"):
         window = hf.get("sliding_window", 4096)
     layers = set(re.findall(r"\w+", str(hf.get("layer_types") or "")))
@@ -216,7 +216,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        h = x.float()   # squares of bf16 numbers lose too much
+        h = x.float()   # squares in bf16 would lose too much
         h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
         return (self.weight * h).to(compute_dtype(x))
 
@@ -231,9 +231,10 @@ def frequencies(config, device):
     the head, from where it turns beta_fast times to where it turns beta_slow times.
     """
     exponent = torch.arange(0, config.head_dim, 2, device=device) / config.head_dim
-    freq = 1 / config.rope_theta ** exponent   # in this order transformers' bits come out
+    freq = 1 / config.rope_theta ** exponent   # in this order, which gives transformers' bits
     scaling = config.rope_scaling or {"factor": 1}
-    context, alone = scaling.get("original_max_position_embeddings"), 0.0   # 1: leave, 0: divide
+    context = scaling.get("original_max_position_embeddings")
+    alone = 0.0   # (head_dim / 2,) or one for all: 1 leaves an angle alone, 0 divides it
     if scaling.get("rope_type") == "llama3":
         turns = context * freq / (2 * math.pi)
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
@@ -299,11 +300,13 @@ def block_mask(tree, branch, size=128):
     first_branch, last_branch = branch[first], branch[last]
     # Now (blocks of queries, blocks of keys): [:, None] is of the queries.
     earlier, same = first < first[:, None], first == first[:, None]
-    # Queries that begin in the tree in which the keys end see of it the prompt and their branch.
+    # A block of queries sees some of a block of keys if it begins in the tree in which they end,
+    # and they have some of that tree's prompt, or end in the branch in which it begins.
     has_prompt = (first_tree != last_tree) | (first_branch == 0)
     some = earlier & (first_tree[:, None] == last_tree) & (
         has_prompt | (first_branch[:, None] == last_branch)) | same
-    # They see them all, if all are of one tree, and the keys of its prompt or no other branch.
+    # It sees all of them if both are in one tree, and the keys are of its prompt, or the queries
+    # end in branch 1 or before, or in the branch in which the keys begin.
     every = earlier & (last_tree[:, None] == first_tree) & (
         (last_branch == 0) | (last_branch[:, None] <= 1) | (last_branch[:, None] == first_branch))
 
@@ -429,8 +432,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, rope, layout, cache=None):
-        x = x + self.self_attn(self.input_layernorm(x), rope, layout, cache)   # tokens exchange
-        return x + self.mlp(self.post_attention_layernorm(x))                  # each by itself
+        x = x + self.self_attn(self.input_layernorm(x), rope, layout, cache)   # mixes tokens
+        return x + self.mlp(self.post_attention_layernorm(x))                  # one at a time
 
 
 class Llama(nn.Module):
@@ -561,8 +564,8 @@ def sample(logits, temperature, top_k, top_p, generator=None):
 # The logits of all response tokens at once would be the largest tensor of a step. So tokens meet
 # the vocabulary in chunks, and backward computes the logits of a chunk again.
 
-CHUNK_LOGITS = {"cpu": 2 ** 26, "cuda": 2 ** 29}   # held at a time, in the dtype of the products
-CACHED_LOGITS = 2 ** 20                            # as many stay in a CPU's cache, in fp32
+CHUNK_LOGITS = {"cpu": 2 ** 26, "cuda": 2 ** 29}   # logits of a chunk, in the products' dtype
+CACHED_LOGITS = 2 ** 20                            # so many fp32 logits stay in a CPU's cache
 
 
 def chunks(x, weight):
@@ -697,7 +700,7 @@ class LoRALinear(nn.Module):
         return y
 
     def merged_weight(self):
-        weight, A, B = (whole(layer.weight).cpu()   # a CPU has no TF32
+        weight, A, B = (whole(layer.weight).cpu()   # a GPU might use TF32
                         for layer in (self, self.lora_A, self.lora_B))
         return weight.float() + self.alpha / self.rank * (B @ A)
 
@@ -1020,8 +1023,8 @@ def load_weights(model, folder, device, in_bf16=False):
     parameters = dict(model.named_parameters())
     dtype = torch.bfloat16 if in_bf16 else model.head_weight.dtype
     adapter, settings = find_adapter(folder)
-    adapter = {name.removeprefix("base_model.model.").replace(".base_layer.", "."):
-               read_tensor(path, name) for name, (path, *_) in adapter.items()}   # peft's names
+    adapter = {name.removeprefix("base_model.model.").replace(".base_layer.", "."):   # peft's
+               read_tensor(path, name) for name, (path, *_) in adapter.items()}
     for name, (path, *_) in found.items():
         p, tensor = parameters[name], read_tensor(path, name)
         if not (tied and p is model.head_weight):   # an adapter of that is refused below
