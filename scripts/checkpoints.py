@@ -154,7 +154,7 @@ def first_row(tensor):
 
 
 saving = None   # the save under way
-LATE = 90       # seconds until NFS shows a file of another machine, at the latest
+LATE = 90       # seconds in which NFS surely shows a file that another machine wrote
 
 
 def save_checkpoint(model, optimizer, folder, iter_num, settings, log, must=True):
@@ -229,7 +229,7 @@ def finish_saving(must=True):
         dist.barrier()
     save.all_written.set()   # no other part will come
     save.thread.join()
-    if ranks > 1:            # a rank that ends now must not end the first one before this
+    if ranks > 1:            # else a rank that ends now could end the first one while it writes
         dist.barrier()
     saving = None
     if save.error and (must or not isinstance(save.error, UserError)):
@@ -310,7 +310,7 @@ def load_checkpoint(model, optimizer, path):
             else:
                 require(value.shape == p.shape, f"{path}: {name} has another shape there")
                 p.copy_(value)
-        for name, p in params.items():   # AdamW takes this for granted
+        for name, p in params.items():   # what AdamW takes for granted
             state = optimizer.state[p] if isinstance(optimizer, torch.optim.AdamW) else None
             require(not state or state["step"] >= 0 and all(
                 (x.shape, x.dtype) == (p.shape, p.dtype)
