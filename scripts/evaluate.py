@@ -393,10 +393,11 @@ def main():
     args = arguments()
     first = args.models[0]
     run = read_run_settings(os.path.expanduser(first))
-    require(args.pairs or args.choices or args.text or run and args.pairs is None,
+    of_its_run = run and args.pairs is None   # the pairs are those that the run held out
+    require(of_its_run or args.pairs or args.choices or args.text,
             f"{first}: say what to evaluate, --pairs, --choices or --text" + " (a run's held-out "
             "pairs need none of these, but there is no run's train_config.json there)" * (not run))
-    if run and args.pairs is None:
+    if of_its_run:
         check_runs(args, run)
     reference, models = find_models(args, run)
     folder, *_ = models[first]
