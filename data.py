@@ -1566,16 +1566,27 @@ def read_folder(source, split):
     """Yields (where, row) of a folder that `Dataset.save_to_disk` made, or of parquet files."""
     from datasets import load_dataset, load_from_disk
     from datasets.data_files import DataFilesDict, get_data_patterns
-    saved, here = {"state.json", "dataset_dict.json"} & {*os.listdir(source)}, glob.escape(source)
+    require("[" not in split, f"{source}: {split}: of a folder a split can't be cut")
+    here, card = glob.escape(source), os.path.join(source, "README.md")
     kinds = {os.path.splitext(file)[1].lower() for file in glob.glob(f"{here}/**", recursive=True)}
-    require(saved or ".parquet" in kinds,
-            f"{source}: no parquet files in this folder; of others give the names, as *.jsonl")
-    found = load_from_disk(source) if saved else load_dataset(   # splits by the files' names
-        "parquet", data_files=DataFilesDict.from_patterns(
+    if {"state.json", "dataset_dict.json"} & {*os.listdir(source)}:
+        found = load_from_disk(source)
+    elif os.path.isfile(card) and re.search("^configs:", read_text(card, "text"), re.MULTILINE):
+        try:   # it says what files its splits have
+            found = load_dataset(source)
+        except ValueError as e:
+            raise UserError(f"{source}: {' '.join(str(e).split()):.160}; give one of its folders "
+                            "or files") from e
+    else:   # splits by the files' names
+        require(".parquet" in kinds,
+                f"{source}: no parquet files in this folder; of others give the names, as *.jsonl")
+        found = load_dataset("parquet", data_files=DataFilesDict.from_patterns(
             get_data_patterns(here), here, allowed_extensions=[".parquet", ".PARQUET"]))
     splits = found if isinstance(found, dict) else {split: found}
-    require(split in splits or len(splits) == 1, f"{source}: no split {split}; it has "
-            f"{', '.join(splits)}; give --train_split (or --eval_split)")
+    # one that is alone is taken in place of train.py's defaults
+    require(split in splits or len(splits) == 1 and split in ("train_prefs", "test_prefs"),
+            f"{source}: no split {split}; it has {', '.join(splits)}; give --train_split (or "
+            "--eval_split)")
     yield from numbered(source, splits.get(split, next(iter(splits.values()))))
 
 
@@ -1593,8 +1604,8 @@ def open_hub(source, split):
                                data_dir="/".join(data_dir) or None, revision=revision or None)
     except Exception as e:
         raise UserError(f"{source}: no such file here, and split {split} of that hub dataset can't "
-                        f"be had ({first_line(e)}); check the name, give owner/name:config, "
-                        "--train_split (or --eval_split), or a local file") from e
+                        f"be had ({' '.join(str(e).split()):.160}); check the name, give owner/name"
+                        ":config, --train_split (or --eval_split), or a local file") from e
     check_revision(source, f"{owner}/{name}", revision, dataset)
     return dataset
 
@@ -1691,18 +1702,20 @@ def n_leaked(pairs, held_out):
 
 
 def load_pairs(sources, split, tokenizer, max_length, max_prompt_length, bad_rows="error",
-               columns="", use_scores=False):
+               columns="", use_scores=False, held_out=False):
     """Read, tokenize and truncate every row of comma-separated sources -> Pairs, cached on disk.
 
     split: of hub datasets, one for all or one for each source, separated by commas.
     Truncation keeps the prompt's last max_prompt_length tokens, then cuts the response's end at
     max_length minus the prompt. bad_rows "drop" counts malformed rows instead of ending the run.
     columns: "prompt:question_text,chosen:good" says what rows have in place of prompt and chosen.
-    use_scores: score_chosen and score_rejected are the rewards. Raises UserError that names the
-    source and line.
+    use_scores: score_chosen and score_rejected are the rewards. held_out: columns were given for
+    the training data, and none of them may be there. Raises UserError that names the source and
+    line.
     """
     found, columns = find_sources(sources, split), parse_columns(columns)
-    args, contents = (max_length, max_prompt_length, bad_rows, columns, use_scores), content(found)
+    args = (max_length, max_prompt_length, bad_rows, columns, use_scores, held_out)
+    contents = content(found)
     path = cache_path("pairs", [tokenizer.fingerprint, *args, contents], code=["data.py"])
     if z := load_cache(path):
         return Pairs(z["tokens"], z["lengths"], z["rewards"], str(z["report"]))
@@ -1720,7 +1733,7 @@ def content(sources):
         files = [source, *sorted(glob.glob(f"{glob.escape(source)}/**", recursive=True))]
         # in a folder also their names, which say to what split a parquet file belongs
         sums = [[file[len(source):], sha256(file)] for file in files if os.path.isfile(file) and (
-            file == source or file.endswith((".parquet", ".PARQUET", ".arrow", ".json")))]
+            file == source or file.lower().endswith((*READERS, ".arrow", ".gz", "readme.md")))]
         if not os.path.exists(source):   # a hub dataset is known by its commit
             sums = [source, *sorted(commits_of(open_hub(source, split)))]
         contents.append([split, *sums])
@@ -1757,7 +1770,8 @@ def parse_columns(text):
     return columns
 
 
-def tokenize(sources, tokenizer, max_length, max_prompt_length, bad_rows, columns, use_scores):
+def tokenize(sources, tokenizer, max_length, max_prompt_length, bad_rows, columns, use_scores,
+             held_out):
     """load_pairs without the cache. Each row is used, or dropped and counted by the reason."""
     tokenizer.require_template()
     pairs, rewards, ranked, seen, used = [], [], set(), 0, 0
@@ -1800,16 +1814,17 @@ def tokenize(sources, tokenizer, max_length, max_prompt_length, bad_rows, column
         pairs += made
         rewards += [row.rewards for row in good if row.rewards is not None]
 
-    why = f" ({counted(dropped)})" if dropped else ""
-    require(pairs, f"{', '.join(s for s, _ in sources)}: 0 usable pairs of {seen:,}{why}; check "
+    why, files = f" ({counted(dropped)})" * bool(dropped), ", ".join(name for name, _ in sources)
+    require(pairs, f"{files}: 0 usable pairs of {seen:,}{why}; check "
             "the data" + (", or raise max_length" if dropped["no room for a response"] else ""))
+    paths = {name: [path, *summands(path)] for name, path in columns.items()}
+    lacking = [[path for path in some if unused[path] == used] for some in paths.values()]
+    require(not any(lacking) or held_out and all(lacking),   # then it is of another layout
+            f"columns: no row of {files} has a field {', '.join(sum(lacking, []))}")
     for name, path in columns.items():
-        for part in (path, *summands(path)):
-            require(unused[part] < used, f"columns: no row has a field {part}")
         require(unused[name] < used, f"columns: {name}:{path} is not used, since the rows have "
                 "other fields that count before it")
-    some_lack = {part for path in columns.values() for part in summands(path) if part != path}
-    idle = [str(name) or '""' for name in unused + ignored if name not in some_lack]
+    idle = [str(name) or '""' for name in unused + ignored if name not in sum(paths.values(), [])]
     return Pairs.from_ids(pairs, rewards, "; ".join(filter(None, [
         f"{seen:,} rows = {used:,} used + {sum(dropped.values()):,} dropped{why}",
         len(pairs) != used and f"{len(pairs):,} pairs, one for each turn of the assistant",

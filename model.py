@@ -1133,7 +1133,7 @@ def export(model, folder, hf_config, files={}, dtype=torch.bfloat16, adapter_of=
     write_json(path, generation)
     if chat_template is not None:
         write_template(temporary, chat_template)
-    keep_spaces(temporary)
+    keep_ids(temporary)
     replace_export(folder, temporary)
 
 
@@ -1153,20 +1153,22 @@ def write_template(folder, chat_template):
         write_json(path, config | {"chat_template": chat_template})
 
 
-def keep_spaces(folder):
-    """Have transformers put SentencePiece's spaces where tokenizer.json says, as this project does.
-    The class LlamaTokenizer of transformers 5 would put them where a flag, `legacy`, says. What
-    else that class does stays."""
+def keep_ids(folder):
+    """Have transformers take all of tokenizer.json, as this project does. Most tokenizer classes of
+    transformers 5 take the vocabulary alone: GPT2Tokenizer, which SmolLM2 names, would no longer
+    cut digits apart, and LlamaTokenizer puts SentencePiece's spaces where a flag, `legacy`, says.
+    What else such a class does stays."""
     path = os.path.join(folder, "tokenizer_config.json")
     tokenizer = os.path.join(folder, "tokenizer.json")
     if os.path.exists(path) and os.path.exists(tokenizer):
         config, spec = read_json(path), read_json(tokenizer)
+        name = str(config.get("tokenizer_class") or "Llama")
         steps = f"{spec.get('normalizer')} {spec.get('pre_tokenizer')}"
-        if re.search("Prepend|Metaspace", steps) and "Llama" in (
-                config.get("tokenizer_class") or "Llama"):
-            write_json(path, {"padding_side": "left", "model_input_names": [
-                "input_ids", "attention_mask"]} | config | {
-                    "tokenizer_class": "PreTrainedTokenizerFast"})
+        if re.search("Prepend|Metaspace", steps) if "Llama" in name else \
+                not re.match("PreTrained|Tokenizers|Qwen2", name):
+            write_json(path, {"padding_side": "left" if "Llama" in name else "right",
+                              "model_input_names": ["input_ids", "attention_mask"]} | config | {
+                                  "tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def replace_export(folder, temporary):

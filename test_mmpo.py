@@ -2798,10 +2798,43 @@ def test_folders(tokenizer, tmp_path, monkeypatch):
     assert all_ids(data.load_pairs(path, "train,test", tokenizer, 512, 256)) == want
     with pytest.raises(UserError, match="2 splits for 1 datasets"):
         data.load_pairs(str(tmp_path / "both"), "train,test", tokenizer, 512, 256)
+    (tmp_path / "alone").mkdir()
+    part.to_parquet(tmp_path / "alone" / "a.parquet")
+    for folder, split, words in (("alone", "test", "no split test; it has train"),
+                                 ("both", r"train[:1]", "a split can't be cut")):
+        with pytest.raises(UserError, match=words):
+            data.load_pairs(str(tmp_path / folder), split, tokenizer, 512, 256)
+    assert all_ids(data.load_pairs(str(tmp_path / "alone"), "test_prefs", tokenizer, 512, 256)) == \
+        want[3:]
     moved = shutil.copytree(tmp_path / "parquet", tmp_path / "[1] moved")   # no glob
     assert all_ids(load(moved, tokenizer)) == want[:3]
     os.rename(moved / "data/test-00000-of-00001.parquet", moved / "data/train-00001-of-00001.parquet")
     assert all_ids(load(moved, tokenizer)) == want   # not what the cache has of these contents
+
+
+CARD = """---
+configs:
+- config_name: first
+  data_files: [{split: train, path: part_a.parquet}, {split: test, path: part_b.parquet}]
+"""
+
+
+def test_a_hub_dataset_in_a_folder(tokenizer, tmp_path, monkeypatch):
+    """Its README says which files its splits have. One with several configs is asked about."""
+    import datasets
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    rows = [GOOD | {"prompt": f"Say {i}"} for i in range(3)]
+    for name, some in (("part_a", rows[:2]), ("part_b", rows[2:])):
+        datasets.Dataset.from_list(some).to_parquet(folder / f"{name}.parquet")
+    (folder / "README.md").write_text(CARD + "---\n")
+    for split, some in (("train", rows[:2]), ("test", rows[2:])):
+        found = data.load_pairs(str(folder), split, tokenizer, 512, 256)
+        assert all_ids(found) == all_ids(load(write_rows(tmp_path / "a.jsonl", some), tokenizer))
+    (folder / "README.md").write_text(CARD + "- config_name: second\n  data_files: x.parquet\n---\n")
+    with pytest.raises(UserError, match="mine: Config name is missing.*first.*second.*its folders"):
+        data.load_pairs(str(folder), "train", tokenizer, 512, 256)
 
 
 def test_hub_split(tokenizer, monkeypatch):
@@ -2895,14 +2928,22 @@ def test_columns(tokenizer, tmp_path):
     mixed = data.load_pairs(f"{tmp_path}/a.jsonl,{other}", "", tokenizer, 512, 256,
                             columns="prompt:ask.text,chosen:answers.0,rejected:answers.2")
     assert all_ids(mixed) == want + want
-    for columns, words in (("prompt:asked", "no row has a field asked"),
-                           ("system:ask.*.text", "no row has a field ask"),
-                           ("prompt:ask.text+asked", "no row has a field asked"),
-                           ("responses:ids.*.a+b", "no row has a field ids"),
+    assert mixed.report.endswith("0 dropped; fields not used: responses, ids")   # not ask, answers
+    for columns, words in (("prompt:asked", "no row of .*jsonl has a field asked"),
+                           ("system:ask.*.text", "no row of .* has a field ask"),
+                           ("prompt:ask.text+asked", "no row of .* has a field asked"),
+                           ("responses:ids.*.a+b", "no row of .* has a field ids"),
                            ("prompt", '"prompt" should be'), ("prompt:a,prompt:b", '"prompt:b"'),
                            ("ask:prompt", '"ask:prompt" should be NAME:FIELD')):
         with pytest.raises(UserError, match=f"columns: {words}"):
             data.load_pairs(other, "", tokenizer, 512, 256, columns=columns)
+    plain = f"{tmp_path}/a.jsonl"   # held-out pairs may have another layout, but all of it
+    held_out = data.load_pairs(plain, "", tokenizer, 512, 256, held_out=True,
+                               columns="prompt:asked+of,chosen:good")
+    assert all_ids(held_out) == want
+    with pytest.raises(UserError, match="columns: no row of .*a.jsonl has a field asked"):
+        data.load_pairs(plain, "", tokenizer, 512, 256, held_out=True,
+                        columns="prompt:asked,chosen:chosen")
 
 
 def test_what_a_row_gives_the_template(checkpoint, tmp_path):
@@ -4007,11 +4048,35 @@ def test_spaces_of_an_export(name, legacy, tmp_path):
     config = read_json(tmp_path / "tokenizer_config.json") | {"tokenizer_class": "LlamaTokenizer"}
     write_json(tmp_path / "tokenizer_config.json", config | (
         {} if legacy is None else {"legacy": legacy}))
-    llama.keep_spaces(str(tmp_path))
+    llama.keep_ids(str(tmp_path))
     theirs, ours = AutoTokenizer.from_pretrained(str(tmp_path)), data.Tokenizer(str(tmp_path))
     assert theirs.padding_side == "left" and [*theirs("a fox")] == ["input_ids", "attention_mask"]
     for text in ("<s>[INST] Hi [/INST] Yes</s>Well  now", "a fox", " a\n b", "</s> x <s>y", "  "):
         assert theirs.encode(text, add_special_tokens=False) == ours.encode(text), text
+
+
+@pytest.mark.parametrize("name", ["GPT2Tokenizer", "GPTNeoXTokenizer", "PreTrainedTokenizerFast"])
+def test_ids_of_an_export(name, checkpoint, tmp_path):
+    """transformers 5 cuts text as tokenizer.json says, and not as the class that the start model
+    names, such as SmolLM2's GPT2Tokenizer, which would leave the digits together."""
+    from transformers import AutoTokenizer
+    folder = shutil.copytree(checkpoint, str(tmp_path / "model"))
+    spec = read_json(f"{folder}/tokenizer.json")
+    spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [
+        {"type": "Digits", "individual_digits": True},
+        {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True, "trim_offsets": True}]}
+    vocab, merge = spec["model"]["vocab"], ["1", "2"]   # a merge that Digits never lets happen
+    spec["model"] |= {"merges": [merge, *spec["model"]["merges"]],
+                      "vocab": vocab | {"12": max(vocab.values()) + 1}}
+    spec["added_tokens"] = [t for t in spec["added_tokens"] if t["id"] < len(vocab)]
+    write_json(f"{folder}/tokenizer.json", spec)
+    config = read_json(f"{folder}/tokenizer_config.json")
+    write_json(f"{folder}/tokenizer_config.json", config | {"tokenizer_class": name})
+    llama.keep_ids(folder)
+    theirs, ours = AutoTokenizer.from_pretrained(folder), data.Tokenizer(folder)
+    for text in ("a fox 12", "12", "1\n\n2 dogs"):
+        assert theirs.encode(text, add_special_tokens=False) == ours.encode(text), text
+    assert theirs.padding_side == "right" and [*theirs("a")] == ["input_ids", "attention_mask"]
 
 
 @pytest.mark.parametrize("command", [
@@ -4851,9 +4916,23 @@ def test_settings_that_a_resumed_run_may_change():
     """All of these are settings, and a fork's own that only begins like one of them is not."""
     known = configurator.read_settings(TRAIN)
     assert {*checkpoints.RESUME_MAY_CHANGE} | {*configurator.PATHS} <= known.keys()
-    checkpoints.check_same_run({"log_interval": 2}, {"log_interval": 1})
+    checkpoints.check_same_run({"log_interval": 2}, {"log_interval": 1}, print)
     with pytest.raises(UserError, match="the run has log_odds_scale=1, not 2"):
-        checkpoints.check_same_run({"log_odds_scale": 2}, {"log_odds_scale": 1})
+        checkpoints.check_same_run({"log_odds_scale": 2}, {"log_odds_scale": 1}, print)
+    checkpoints.check_same_run({"beta": 0.05}, {}, print)   # a run from before there was a beta
+    with pytest.raises(UserError, match="the run has beta=0.05, not 0.1"):
+        checkpoints.check_same_run({"beta": 0.1}, {}, print)
+
+
+def test_other_code_is_told(monkeypatch, capsys):
+    """A run that goes on with edited code says so; an edit of a script is none."""
+    before = {"code_sha256": configurator.code_sum()}
+    monkeypatch.setitem(configurator.CODE, "scripts/evaluate.py", "of an edited file")
+    checkpoints.check_same_run({"code_sha256": configurator.code_sum()}, before, print)
+    assert capsys.readouterr().out == ""
+    monkeypatch.setitem(configurator.CODE, "mmpo.py", "of an edited file")
+    checkpoints.check_same_run({"code_sha256": configurator.code_sum()}, before, print)
+    assert "mmpo.py or data.py have changed since the run began" in capsys.readouterr().out
 
 
 def test_a_checkpoint_needs_every_part(interrupted, resumed, tmp_path):

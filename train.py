@@ -198,7 +198,7 @@ tokenizing = (tokenizer, max_length, max_prompt_length, bad_rows, columns, use_s
 train_pairs = first_on_each_node(data.load_pairs, dataset, train_split, *tokenizing)
 log(f"{dataset}: {train_pairs.report}")
 if eval_dataset:
-    held_out = first_on_each_node(data.load_pairs, eval_dataset, eval_split, *tokenizing)
+    held_out = first_on_each_node(data.load_pairs, eval_dataset, eval_split, *tokenizing, True)
     log(f"{eval_dataset}: {held_out.report}")
     # the same pairs for every seed, so that runs can be compared
     held_out = held_out.subset(np.random.default_rng(42).permutation(len(held_out))[:eval_pairs])

@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))   # for `python scripts/check
 from configurator import (
     PATHS, UserError, first_line, is_finished, one_line_errors, publish, rank_and_size,
     read_metrics, read_run_settings, reading, require, sha256, sync, write_text, writing)
+from scripts.report import DEFAULTS
 
 # -----------------------------------------------------------------------------
 # one run in one folder
@@ -397,17 +398,20 @@ RESUME_MAY_CHANGE = """
     """.split()
 
 
-def check_same_run(settings, before):
+def check_same_run(settings, before, log):
     """UserError unless a run resumes with the settings it had `before`, but for RESUME_MAY_CHANGE
-    and for PATHS, whose content counts: it is in the .._sha256."""
+    and for PATHS, whose content counts: it is in the .._sha256. Other code is told by a note."""
     for key, value in settings.items():
-        if before.get(key, value) == value or key in (*PATHS, *RESUME_MAY_CHANGE):
+        had = before.get(key, DEFAULTS.get(key, value))   # it may be older than a setting
+        if had == value or key in (*PATHS, *RESUME_MAY_CHANGE, "code_sha256"):
             continue
-        wrong = f"the run has {key}={before[key]!r}, not {value!r}; give that"
+        wrong = f"the run has {key}={had!r}, not {value!r}; give that"
         if key.endswith("_sha256"):
             wrong = (f"{key.removesuffix('_sha256')} has changed" + ", or the chat_template" *
                      ("dataset" in key) + "; bring the old one back")
         raise UserError(f"resume: {wrong}, or start anew in another out_dir")
+    if before.get("code_sha256") != settings.get("code_sha256"):
+        log("note: train.py, model.py, mmpo.py or data.py have changed since the run began")
 
 
 # -----------------------------------------------------------------------------

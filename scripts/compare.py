@@ -36,10 +36,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))   # for `python scripts/compare.py`
 import mmpo
 from configurator import (
-    HERE, PATHS, UserError, all_beside_the_checkout, configure, one_line_errors, read_json,
-    read_run_settings, read_settings, reading, require, run_sum)
+    HERE, PATHS, UserError, all_beside_the_checkout, code_sum, configure, one_line_errors,
+    read_json, read_run_settings, read_settings, reading, require, run_sum)
 from scripts import evaluate, plot
 from scripts.checkpoints import last_checkpoint
+from scripts.report import DEFAULTS
 
 TRAIN, EVALUATE = os.path.join(HERE, "train.py"), evaluate.__file__
 # the columns of the table are the metrics that begin so
@@ -78,9 +79,9 @@ def check_folder(folder, settings):
     """-> whether the run in this folder is finished. Raises UserError if it is another run's."""
     found = read_run_settings(folder)
     for key, value in settings.items():
-        other = found.get(key, value)
+        other = found.get(key, DEFAULTS[key]) if found else value   # it may be older than a setting
         require(key in RECORDED or other == value or key in PATHS and same_files(other, value),
-                f"{folder}: a run with {key}={found.get(key)!r}, not {value!r}; give another --out")
+                f"{folder}: a run with {key}={other!r}, not {value!r}; give another --out")
     return found.get("finished", False)
 
 
@@ -187,12 +188,14 @@ def table(runs, out, beside):
 
 def check_data(runs, out):
     """UserError where runs with the same settings of data and base trained on different ones, or
-    where runs were evaluated on different files of one name."""
-    groups, files, known = {}, {}, read_settings(TRAIN)
+    where runs were evaluated on different files of one name. A note where they are of other code
+    than today's."""
+    groups, files, known, older = {}, {}, read_settings(TRAIN), []
     for name, (_, settings) in runs.items():
         told = {key: value for key, value in settings.items()
                 if key in ("seed", "init_from") or known[key].group == "data"}
         recorded = read_json(os.path.join(out, name, "train_config.json"))
+        older += [name] * (recorded.get("code_sha256") != code_sum())
         sums = [recorded.get(f"{key}_sha256") for key in ("dataset", "eval_dataset", "init_from")]
         other, same = groups.setdefault(str(told), (name, sums))
         require(sums == same, f"{out}: {name} and {other} trained on other data or another base, "
@@ -201,6 +204,9 @@ def check_data(runs, out):
                 "files", {}).items():   # runs of old lack these
             require(files.setdefault(path, content) == content, f"{out}: {name} and others were "
                     f"evaluated on another {path}; delete the older .evaluation.json files")
+    if older:
+        print(f"note: {', '.join(older):.150}: train.py, model.py, mmpo.py or data.py were others "
+              "then; to train these again, delete their folders")
 
 
 def without_seed(name):

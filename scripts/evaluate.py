@@ -43,9 +43,10 @@ import data
 import mmpo
 import model as llama
 from configurator import (
-    HERE, UserError, all_beside_the_checkout, beside_the_checkout, cache_path, check_numbers,
-    load_cache, one_line_errors, printable, read_run_settings, read_settings, read_text, reading,
-    require, run_sum, save_cache, sha256, write_json)
+    UserError, all_beside_the_checkout, beside_the_checkout, cache_path, check_numbers, load_cache,
+    one_line_errors, printable, read_run_settings, read_text, reading, require, run_sum, save_cache,
+    sha256, write_json)
+from scripts.report import DEFAULTS
 
 BRANCHES = 16   # continuations of a tree, at most
 
@@ -245,16 +246,18 @@ def held_out(args, run, tokenizer):
         source, split = run["eval_dataset"], run["eval_split"]
     else:
         source, split = run["dataset"], run["train_split"]
+    # whether the pairs may have other fields than those that the run was told of
+    other = args.columns is None and source != run.get("dataset")
     source = all_beside_the_checkout(source)   # as a config file names it
-    defaults = read_settings(os.path.join(HERE, "train.py"))
-    settings = {name: setting.value for name, setting in defaults.items()} | run
-    if args.pairs:   # which may have other fields
+    settings = DEFAULTS | run
+    if args.pairs:
         settings["use_scores"] = False
     if args.columns is not None:
         settings["columns"] = args.columns
     pairs = data.load_pairs(source, split, tokenizer, args.max_length or settings["max_length"],
                             args.max_prompt_length or settings["max_prompt_length"],
-                            settings["bad_rows"], settings["columns"], settings["use_scores"])
+                            settings["bad_rows"], settings["columns"], settings["use_scores"],
+                            other)
     if args.pairs:
         print(f"{source}: {pairs.report}")
         return pairs

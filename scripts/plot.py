@@ -33,7 +33,8 @@ IMPLICIT = "accuracy/implicit"   # as scripts/evaluate.py calls it
 ACCURACY = {True: "implicit reward accuracy", False: "held-out accuracy, mean log-probs"}
 KL_TICKS = [0, 0.005, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100]
 # what runs may differ in besides the objective: groups of train.py's settings, and two settings
-GROUPS = "init_from", "data", "model", "optimizer", "schedule", "dtype"
+SILENT = "I/O", "logging", "distributed", "system"   # groups of settings that labels leave out,
+TOLD = "init_from", "dtype"                          # but for these two
 COLOURS = "#0072B2 #E69F00 #009E73 #CC79A7 #000000 #56B4E9 #D55E00".split()   # Okabe and Ito's
 LINES, MARKERS = ["-", "--", "-.", ":", (0, (7, 2, 1, 2, 1, 2))], "os^DvPX<>"
 STYLES = [{"color": COLOURS[i % 7], "linestyle": LINES[i % 5], "marker": MARKERS[i % 9],
@@ -58,11 +59,12 @@ def read_methods(paths):
     """Runs' folders -> {label: [run, ..]} by beta, all betas, and whether scripts/evaluate.py was
     run on all of them, beside a reference. A run has its beta, its curves and what evaluate.py
     wrote, or {}. A label is the objective, those of its settings that aren't the defaults, and the
-    settings of GROUPS in which the runs differ."""
+    others in which the runs differ, but for those of SILENT groups."""
     known = read_settings(Path(__file__).parents[1] / "train.py")
     settings = [read_json(os.path.join(path, "train_config.json")) for path in paths]
-    differ = [name for name, setting in known.items() if {name, setting.group} & {*GROUPS}
-              and len({told.get(name) for told in settings}) > 1]
+    differ = [name for name, setting in known.items()
+              if (name in TOLD or setting.group not in (*SILENT, "objective"))
+              and len({told.get(name, setting.value) for told in settings}) > 1]
     methods, lacking, evaluated = {}, [], True
     for path, told in zip(paths, settings):
         _, curves = read_run(path)
@@ -77,8 +79,9 @@ def read_methods(paths):
         with reading(path, "a run's settings"):
             names = [name for name, setting in known.items() if name in differ
                      or setting.group == "objective" and name not in ("objective", "beta")
-                     and told[name] != setting.value]
-            label = [told["objective"], *(f"{n} {told[n]}".removesuffix(".0") for n in names)]
+                     and told.get(name, setting.value) != setting.value]
+            values = (f"{n} {told.get(n, known[n].value)}".removesuffix(".0") for n in names)
+            label = [told["objective"], *values]
             run = {metric: curves.get(f"eval/{metric}", ([], []))[1] for metric in CURVES}
             methods.setdefault(plain(", ".join(label)), []).append(
                 run | {"beta": told["beta"], "evaluation": found})
