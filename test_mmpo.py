@@ -4055,6 +4055,14 @@ def test_spaces_of_an_export(name, legacy, tmp_path):
         assert theirs.encode(text, add_special_tokens=False) == ours.encode(text), text
 
 
+def test_models_that_fill_the_memory_are_read_in_bf16(checkpoint, monkeypatch):
+    """Where fp32 would take more than 0.6 of a CPU's memory; else the system kills the program."""
+    size = sum(np.prod(shape) for *_, shape in llama.find_tensors(checkpoint).values())
+    for pages, dtype in ((4 * size / 0.6 + 1, torch.float32), (4 * size / 0.6 - 1, torch.bfloat16)):
+        monkeypatch.setattr(os, "sysconf", lambda name: pages if name == "SC_PHYS_PAGES" else 1)
+        assert cost.fitting_dtype(checkpoint, "cpu") == dtype
+
+
 @pytest.mark.parametrize("name", ["GPT2Tokenizer", "GPTNeoXTokenizer", "PreTrainedTokenizerFast"])
 def test_ids_of_an_export(name, checkpoint, tmp_path):
     """transformers 5 cuts text as tokenizer.json says, and not as the class that the start model

@@ -7,6 +7,7 @@ sharded. A test holds the activations to within 10% of what torch.compile keeps 
 the run would use a CPU, a few packs are computed there too, and its time and memory told from them.
 """
 import math
+import os
 import re
 import time
 
@@ -169,6 +170,18 @@ def peak_memory():
     the program that started it.)"""
     with open("/proc/self/status") as f:
         return 1024 * int(re.search(r"VmHWM:\s+(\d+)", f.read())[1])
+
+
+def fitting_dtype(folder, device):
+    """fp32 to read a model in, or bf16 where fp32 weights would fill over 0.6 of the memory of
+    `device`, "cuda" or "cpu"."""
+    numbers = sum(math.prod(shape) for *_, shape in llama.find_tensors(folder).values())
+    memory = math.inf   # Windows doesn't tell it
+    if device == "cuda":
+        memory = torch.cuda.get_device_properties(0).total_memory
+    elif hasattr(os, "sysconf"):
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return torch.bfloat16 if 4 * numbers > 0.6 * memory else torch.float32
 
 
 def step_flops(model, lengths):

@@ -21,8 +21,8 @@ those of lm-evaluation-harness: acc by summed log-probs, acc_norm by log-probs a
 with one choice (LAMBADA) is right where the likeliest tokens spell it, and has a perplexity.
 
 Intervals are 95%, from a bootstrap that draws prompts with all their pairs, or multiple-choice
-items, or windows of the text. On a GPU the weights are fp32 and products TF32, but bf16 where those
-would fill more than 0.6 of its memory.
+items, or windows of the text. Weights are fp32 (products TF32 on a GPU), but bf16 where fp32 would
+fill more than 0.6 of the memory.
 """
 import argparse
 import hashlib
@@ -46,6 +46,7 @@ from configurator import (
     UserError, all_beside_the_checkout, beside_the_checkout, cache_path, check_numbers, load_cache,
     one_line_errors, printable, read_run_settings, read_text, reading, require, run_sum, save_cache,
     sha256, write_json)
+from scripts import cost
 from scripts.report import DEFAULTS
 
 BRANCHES = 16   # continuations of a tree, at most
@@ -410,12 +411,10 @@ def main():
     config = llama.config_from_dict(llama.read_config(folder))
     questions, asked = questions_of(args, run, tokenizer, config, bool(reference))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.float32   # in bf16 a margin is off by a third of a nat, which gentle runs gain
     if device == "cuda":
-        torch.set_float32_matmul_precision("high")
-        size = sum(math.prod(shape) for *_, shape in llama.find_tensors(folder).values())
-        if 4 * size > 0.6 * torch.cuda.get_device_properties(0).total_memory:   # of a large model
-            dtype = torch.bfloat16
+        torch.set_float32_matmul_precision("high")   # TF32
+    # fp32 if there is room, as in bf16 a margin is off by a third of a nat, which gentle runs gain
+    dtype = cost.fitting_dtype(folder, device)
     asked += [tokenizer.fingerprint, sorted(tokenizer.end_ids), device, str(dtype),
               vars(args) | {"models": None}]
 

@@ -22,6 +22,7 @@ import data
 import model as llama
 from configurator import (
     check_numbers, one_line_errors, printable, read_run_settings, require, write_json)
+from scripts import cost
 
 
 def main():
@@ -57,7 +58,7 @@ def main():
         require(questions, f"{args.instructions}: no instructions")
     folder = llama.checkpoint_folder(args.model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    dtype = torch.bfloat16 if device == "cuda" else cost.fitting_dtype(folder, device)
     run = read_run_settings(folder)   # whose template it goes on with
     tokenizer = data.Tokenizer(folder, args.chat_template, "" if args.chat_template else
                                run.get("chat_template_kwargs", ""))
