@@ -1572,8 +1572,8 @@ def read_folder(source, split):
     if {"state.json", "dataset_dict.json"} & {*os.listdir(source)}:
         found = load_from_disk(source)
     elif os.path.isfile(card) and re.search("^configs:", read_text(card, "text"), re.MULTILINE):
-        try:   # it says what files its splits have
-            found = load_dataset(source)
+        try:   # it says what files its splits have; streamed, since its cache knows no contents
+            found = load_dataset(source, streaming=True)
         except ValueError as e:
             raise UserError(f"{source}: {' '.join(str(e).split()):.160}; give one of its folders "
                             "or files") from e
@@ -1583,8 +1583,8 @@ def read_folder(source, split):
         found = load_dataset("parquet", data_files=DataFilesDict.from_patterns(
             get_data_patterns(here), here, allowed_extensions=[".parquet", ".PARQUET"]))
     splits = found if isinstance(found, dict) else {split: found}
-    # one that is alone is taken in place of train.py's defaults
-    require(split in splits or len(splits) == 1 and split in ("train_prefs", "test_prefs"),
+    # one that is alone is taken in place of train.py's defaults, and where none is asked for
+    require(split in splits or len(splits) == 1 and split in ("train_prefs", "test_prefs", ""),
             f"{source}: no split {split}; it has {', '.join(splits)}; give --train_split (or "
             "--eval_split)")
     yield from numbered(source, splits.get(split, next(iter(splits.values()))))
@@ -1732,8 +1732,7 @@ def content(sources):
     for source, split in sources:
         files = [source, *sorted(glob.glob(f"{glob.escape(source)}/**", recursive=True))]
         # in a folder also their names, which say to what split a parquet file belongs
-        sums = [[file[len(source):], sha256(file)] for file in files if os.path.isfile(file) and (
-            file == source or file.lower().endswith((*READERS, ".arrow", ".gz", "readme.md")))]
+        sums = [[file[len(source):], sha256(file)] for file in files if os.path.isfile(file)]
         if not os.path.exists(source):   # a hub dataset is known by its commit
             sums = [source, *sorted(commits_of(open_hub(source, split)))]
         contents.append([split, *sums])
@@ -1817,13 +1816,13 @@ def tokenize(sources, tokenizer, max_length, max_prompt_length, bad_rows, column
     why, files = f" ({counted(dropped)})" * bool(dropped), ", ".join(name for name, _ in sources)
     require(pairs, f"{files}: 0 usable pairs of {seen:,}{why}; check "
             "the data" + (", or raise max_length" if dropped["no room for a response"] else ""))
-    paths = {name: [path, *summands(path)] for name, path in columns.items()}
+    paths = {name: [*dict.fromkeys([path, *summands(path)])] for name, path in columns.items()}
     lacking = [[path for path in some if unused[path] == used] for some in paths.values()]
     require(not any(lacking) or held_out and all(lacking),   # then it is of another layout
             f"columns: no row of {files} has a field {', '.join(sum(lacking, []))}")
     for name, path in columns.items():
-        require(unused[name] < used, f"columns: {name}:{path} is not used, since the rows have "
-                "other fields that count before it")
+        require(unused[name] < used or all(lacking), f"columns: {name}:{path} is not used, since "
+                "the rows have other fields that count before it")
     idle = [str(name) or '""' for name in unused + ignored if name not in sum(paths.values(), [])]
     return Pairs.from_ids(pairs, rewards, "; ".join(filter(None, [
         f"{seen:,} rows = {used:,} used + {sum(dropped.values()):,} dropped{why}",

@@ -2832,6 +2832,10 @@ def test_a_hub_dataset_in_a_folder(tokenizer, tmp_path, monkeypatch):
     for split, some in (("train", rows[:2]), ("test", rows[2:])):
         found = data.load_pairs(str(folder), split, tokenizer, 512, 256)
         assert all_ids(found) == all_ids(load(write_rows(tmp_path / "a.jsonl", some), tokenizer))
+    for _ in range(2):   # what the files say now, not at the first time
+        rows = rows[:1] + rows
+        datasets.Dataset.from_list(rows).to_parquet(folder / "part_a.parquet")
+        assert len(data.load_pairs(str(folder), "train", tokenizer, 512, 256)) == len(rows)
     (folder / "README.md").write_text(CARD + "- config_name: second\n  data_files: x.parquet\n---\n")
     with pytest.raises(UserError, match="mine: Config name is missing.*first.*second.*its folders"):
         data.load_pairs(str(folder), "train", tokenizer, 512, 256)
@@ -2941,7 +2945,11 @@ def test_columns(tokenizer, tmp_path):
     held_out = data.load_pairs(plain, "", tokenizer, 512, 256, held_out=True,
                                columns="prompt:asked+of,chosen:good")
     assert all_ids(held_out) == want
-    with pytest.raises(UserError, match="columns: no row of .*a.jsonl has a field asked"):
+    used_before = write_rows(tmp_path / "l.jsonl", [GOOD | {"messages": say("Hi", "no")}])
+    report = data.load_pairs(used_before, "", tokenizer, 512, 256, held_out=True,
+                             columns="messages:dialog").report
+    assert "1 used" in report and "messages" in report
+    with pytest.raises(UserError, match="columns: no row of .*a.jsonl has a field asked$"):
         data.load_pairs(plain, "", tokenizer, 512, 256, held_out=True,
                         columns="prompt:asked,chosen:chosen")
 
@@ -4142,6 +4150,19 @@ def test_sample_makes_its_file_first(tmp_path, monkeypatch):
     assert not out.exists()
 
 
+def test_samples_of_a_seed(tmp_path, monkeypatch):
+    """A seed gives the same answers again, but not the same ones to each batch."""
+    write_json(tmp_path / "i.json", [{"instruction": "What does a cow say?"}] * 6)
+    answers = []
+    for out in ("a.json", "b.json"):
+        monkeypatch.setattr(sys, "argv", [
+            "sample", "assets/demo", f"--instructions={tmp_path}/i.json", f"--out={tmp_path}/{out}",
+            "--seed=1", "--temperature=1", "--batch_size=2", "--max_new_tokens=16"])
+        sample.main()
+        answers.append([row["output"] for row in json.loads((tmp_path / out).read_text())])
+    assert answers[0] == answers[1] and answers[0][:2] != answers[0][2:4] != answers[0][4:]
+
+
 # --- scripts: what a run did, evaluated, told and compared
 
 
@@ -4374,6 +4395,10 @@ def test_evaluate_two_runs(evaluated, tmp_path, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["evaluate", str(one)])
         with pytest.raises(UserError, match="/gone: no such"):
             evaluate.main()
+    write_json(one / "train_config.json", settings | {"init_from": "/gone"})   # was left elsewhere
+    reference, models = evaluate.find_models(evaluate.arguments([str(one), "--reference="]),
+                                             read_json(one / "train_config.json"))
+    assert not reference and [*models] == [str(one)]
     write_json(one / "train_config.json", settings | {"init_from_sha256": "0"})
     monkeypatch.setattr(sys, "argv", ["evaluate", str(one)])
     with pytest.raises(UserError, match="has changed since the run .* --reference"):
@@ -4553,16 +4578,18 @@ def test_names_of_runs(tmp_path):
 
 
 def test_table_of_runs_without_pairs(tmp_path):
-    """Runs are rows without their seeds. What was not measured stays empty."""
+    """Runs are rows without their seeds, also before training, since each seed may hold out other
+    pairs. What was not measured stays empty."""
     pytest.importorskip("matplotlib")
     from scripts import compare
-    runs = ["seed=1_beta=0.1", "seed=2_beta=0.1", "seed=1_beta=0.5"]
-    for run in runs:
+    runs = {"seed=1_beta=0.1": 0.3, "seed=2_beta=0.1": 0.4, "seed=1_beta=0.5": 0.3}
+    for run, value in runs.items():
         write_json(tmp_path / f"{run}.evaluation.json", {
-            "metrics": {"choices/a/acc": [0.3, 0.2, 0.4]}, "before": {}, "margins": None})
-    *_, first, second = compare.table(runs, str(tmp_path), "beta=0.1").splitlines()
-    assert first == "| beta=0.1 | 0.3 ± 0.1 (seeds 0.3 to 0.3) |  |"
-    assert second == "| beta=0.5 | 0.3 ± 0.1 |  |"
+            "metrics": {"choices/a/acc": [0.3, 0.2, 0.4]}, "margins": None,
+            "before": {"choices/a/acc": [value] * 3}})
+    *_, before, first, second = compare.table(runs, str(tmp_path), "beta=0.1").splitlines()
+    assert before == "| before beta=0.1 | 0.35 (seeds 0.3 to 0.4) |  |"
+    assert first == "| beta=0.1 | 0.3 ± 0.1 |  |" and second == "| beta=0.5 | 0.3 ± 0.1 |  |"
 
 
 def test_compare(tmp_path):
@@ -4662,6 +4689,14 @@ def test_compare_knows_runs_by_content(tmp_path):
     asked = ["another/spelling", "--prompts=3"]
     assert compare.is_evaluated(result, folder, asked)
     assert not compare.is_evaluated(result, folder, ["another/spelling"])
+    task = tmp_path / "task.jsonl"
+    task.write_text("{}")
+    found = read_json(result)
+    write_json(result, found | {"files": {str(task): configurator.sha256(task)}})
+    assert compare.is_evaluated(result, folder, asked)
+    task.write_text("{} ")
+    assert not compare.is_evaluated(result, folder, asked)
+    write_json(result, found)
     plot.read_methods([folder])
     write_rows(f"{folder}/metrics.jsonl", [{"iter": 0, "eval/kl": 0.1, "eval/accuracy/mean": 1.0}])
     assert not compare.is_evaluated(result, folder, asked)

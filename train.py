@@ -257,6 +257,7 @@ settings |= {"init_from_sha256": llama.weights_fingerprint(folder), "code_sha256
 same_on_all_ranks(settings)
 if before:
     check_same_run(settings, before, log)
+    settings["code_sha256"] = before.get("code_sha256")   # of the code that began it
 if finished and (not checkpoint or max(start_iter, finished) >= max_iters):
     log(f"resume: the run in {out_dir} is finished, and stays as it is; " + (
         "with more max_iters or epochs it would go on" if checkpoint else

@@ -17,6 +17,7 @@ run writes its folder in --out, beside it a .log and what scripts/evaluate.py wr
 reference log-probs are computed once, by the first run that needs them.
 """
 import argparse
+import contextlib
 import itertools
 import os
 import re
@@ -37,9 +38,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))   # for `python scripts/compa
 import mmpo
 from configurator import (
     HERE, PATHS, UserError, all_beside_the_checkout, code_sum, configure, one_line_errors,
-    read_json, read_run_settings, read_settings, reading, require, run_sum)
+    read_json, read_run_settings, read_settings, reading, require, run_sum, sha256)
 from scripts import evaluate, plot
-from scripts.checkpoints import last_checkpoint
 from scripts.report import DEFAULTS
 
 TRAIN, EVALUATE = os.path.join(HERE, "train.py"), evaluate.__file__
@@ -93,32 +93,34 @@ def same_files(one, other):
 
 
 def run(folder, arguments, settings, evaluation, devices, references, first_evaluation):
-    """Train and evaluate one run, unless that is done -> the seconds it took. While a training or
-    an evaluation computes what all need of the reference, the two locks keep the others waiting,
-    which then find it in the cache."""
+    """Train and evaluate one run -> the seconds it took, 0 if it was there before. (train.py leaves
+    a finished run as it is, once it knows that its data and base are still the same.) While a
+    training or an evaluation computes what all need of the reference, the two locks keep the others
+    waiting, which then find it in the cache."""
     device = devices.get()
     started, metrics = time.time(), os.path.join(folder, "metrics.jsonl")
     try:
         with open(f"{folder}.log", "a", encoding="utf-8") as log:
             start = partial(subprocess.Popen, stdout=log, stderr=log, env=os.environ | device)
-            if not check_folder(folder, settings):
-                resume = ["--resume=True"] if last_checkpoint(folder)[1] else []
-                with references:   # until the first evaluation, which comes after those log-probs
-                    training = start([sys.executable, TRAIN, *arguments,
-                                      f"--out_dir={folder}", *resume])
-                    while training.poll() is None and not (
-                            os.path.exists(metrics) and os.path.getmtime(metrics) > started
-                            and os.path.getsize(metrics)):
-                        time.sleep(1)
-                require(training.wait() == 0, f"{folder}: failed ({last_line(log.name)})")
+            finished = check_folder(folder, settings)
+            # until the first evaluation, which comes after those log-probs
+            with contextlib.nullcontext() if finished else references:
+                training = start([sys.executable, TRAIN, *arguments, f"--out_dir={folder}",
+                                  "--resume=True"])
+                while training.poll() is None and not (
+                        os.path.exists(metrics) and os.path.getmtime(metrics) > started
+                        and os.path.getsize(metrics)):
+                    time.sleep(1)
+            require(training.wait() == 0, f"{folder}: failed ({last_line(log.name)})")
             result, asked = f"{folder}.evaluation.json", [folder, *shlex.split(evaluation)]
-            if not is_evaluated(result, folder, asked):
+            evaluated = is_evaluated(result, folder, asked)
+            if not evaluated:
                 with first_evaluation:   # the others wait for it, then find the reference's
                     process = start([sys.executable, EVALUATE, *asked])
                     if not any(Path(folder).parent.glob("*.evaluation.json")):
                         process.wait()
                 require(process.wait() == 0, f"{folder}: not evaluated ({last_line(log.name)})")
-        return time.time() - started
+        return 0 if finished and evaluated else time.time() - started
     finally:
         devices.put(device)
 
@@ -128,7 +130,9 @@ def is_evaluated(result, folder, asked):
     found = read_json(result) if os.path.exists(result) else {}
     told, settings = vars(evaluate.arguments(asked)), found.get("settings") or {}
     same = told | {"models": None} == settings | {"models": None}   # a folder has several spellings
-    return same and found.get("run") == run_sum(folder)
+    return same and found.get("run") == run_sum(folder) and all(
+        os.path.exists(file) and sha256(file) == known
+        for file, known in found.get("files", {}).items())
 
 
 def last_line(log):
@@ -156,7 +160,7 @@ def run_all(runs, out, evaluation, jobs):
             error, line = future.exception(), f"{done} of {len(runs)} runs done"
             if error:
                 failed.append(str(error))
-            elif future.result() > 1:
+            elif future.result() > 0:
                 seconds.append(future.result())
             if seconds:
                 left = (len(runs) - done) * np.mean(seconds) / jobs
@@ -179,7 +183,8 @@ def table(runs, out, beside):
     columns = [metric for metric in first["metrics"] if metric.startswith(COLUMNS)]
     rows = [["run", *columns, f"accuracy/implicit less that of {beside}"],
             ["---"] * (len(columns) + 2),
-            ["before", *(cell([first["before"].get(metric)]) for metric in columns), ""]]
+            [f"before {beside}", *(cell([e["before"].get(metric) for e in groups[beside]])
+                                   for metric in columns), ""]]
     for name, found in groups.items():
         rows.append([name, *(cell([e["metrics"].get(metric) for e in found]) for metric in columns),
                      difference(found, groups[beside]) if name != beside else ""])
@@ -220,7 +225,7 @@ def cell(values):
     mean, low, high = np.mean(values, axis=0)
     text = f"{mean:.3g}" + (f" ± {(high - low) / 2:.2g}" if high > low else "")
     seeds = sorted(value for value, *_ in values)
-    return text + (f" (seeds {seeds[0]:.3g} to {seeds[-1]:.3g})" if len(seeds) > 1 else "")
+    return text + (f" (seeds {seeds[0]:.3g} to {seeds[-1]:.3g})" if seeds[0] < seeds[-1] else "")
 
 
 def difference(group, base):

@@ -248,7 +248,7 @@ def held_out(args, run, tokenizer):
     else:
         source, split = run["dataset"], run["train_split"]
     # whether the pairs may have other fields than those that the run was told of
-    other = args.columns is None and source != run.get("dataset")
+    other = args.columns is None and bool(args.pairs or run.get("eval_dataset"))
     source = all_beside_the_checkout(source)   # as a config file names it
     settings = DEFAULTS | run
     if args.pairs:
@@ -304,7 +304,8 @@ def arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("models", nargs="+", metavar="FOLDER", help="or a hub id")
-    parser.add_argument("--reference", help="the model before training; default: the run's own")
+    parser.add_argument("--reference", help="the model before training; default: the run's own;\n"
+                                            "--reference= takes none")
     parser.add_argument("--pairs", help="preference pairs, as train.py's dataset; default: what\n"
                                         "the run held out; --pairs= takes none")
     parser.add_argument("--split", default="test_prefs", help="of a hub dataset")
@@ -335,16 +336,18 @@ def check_runs(args, run):
 
 
 def find_models(args, run):
-    """-> the name of the reference or None, and of it and all models {name: (folder, when its files
+    """-> the name of the reference or "", and of it and all models {name: (folder, when its files
     were written, its weights' fingerprint, run_sum of its run)}."""
-    reference = args.reference or beside_the_checkout(run.get("init_from", "")) or None
+    reference = args.reference
+    if reference is None:
+        reference = beside_the_checkout(run.get("init_from", ""))
     names = dict.fromkeys([*filter(None, [reference]), *args.models])
     folders = {name: llama.checkpoint_folder(name) for name in names}
     models = {name: (folder, llama.last_written(folder), llama.weights_fingerprint(folder),
                      run_sum(os.path.expanduser(name)))   # of an adapter not that of its base
               for name, folder in folders.items()}
     weights = models[reference][2] if reference else ""
-    require(args.reference or run.get("init_from_sha256", weights) == weights,
+    require(args.reference is not None or run.get("init_from_sha256", weights) == weights,
             f"{reference}: has changed since the run in {args.models[0]} started from it; give "
             "that one as --reference, or this one, if you mean it")
     return reference, models

@@ -64,6 +64,8 @@ def main():
                                run.get("chat_template_kwargs", ""))
     model, _ = llama.from_pretrained(folder, device, dtype)
     stop_ids = tokenizer.stop_ids()
+    if args.seed is not None:
+        torch.manual_seed(args.seed)   # once, so that batches and turns differ
 
     def encode(turns, where="the prompt"):
         ids, context = tokenizer.encode_prompt(turns), model.config.max_position_embeddings
@@ -73,7 +75,7 @@ def main():
 
     def answer(prompts):
         answers = model.generate(prompts, args.max_new_tokens, args.temperature, args.top_k,
-                                 args.top_p, stop_ids, args.seed)
+                                 args.top_p, stop_ids)
         return [tokenizer.decode([t for t in ids if t not in stop_ids]) for ids in answers]
 
     if questions:
