@@ -4588,7 +4588,7 @@ def test_table_of_runs_without_pairs(tmp_path):
             "metrics": {"choices/a/acc": [0.3, 0.2, 0.4]}, "margins": None,
             "before": {"choices/a/acc": [value] * 3}})
     *_, before, first, second = compare.table(runs, str(tmp_path), "beta=0.1").splitlines()
-    assert before == "| before beta=0.1 | 0.35 (seeds 0.3 to 0.4) |  |"
+    assert before == "| before (beta=0.1) | 0.35 (seeds 0.3 to 0.4) |  |"
     assert first == "| beta=0.1 | 0.3 ± 0.1 |  |" and second == "| beta=0.5 | 0.3 ± 0.1 |  |"
 
 

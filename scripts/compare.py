@@ -12,9 +12,10 @@ follows `--` is for every run. Without an eval_dataset each seed holds out other
 other pairs are not tested against each other.
 
 Called again, the same command goes on where it was stopped: a finished run is not repeated, an
-interrupted one goes on from its last checkpoint. A folder that holds another run is refused. Each
-run writes its folder in --out, beside it a .log and what scripts/evaluate.py writes. Tokens and
-reference log-probs are computed once, by the first run that needs them.
+interrupted one goes on from its last checkpoint. A folder that holds another run, or one on data
+that have changed since, is refused; a run by other code than today's is told. Each run writes its
+folder in --out, beside it a .log and what scripts/evaluate.py writes. Tokens and reference
+log-probs are computed once, by the first run that needs them.
 """
 import argparse
 import contextlib
@@ -183,7 +184,7 @@ def table(runs, out, beside):
     columns = [metric for metric in first["metrics"] if metric.startswith(COLUMNS)]
     rows = [["run", *columns, f"accuracy/implicit less that of {beside}"],
             ["---"] * (len(columns) + 2),
-            [f"before {beside}", *(cell([e["before"].get(metric) for e in groups[beside]])
+            [f"before ({beside})", *(cell([e["before"].get(metric) for e in groups[beside]])
                                    for metric in columns), ""]]
     for name, found in groups.items():
         rows.append([name, *(cell([e["metrics"].get(metric) for e in found]) for metric in columns),

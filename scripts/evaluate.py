@@ -336,7 +336,7 @@ def check_runs(args, run):
 
 
 def find_models(args, run):
-    """-> the name of the reference or "", and of it and all models {name: (folder, when its files
+    """-> the name of the reference or None, and of it and all models {name: (folder, when its files
     were written, its weights' fingerprint, run_sum of its run)}."""
     reference = args.reference
     if reference is None:
@@ -350,7 +350,7 @@ def find_models(args, run):
     require(args.reference is not None or run.get("init_from_sha256", weights) == weights,
             f"{reference}: has changed since the run in {args.models[0]} started from it; give "
             "that one as --reference, or this one, if you mean it")
-    return reference, models
+    return reference or None, models
 
 
 def questions_of(args, run, tokenizer, config, compared):
