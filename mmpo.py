@@ -12,8 +12,8 @@ R carries no gradient: it is the reward of a response plus the reference's opini
 before training. No reference model runs beside the policy.
 
 Three things are called reward. r_i is an input, one number a response. R_i adds the reference to it
-and is what the loss takes. The "implicit reward" is beta (log pi - log pi_ref) in DPO, and beta
-times the mean log pi in SimPO, whose losses it is in. MMPO only logs it (rewards/*).
+and is what the loss takes. The "implicit reward", beta (log pi - log pi_ref) in DPO and beta times
+the mean log pi in SimPO, is part of their losses. MMPO only logs it (rewards/*).
 
 Shapes: B pairs, n responses each, the chosen one first (n = 2, or more). Log-probs are
 summed over a response's tokens unless a docstring says mean; `lengths` counts those tokens.
@@ -52,15 +52,15 @@ def normalize(R, group=0):
 
 
 def posterior(logps, R):
-    """q = softmax(logps + R): how much each response is responsible for y. (B, n) -> (B, n)."""
+    """q = softmax(logps + R), the weight of each response in the gradient. (B, n) -> (B, n)."""
     return (logps + R).softmax(-1)
 
 
 def mmpo_loss(logps, R, pref_weight=0.0):
-    """-logsumexp(s) - pref_weight log q_0, s = logps + R, q = softmax(s). (B, n), (B, n) -> (B,).
+    """-logsumexp(s) - pref_weight log q_w, s = logps + R, q = softmax(s). (B, n), (B, n) -> (B,).
 
     Gradient of the first term: -sum_i q_i grad logps_i, a likelihood weighted by the posterior. For
-    a pair log q_0 = log sigmoid(s_w - s_l), and since log q_0 = s_0 - logsumexp(s), exactly
+    a pair log q_w = log sigmoid(s_w - s_l), and since log q_w = s_w - logsumexp(s), exactly
 
         loss = -s_w + (1 - pref_weight) log sigmoid(s_w - s_l)
 
@@ -77,8 +77,8 @@ def entropy_bonus(per_token_logps, per_token_entropy, response, lengths, length_
     """The authors' entropy ablation.
 
     H = sum_t [stopgrad(h_t) log pi(z_1..t) + h_t], mean over responses. per_token_logps,
-    per_token_entropy, response: (T,), a response's tokens in order, responses end to end.
-    lengths (B, n) in the same order. Returns (B,); divided by each length with length_norm.
+    per_token_entropy (N,): of all response tokens, in order. response (N,): which response a token
+    belongs to. lengths (B, n), in the same order, divide each H with length_norm. Returns (B,).
     """
     counts = lengths.flatten()
     ends = counts.cumsum(0)
@@ -161,11 +161,11 @@ def preference_loss(objective, logps, lengths, ref_logps=None, R=None, *, beta=0
 
 @torch.no_grad()
 def measure(objective, logps, lengths, ref_logps, R, *, beta, length_norm, **knobs):
-    """What is worth logging about B pairs, a dict of floats. knobs: the others of preference_loss.
+    """What is worth logging about B pairs, a dict of floats. knobs: see preference_loss.
 
     loss: their mean loss, without the entropy term. logps/* and rewards/* are TRL's names.
     rewards/*: implicit rewards, beta (log pi - log ref), or beta mean log pi where the objective
-    doesn't read the reference; accuracies don't depend on beta, which may be 0.
+    doesn't read the reference. rewards/accuracies leaves beta out, since it may be 0.
     weights/*: q of the chosen response, with R; upweighted is the share with q > 1/n. accuracy/*:
     the share whose chosen response is the likelier one, by mean and by sum; a tie is half a one.
     Of n responses, margins and accuracies compare the first with the last.
@@ -193,7 +193,7 @@ def measure(objective, logps, lengths, ref_logps, R, *, beta, length_norm, **kno
 
 
 def wins(margins):
-    """1 for each margin (N,) above 0, and a half for a tie, as chance would have it. Arrays too."""
+    """1 for each margin (N,) above 0, 0.5 for a tie, as a coin gives. Also numpy arrays."""
     return (margins > 0) + 0.5 * (margins == 0)
 
 
@@ -202,8 +202,8 @@ def kl_estimate(gaps, lengths):
     """KL(reference || policy) in nats a token, from S samples that the reference gave, and its
     standard error, where S is above 1.
 
-    gaps (S, 1): log pi_ref - log pi_theta of each sample, whose mean is the KL of a response.
-    lengths (S, 1): tokens of each. The ratio of the two means varies as gaps - kl lengths does.
+    gaps (S, 1): log pi_ref - log pi_theta of each sample; lengths (S, 1): its tokens. kl is the
+    ratio of their means, so its error is that of the mean of gaps - kl lengths, over mean length.
     """
     found = {"kl": gaps.sum() / lengths.sum()}
     if len(gaps) > 1:

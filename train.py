@@ -47,7 +47,7 @@ init_from = "HuggingFaceTB/SmolLM2-135M-Instruct"   # the model: hub id[@revisio
 export_dtype = "bfloat16"         # bfloat16 | float16 | float32: of exported weights, not adapters
 export_adapter = False            # with LoRA: write the adapters alone (peft), not merged weights
 save_interval = 0                 # steps between checkpoints to resume from; 0 writes none
-keep_checkpoints = 1              # so many of the last ones are kept; after the end, one
+keep_checkpoints = 1              # how many of the newest are kept; of a finished run, one
 overwrite = False                 # replace the finished model that is in out_dir
 resume = False                    # go on from the last checkpoint in out_dir, if there is one
 dry_run = False                   # print what a run would take, memory by part, and stop
@@ -55,12 +55,12 @@ debug = False                     # show the traceback of errors that otherwise 
 # logging
 log_interval = 1                  # steps between log lines
 eval_interval = 50                # steps between evaluations; there is one before and after, too
-sample_prompt = ""                # is answered before and after; "" takes a held-out prompt
+sample_prompt = ""                # answered before and after training; "" takes a held-out one
 sample_tokens = 96                # at most so many tokens of that answer
 kl_samples = 16                   # answers of the reference that KL is estimated on
 kl_tokens = 64                    # at most so many tokens of each
 wandb_log = False                 # log to Weights & Biases too
-wandb_project = "nanommpo"        # the project there
+wandb_project = "nanommpo"        # name of the Weights & Biases project
 # data
 dataset = "HuggingFaceH4/ultrafeedback_binarized,HuggingFaceH4/orca_dpo_pairs"   # files, hub ids
 train_split = "train_prefs"       # of a hub or saved dataset; one for each if they differ: a,b
@@ -76,18 +76,18 @@ columns = ""                      # other names of fields: prompt:question_text,
 use_scores = False                # score_chosen and score_rejected of a row are its rewards
 # objective
 objective = "mmpo"                # the loss, one of OBJECTIVES in mmpo.py: dpo, simpo, sft, ..
-beta = 0.05                       # of the reference in R; DPO's, IPO's and SimPO's beta
+beta = 0.05                       # weight of log pi_ref in MMPO's R; the beta of DPO, IPO and SimPO
 reward_chosen = 0.9               # r of the chosen response
 reward_rejected = 0.1             # r of the rejected response
 length_norm = True                # mean log-probs over a response's tokens, not sums (MMPO, SFT)
 reward_norm = True                # scale R into [0, 1] over a group of pairs
 reward_norm_group = 0             # pairs in such a group; 0 takes the whole batch
-pref_weight = 0.0                 # of the pairwise term: 0 is MMPO, 1 trains the chosen alone
-entropy_coef = 0.0                # of the entropy bonus, an ablation of the paper
-gamma_beta_ratio = 1.6            # SimPO's margin over beta
+pref_weight = 0.0                 # weight of the pairwise term: 0 is MMPO, 1 trains on chosen alone
+entropy_coef = 0.0                # weight of the entropy bonus, an ablation of the paper
+gamma_beta_ratio = 1.6            # SimPO's gamma / beta; gamma is its margin
 orpo_lambda = 0.1                 # weight of ORPO's odds ratio
 # model
-lora_rank = 0                     # 0 trains all weights
+lora_rank = 0                     # rank of the adapters; 0 trains all weights instead
 lora_alpha = 64.0                 # LoRA's scale is alpha / rank
 lora_dropout = 0.01               # on the input of the adapters
 lora_targets = "q_proj,k_proj,v_proj,o_proj"   # the linear layers that get adapters
@@ -95,29 +95,29 @@ lora_targets = "q_proj,k_proj,v_proj,o_proj"   # the linear layers that get adap
 batch_size = 128                  # pairs a step, over all GPUs; pack_tokens bounds the memory
 learning_rate = 2e-5              # at its peak; the higher, the further from the start
 optimizer_state = "fp32"          # fp32 | 8bit: AdamW's; 8bit takes pip install bitsandbytes
-weight_decay = 0.0                # on matrices
+weight_decay = 0.0                # AdamW's, of matrices; vectors (norms, biases) have none
 beta1 = 0.9                       # AdamW's
 beta2 = 0.999                     # AdamW's
-grad_clip = 1.0                   # the gradient's norm at most; 0 never clips
-skip_nonfinite = 0                # so many steps with a NaN or infinite gradient are skipped
+grad_clip = 1.0                   # largest norm of the gradient; 0 never clips
+skip_nonfinite = 0                # steps with a NaN or infinite gradient to skip before an error
 # schedule
-epochs = 5.0                      # passes over the pairs; --epochs counts before a file's max_iters
+epochs = 5.0                      # passes over the pairs; --epochs overrides a config's max_iters
 max_iters = 0                     # steps; 0 takes as many as epochs needs
 warmup = 0.1                      # share of the steps in which the learning rate rises
 min_lr = 0.0                      # the learning rate at the end of the cosine
 # distributed
 parallel = "ddp"                  # ddp | fsdp: each GPU has the whole model, or its part (FSDP2)
 # system
-pack_tokens = 16384               # tokens of one forward and backward pass, at most
+pack_tokens = 16384               # tokens a GPU takes in one forward and backward, at most
 activation_checkpointing = False  # compute activations again in backward: slower, far less memory
 device = "auto"                   # auto | cuda | cpu: auto takes a GPU where there is one
-dtype = "auto"                    # auto | bfloat16 | float32: of products and of frozen weights
+dtype = "auto"                    # auto | bfloat16 | float32: of products and weights LoRA freezes
 compile = "auto"                  # auto | true | false: torch.compile; auto does on a GPU only
-seed = 42                         # of what dataset holds out, order, adapters, dropout, samples
+seed = 42                         # of the held-out split, pairs' order, adapters, dropout, samples
 # -----------------------------------------------------------------------------
 one_line_errors()   # a user's mistake ends in one line, a bug in a traceback
 settings, overrides = configure(globals(), sys.argv[1:], __file__,
-                                choices={"objective": mmpo.OBJECTIVES})
+                                choices={"objective": mmpo.OBJECTIVES})   # sets the names above
 
 # one process, or one of those that torchrun started
 ddp, ddp_rank, ddp_local_rank, ddp_world_size = torchrun_ranks()
@@ -126,7 +126,7 @@ master_process = ddp_rank == 0
 device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 out_dir = os.path.expanduser(out_dir)
 
-# --- settings that can't work, alone or together, told before anything is loaded
+# --- settings that can't work, alone or together, refused before anything is loaded
 # lexists is asked before isdir, since rank 0 may make the folder in between.
 require(out_dir and (not os.path.lexists(out_dir) or os.path.isdir(out_dir))
         and out_dir == out_dir.encode("utf-8", "replace").decode(),
@@ -138,14 +138,14 @@ require(device != "cuda" or ddp_local_rank < torch.cuda.device_count(),
 require(ddp or parallel == "ddp", "parallel: fsdp shards over processes; start it with torchrun")
 require(optimizer_state != "8bit" or not fsdp and find_spec("bitsandbytes"),
         "optimizer_state: 8bit takes pip install bitsandbytes, and parallel=ddp")
-require(not wandb_log or getattr(find_spec("wandb"), "origin", None),   # it leaves such a folder
+require(not wandb_log or getattr(find_spec("wandb"), "origin", None),   # not its folder ./wandb
         "wandb_log: it takes pip install wandb")
 require(objective != "ipo" or beta > 0, "beta: IPO divides by it; give a value above 0")
 require(min_lr <= learning_rate, f"min_lr: {min_lr} is above learning_rate, {learning_rate}")
 require(lora_rank or not export_adapter, "export_adapter: no adapters without LoRA; set lora_rank")
 
 # --- setup
-end_on_signals()     # at once here, between two steps in the loop
+end_on_signals()     # during setup at once, in the loop between two steps
 if master_process and not dry_run:
     hold(out_dir)    # one run in one folder; the other ranks wait in join_ranks
 device = torch.device(device, ddp_local_rank if device == "cuda" else None)
@@ -162,13 +162,14 @@ if not resume:
     start_iter, checkpoint = 0, None
 if dtype == "auto":   # a dry run predicts what a GPU would need, so it assumes bf16
     dtype = "bfloat16" if dry_run or llama.fast_bfloat16(device) else "float32"
+bf16 = dtype == "bfloat16"
 settings["dtype"] = dtype   # recorded, since a run must resume in the same dtype
 same_on_all_ranks(settings | {"resume (machines must share out_dir), from step":
                               resume and max(start_iter, is_finished(out_dir))})
 compile = on_gpu if compile == "auto" else compile == "true"
-autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
-# Pairs that are decided have tiny gradients. A CPU takes 40 times as long with numbers below 1e-38,
-# so they become 0 here.
+autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+# Pairs that are already learned have tiny gradients. A CPU is 40 times slower with numbers
+# below 1e-38, so those are rounded to 0.
 torch.set_flush_denormal(True)
 torch.manual_seed(seed)     # on all ranks alike, for they must start with the same adapters
 
@@ -181,8 +182,11 @@ def log(text):
 finished = resume and is_finished(out_dir)
 if resume and not checkpoint and not finished:
     log(f"resume: no checkpoint in {out_dir}, so the run starts")
-before = check_checkpoint(checkpoint) if checkpoint else (   # that run's settings
-    read_run_settings(out_dir) if finished else {})
+before = {}   # the settings of the run that this one resumes
+if checkpoint:
+    before = check_checkpoint(checkpoint)
+elif finished:
+    before = read_run_settings(out_dir)
 log(f"nanoMMPO: {objective} on {ddp_world_size} x {device.type}, {dtype}; set: " +
     (", ".join(f"{k}={v!r}" for k, v in overrides.items()) or "nothing"))
 for name, needed in {"lora_alpha": "lora_rank", "lora_dropout": "lora_rank",
@@ -227,10 +231,10 @@ same_on_all_ranks(settings)
 
 # --- model: shapes first, then adapters and shards, then memory and weights.
 # Trained weights are always fp32. Those that LoRA freezes have the dtype of the matrix products.
-frozen_dtype = torch.bfloat16 if lora_rank and dtype == "bfloat16" else torch.float32
+frozen_dtype = torch.bfloat16 if lora_rank and bf16 else torch.float32
 raw_model, hf_config = llama.build(folder, frozen_dtype)
 files = llama.files_beside_weights(folder)   # for the export, as they are now
-# Some tokenizers have a padding token beyond the model's vocabulary, which no pair has.
+# The pairs' ids are checked, since some tokenizers have a padding token that the model lacks.
 last_id = max(pairs.tokens.max() for pairs in (train_pairs, held_out))
 require(last_id < raw_model.config.vocab_size, f"{folder}: the pairs have the id {last_id}, but "
         f"config.json {raw_model.config.vocab_size} ids; does tokenizer.json belong to it?")
@@ -238,7 +242,7 @@ if lora_rank:
     llama.add_lora(raw_model, lora_rank, lora_alpha, lora_dropout,
                    lora_targets.replace(",", " ").split())
 if fsdp:
-    llama.shard(raw_model, device.type, torch.bfloat16 if dtype == "bfloat16" else None)
+    llama.shard(raw_model, device.type, torch.bfloat16 if bf16 else None)
 log(f"{init_from}: {sum(p.numel() for p in raw_model.parameters()):,} parameters, "
     f"{sum(p.numel() for p in raw_model.parameters() if p.requires_grad):,} trained")
 for pairs in (train_pairs, held_out):
@@ -265,7 +269,7 @@ if finished and (not checkpoint or max(start_iter, finished) >= max_iters):
     sys.exit()
 if checkpoint:
     require(start_iter <= max_iters, f"max_iters: {max_iters}, and {checkpoint} is past that")
-llama.load_weights(raw_model, folder, device, in_bf16=dtype == "bfloat16")
+llama.load_weights(raw_model, folder, device, in_bf16=bf16)
 require(llama.last_written(folder) == written, f"{folder}: changed while it was read; start again")
 trained = [p for p in raw_model.parameters() if p.requires_grad]
 if compile:
@@ -292,7 +296,7 @@ def answer(title):
 
 
 # --- reference log-probs, and so all rewards: constants, computed once, before the policy moves.
-# From here on there is no reference model, only a table: R = r + beta log pi_ref.
+# Once training begins there is no reference model, only a table: R = r + beta log pi_ref.
 def reference_logps(pairs, indices):
     """score(pairs, indices) of the untrained model, from the cache if every rank finds it there."""
     card = torch.cuda.get_device_name() if on_gpu else device.type
@@ -317,13 +321,13 @@ def constants_of(pairs, ref_logps):
     lengths = torch.from_numpy(pairs.lengths[:, 1:])   # tokens of each response
     r = torch.from_numpy(pairs.rewards) if len(pairs.rewards) else \
         torch.linspace(reward_chosen, reward_rejected, pairs.n_responses)
-    return lengths, ref_logps, mmpo.rewards(r, ref_logps / lengths if length_norm else ref_logps,
-                                            beta)
+    scored = ref_logps / lengths if length_norm else ref_logps
+    return lengths, ref_logps, mmpo.rewards(r, scored, beta)
 
 
 train_ref_logps = torch.zeros(len(train_pairs), train_pairs.n_responses)
 if mmpo.OBJECTIVES[objective]:   # its loss reads the reference
-    # the pairs that the run will visit: all, or fewer if it ends within the first epoch
+    # the pairs the run will visit, as one batch: fewer than all if it ends in its first epoch
     visited = np.sort(data.batch_indices(len(train_pairs), max_iters * batch_size, seed, 0))
     t0 = time.time()
     train_ref_logps[visited] = reference_logps(train_pairs, visited)
@@ -335,7 +339,7 @@ everything = np.arange(len(held_out))
 eval_lengths, eval_ref_logps, eval_R = constants_of(held_out, reference_logps(held_out, everything))
 if reward_norm:   # over groups as large as in training
     eval_R = mmpo.normalize(eval_R, reward_norm_group or batch_size)
-kl_prompts = [held_out.ids(i)[0].tolist() for i in everything[:kl_samples]]
+kl_prompts = [held_out.ids(i)[0].tolist() for i in range(min(kl_samples, len(held_out)))]
 if kl_prompts:
     answers = []
     for i in range(0, len(kl_prompts), 8):    # a few at a time: their keys and values take memory
@@ -357,7 +361,7 @@ def evaluate(iter_num):
     # before the first step the policy is the reference
     logps = score(held_out, everything) if iter_num else eval_ref_logps
     metrics = mmpo.measure(objective, logps, eval_lengths, eval_ref_logps, eval_R, **loss_knobs)
-    if held_out.n_responses > 1:   # also where the objective doesn't read the reference
+    if held_out.n_responses > 1:   # of every objective, whether or not it reads the reference
         gains = logps - eval_ref_logps
         metrics["accuracy/implicit"] = mmpo.wins(gains[:, 0] - gains[:, -1]).mean().item()
     if kl_prompts:
@@ -406,7 +410,7 @@ if master_process:
         except Exception as e:
             raise UserError(f"wandb_log: {first_line(e)}") from e
     path = os.path.join(out_dir, "metrics.jsonl")
-    past = past_metrics(path, start_iter)   # the last that may refuse
+    past = past_metrics(path, start_iter)   # the last check that may fail
     if not checkpoint:
         remove_checkpoints(out_dir)         # of a finished run that this one replaces
     write_json(os.path.join(out_dir, "train_config.json"), settings)
@@ -430,24 +434,25 @@ def record(iter_num, metrics):
             log(f"note: wandb_log: no more of it ({first_line(e)}); metrics.jsonl has everything")
 
 
-# --- training loop
+# --- training loop: max_iters steps, then one turn more, which only evaluates and saves
 started, skipped = time.time(), before.get("skipped", 0)
 for iter_num in tqdm(range(start_iter, max_iters + 1), "steps", max_iters, initial=start_iter,
                      disable=None if master_process else True):   # None: only on a terminal
 
     # evaluate before the first step, now and then, and after the last
-    if iter_num == max_iters and not save_interval:
+    done = iter_num == max_iters
+    if done and not save_interval:
         evaluate(iter_num)   # whatever signal comes, since only the export will keep the model
-    elif iter_num % eval_interval == 0 or iter_num == max_iters:
+    elif done or iter_num % eval_interval == 0:
         until_interrupted(device, evaluate, iter_num)
     # save now and then, at the end for more epochs, and when a signal asks the run to end
     signal_number = interrupted(device)
-    must = iter_num < max_iters or signal_number   # else the model may fit where no checkpoint does
+    must = not done or signal_number   # after the last step a failed save only warns
     if save_interval and iter_num > start_iter and (
-            signal_number or iter_num % save_interval == 0 or iter_num == max_iters):
+            done or signal_number or iter_num % save_interval == 0):
         save_checkpoint(raw_model, optimizer, out_dir, iter_num, settings | {"skipped": skipped},
                         log, must)
-    if signal_number or iter_num == max_iters:
+    if done or signal_number:
         finish_saving(must)
         break
     t0 = time.time()
@@ -457,13 +462,13 @@ for iter_num in tqdm(range(start_iter, max_iters + 1), "steps", max_iters, initi
     # the pairs of this step, and what is constant about them
     batch = data.batch_indices(len(train_pairs), batch_size, seed, iter_num)
     lengths, ref_logps, R = (x[batch] for x in train_constants)            # (B, n)
-    if reward_norm:   # over the whole batch, however it is split over GPUs and packs
+    if reward_norm:   # over the batch, or groups of it, however GPUs and packs split it
         R = mmpo.normalize(R, reward_norm_group)
     lengths, ref_logps, R = (x.to(device) for x in (lengths, ref_logps, R))
     batch_logps = torch.zeros(R.shape, device=device)
 
     # forward and backward, as many pairs at a time as a pack holds
-    tree_lengths = train_pairs.lengths[batch]                              # (B, 1 + n)
+    tree_lengths = train_pairs.lengths[batch]   # (B, 1 + n) tokens of the prompt and each response
     packs = data.plan_packs(tree_lengths.sum(1), pack_tokens, ddp_world_size, fsdp)[ddp_rank]
     for micro_step, members in enumerate(packs):
         pack = data.collate(train_pairs, batch, members, pad_to).to(device)
@@ -485,8 +490,8 @@ for iter_num in tqdm(range(start_iter, max_iters + 1), "steps", max_iters, initi
 
     # The update. The CPU waits for the GPU here, since a gradient that is NaN or infinite must not
     # reach the weights.
-    grad_norm = llama.whole(
-        torch.nn.utils.clip_grad_norm_(trained, grad_clip or math.inf)).item()
+    grad_norm = torch.nn.utils.clip_grad_norm_(trained, grad_clip or math.inf)
+    grad_norm = llama.whole(grad_norm).item()   # with FSDP it comes in parts
     finite = math.isfinite(grad_norm)
     if ddp and (not finite or iter_num % log_interval == 0):
         dist.all_reduce(batch_logps)   # every rank filled in the pairs that it computed
@@ -496,16 +501,18 @@ for iter_num in tqdm(range(start_iter, max_iters + 1), "steps", max_iters, initi
         skipped += 1
         wrong = (f"step {iter_num}: the gradient is not finite, and the weights are not updated; "
                  + report.name_pairs(train_pairs, batch, batch_logps, tokenizer))
-        lower = "learning_rate" if iter_num >= skipped else (   # else no step was taken yet
-            "beta, pref_weight or what else scales the loss")
+        lower = "learning_rate"
+        if skipped > iter_num:   # no step was taken yet, so it isn't the learning rate
+            lower = "beta, pref_weight or what else scales the loss"
         require(skipped <= skip_nonfinite, f"{wrong}; lower {lower}"
-                + ", or --dtype=float32" * (dtype == "bfloat16"))
+                + ", or --dtype=float32" * bf16)
         log(f"warning: {wrong}")
     optimizer.zero_grad(set_to_none=True)
 
     if iter_num % log_interval == 0:
         metrics = mmpo.measure(objective, batch_logps, lengths, ref_logps, R, **loss_knobs)
-        left = (time.time() - started) / (iter_num - start_iter or 1) * (max_iters - iter_num - 1)
+        seconds = (time.time() - started) / max(1, iter_num - start_iter)   # a step
+        left = seconds * (max_iters - iter_num - 1)
         metrics |= {"grad_norm": grad_norm, "lr": lr, "seconds_left": left}
         metrics |= cost.throughput(raw_model, tree_lengths, packs, pad_to, time.time() - t0)
         record(iter_num, metrics)
@@ -513,11 +520,11 @@ for iter_num in tqdm(range(start_iter, max_iters + 1), "steps", max_iters, initi
         started = time.time()   # the first step may compile, and says nothing of the others
 
 # --- the aligned model, in Hugging Face layout, and what to know about it
-if signal_number and (save_interval or iter_num < max_iters):
-    sys.exit(128 + signal_number)
+if signal_number and (save_interval or not done):
+    sys.exit(128 + signal_number)   # an interrupted run exports nothing
 llama.export(raw_model, out_dir, hf_config, files, getattr(torch, export_dtype),
              adapter_of=init_from if export_adapter else None, stop_ids=stop_ids,
-             chat_template=tokenizer.template_text, in_bf16=dtype == "bfloat16")
+             chat_template=tokenizer.template_text, in_bf16=bf16)
 answer("sample after")
 if master_process:
     card = report.write_model_card(out_dir)

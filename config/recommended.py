@@ -1,6 +1,6 @@
 # What learned most of the preference and moved little, in the study and on a GPU
-# (assets/results.md): MMPO with a contrastive term, a low rate, one epoch. It is given after a
-# config of all weights.
+# (assets/results.md): MMPO with a contrastive term, a low rate, one epoch. Give it after a
+# config that trains all weights.
 # python train.py config/smollm2_135m.py config/recommended.py    not yet run on so many pairs
 out_dir = out_dir + "_recommended"
 pref_weight = 10.0

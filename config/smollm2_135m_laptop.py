@@ -1,5 +1,5 @@
 # The short recipe: MMPO with a contrastive term on SmolLM2-135M, all weights, on a laptop's CPU. 60
-# steps on 480 pairs; 10 to 25 minutes on one thread of an Intel Xeon in fp32, by the pairs' length.
+# steps on 480 pairs; on one thread of an Intel Xeon in fp32, 10 minutes for short pairs to 25.
 # What it teaches and keeps on six sets of pairs: assets/results.md, The short recipe.
 # python train.py config/smollm2_135m_laptop.py --dataset=mine.jsonl
 out_dir = "out/smollm2_135m_laptop"

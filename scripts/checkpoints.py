@@ -400,7 +400,7 @@ RESUME_MAY_CHANGE = """
 
 def check_same_run(settings, before, log):
     """UserError unless a run resumes with the settings it had `before`, but for RESUME_MAY_CHANGE
-    and for PATHS, whose content counts: it is in the .._sha256. Other code is told by a note."""
+    and for PATHS, whose content counts: it is in the .._sha256. Changed code only gets a note."""
     for key, value in settings.items():
         had = before.get(key, DEFAULTS.get(key, value))   # it may be older than a setting
         if had == value or key in (*PATHS, *RESUME_MAY_CHANGE, "code_sha256"):

@@ -13,7 +13,7 @@ other pairs are not tested against each other.
 
 Called again, the same command goes on where it was stopped: a finished run is not repeated, an
 interrupted one goes on from its last checkpoint. A folder that holds another run, or one on data
-that have changed since, is refused; a run by other code than today's is told. Each run writes its
+that have changed since, is refused; a note names runs that other code trained. Each run writes its
 folder in --out, beside it a .log and what scripts/evaluate.py writes. Tokens and reference
 log-probs are computed once, by the first run that needs them.
 """
