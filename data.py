@@ -1563,12 +1563,12 @@ def decoded(source, content):
 
 
 def read_folder(source, split):
-    """Yields (where, row) of a folder that `Dataset.save_to_disk` made, or of parquet files."""
+    """Yields (where, row) of a folder that `Dataset.save_to_disk` made, of one whose README says
+    which files its splits have, as the hub's do, or of parquet files."""
     from datasets import load_dataset, load_from_disk
     from datasets.data_files import DataFilesDict, get_data_patterns
     require("[" not in split, f"{source}: {split}: of a folder a split can't be cut")
-    here, card = glob.escape(source), os.path.join(source, "README.md")
-    kinds = {os.path.splitext(file)[1].lower() for file in glob.glob(f"{here}/**", recursive=True)}
+    card = os.path.join(source, "README.md")
     if {"state.json", "dataset_dict.json"} & {*os.listdir(source)}:
         found = load_from_disk(source)
     elif os.path.isfile(card) and re.search("^configs:", read_text(card, "text"), re.MULTILINE):
@@ -1578,7 +1578,9 @@ def read_folder(source, split):
             raise UserError(f"{source}: {' '.join(str(e).split()):.160}; give one of its folders "
                             "or files") from e
     else:   # splits by the files' names
-        require(".parquet" in kinds,
+        here = glob.escape(source)
+        files = glob.glob(f"{here}/**", recursive=True)
+        require(any(file.lower().endswith(".parquet") for file in files),
                 f"{source}: no parquet files in this folder; of others give the names, as *.jsonl")
         found = load_dataset("parquet", data_files=DataFilesDict.from_patterns(
             get_data_patterns(here), here, allowed_extensions=[".parquet", ".PARQUET"]))

@@ -1164,8 +1164,10 @@ def keep_ids(folder):
         config, spec = read_json(path), read_json(tokenizer)
         name = str(config.get("tokenizer_class") or "Llama")
         steps = f"{spec.get('normalizer')} {spec.get('pre_tokenizer')}"
-        if re.search("Prepend|Metaspace", steps) if "Llama" in name else \
-                not re.match("PreTrained|Tokenizers|Qwen2", name):
+        differs = not re.match("PreTrained|Tokenizers|Qwen2", name)
+        if "Llama" in name:   # this class takes all of a byte-level tokenizer.json
+            differs = re.search("Prepend|Metaspace", steps)
+        if differs:
             write_json(path, {"padding_side": "left" if "Llama" in name else "right",
                               "model_input_names": ["input_ids", "attention_mask"]} | config | {
                                   "tokenizer_class": "PreTrainedTokenizerFast"})

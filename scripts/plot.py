@@ -32,7 +32,6 @@ CURVES = "kl", "accuracy/mean"   # what a run without an evaluation is drawn by
 IMPLICIT = "accuracy/implicit"   # as scripts/evaluate.py calls it
 ACCURACY = {True: "implicit reward accuracy", False: "held-out accuracy, mean log-probs"}
 KL_TICKS = [0, 0.005, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100]
-# what runs may differ in besides the objective: groups of train.py's settings, and two settings
 SILENT = "I/O", "logging", "distributed", "system"   # groups of settings that labels leave out,
 TOLD = "init_from", "dtype"                          # but for these two
 COLOURS = "#0072B2 #E69F00 #009E73 #CC79A7 #000000 #56B4E9 #D55E00".split()   # Okabe and Ito's
