@@ -4462,7 +4462,9 @@ CLOSING = {   # what a run's last evaluation and settings are: what its last lin
     "sft": ({"eval/kl": 1.2}, {"objective": "sft"}, ["WARNING", "learning_rate"], ["objective="]),
     "clipped": ({}, {"grad_clip": 0.1}, ["3 of 4", "grad_clip"], ["WARNING", "changed nothing"]),
     "skipped": ({"norms": (math.inf, math.nan, 4.0, 5.0)}, {"grad_clip": 0.1},
-                ["note: 2 of 4 logged steps changed nothing"], ["grad_clip"])}
+                ["note: 2 of 4 logged steps changed nothing"], ["grad_clip"]),
+    "idle": ({"eval/accuracy/mean": 0.5, "norms": (math.inf, math.nan)}, {},
+             ["2 of 2 logged steps changed nothing"], ["no preference", "learning_rate"])}
 
 
 @pytest.mark.parametrize("name", CLOSING)
@@ -4726,15 +4728,19 @@ def test_labels_of_a_picture(tmp_path):
     for path, gamma in zip(paths, (0.4, 1.6, 1.6)):   # the default is not told
         write_json(f"{path}/train_config.json", settings | {
             "objective": "simpo", "gamma_beta_ratio": gamma, "lora_rank": 4 * (path == paths[2])})
-    with pytest.raises(UserError, match="without KL, or accuracy on pairs"):
+    with pytest.raises(UserError, match="without KL, or without accuracy"):
         plot.read_methods(paths)
     for path, tasks in zip(paths, ("ab", "ab", "a")):
         write_json(f"{path}.evaluation.json", {"metrics": dict.fromkeys(
             ["accuracy/implicit", "kl", *(f"choices/{task}/acc" for task in tasks)], [0, 0, 0])})
     assert [*plot.read_methods(paths[:2])[0]] == ["simpo, gamma_beta_ratio 0.4", "simpo"]
-    with pytest.raises(UserError, match="other --choices than each other"):
+    with pytest.raises(UserError, match="other --pairs or --choices than each other"):
         plot.tradeoff(paths, str(tmp_path / "a.png"))
-    write_json(f"{paths[0]}.evaluation.json", read_json(f"{paths[2]}.evaluation.json"))
+    one = read_json(f"{paths[2]}.evaluation.json") | {"settings": {"pairs": "a.jsonl"}}
+    write_json(f"{paths[0]}.evaluation.json", one)
+    with pytest.raises(UserError, match="other --pairs or --choices than each other"):
+        plot.by_beta(paths[::2], str(tmp_path / "a.png"))
+    write_json(f"{paths[2]}.evaluation.json", one)
     assert [*plot.read_methods(paths[::2])[0]] == [
         "simpo, gamma_beta_ratio 0.4, lora_rank 0", "simpo, lora_rank 4"]
 

@@ -64,7 +64,7 @@ def read_methods(paths):
     differ = [name for name, setting in known.items()
               if (name in TOLD or setting.group not in (*SILENT, "objective"))
               and len({told.get(name, setting.value) for told in settings}) > 1]
-    methods, lacking, evaluated = {}, [], True
+    methods, lacking, evaluated, asked = {}, [], True, set()
     for path, told in zip(paths, settings):
         _, curves = read_run(path)
         if not {f"eval/{metric}" for metric in CURVES} <= curves.keys():
@@ -75,6 +75,9 @@ def read_methods(paths):
         require(found.get("run", now) == now, f"{file}: of another run than the "
                 "one that is there now; run scripts.evaluate again")
         evaluated = evaluated and {IMPLICIT, "kl"} <= found.get("metrics", {}).keys()
+        pairs = found.get("settings", {}).get("pairs")   # None: those that the run held out
+        asked.add(str([found.get("files", {}).get(pairs, pairs), sorted(
+            name for name in found.get("metrics", {}) if name.startswith("choices/"))]))
         with reading(path, "a run's settings"):
             names = [name for name, setting in known.items() if name in differ
                      or setting.group == "objective" and name not in ("objective", "beta")
@@ -84,8 +87,11 @@ def read_methods(paths):
             run = {metric: curves.get(f"eval/{metric}", ([], []))[1] for metric in CURVES}
             methods.setdefault(plain(", ".join(label)), []).append(
                 run | {"beta": told["beta"], "evaluation": found})
-    require(evaluated or not lacking, f"{', '.join(lacking)}: without KL, or accuracy on pairs; "
-            "run scripts.evaluate on all runs, with --reference, or train with kl_samples above 0")
+    require(evaluated or not lacking, f"{', '.join(lacking)}: without KL, or without accuracy, "
+            "which pairs of one response don't have; run scripts.evaluate on all runs, with "
+            "--reference and --pairs, or train with kl_samples above 0")
+    require(not evaluated or len(asked) == 1, "the runs were evaluated on other --pairs or "
+            "--choices than each other; run scripts.evaluate again on all of them")
     methods = {label: sorted(runs, key=lambda run: run["beta"]) for label, runs in methods.items()}
     return methods, sorted({told["beta"] for told in settings}), evaluated
 
@@ -132,10 +138,6 @@ def tradeoff(paths, out):
     """Accuracy against KL, over a run's evaluations. Where scripts/evaluate.py was run on all runs,
     the accuracy of implicit rewards at their ends instead, and that against multiple choice."""
     methods, betas, evaluated = read_methods(paths)
-    asked = {str([name for name in sorted(run["evaluation"].get("metrics", {}))
-                  if name.startswith("choices/")]) for runs in methods.values() for run in runs}
-    require(len(asked) < 2 or not evaluated, "the runs were evaluated on other --choices than each "
-            "other; run scripts.evaluate again on all of them")
     left, right = Figure(figsize=(11, 4.5), layout="constrained").subplots(1, 2, sharey=True)
     left.set_xscale("symlog", linthresh=0.01)
     left.set(xticks=KL_TICKS, xticklabels=KL_TICKS, xlabel=PANELS["kl"], ylabel=ACCURACY[evaluated])

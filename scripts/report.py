@@ -124,7 +124,7 @@ def closing_lines(out_dir):
                      "chosen ones. Are these pairs like those that were trained on, and is chosen "
                      "the better one in both?" + " MMPO makes both responses likelier; a higher "
                      "pref_weight sets them apart" * weight_is_low)
-    elif not learned and not far:
+    elif not learned and not far and any(map(math.isfinite, norms)):
         lines.append(f"note: {n_pairs} held-out pairs show no preference learned beyond the "
                      f"standard error, {error:.2f} of implicit rewards and {gain_error:.2f} of the "
                      "accuracy's gain. More: a higher learning_rate, more steps" +
