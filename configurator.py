@@ -149,8 +149,9 @@ def reading(path, what):
     except BaseException as e:
         if isinstance(e, OSError) and e.errno:   # the system's own words: no such file, disk full
             raise
-        raise UserError(f"{path}: not {what} ({type(e).__name__}: {first_line(e)}); "
-                        "is it damaged?") from e
+        short = isinstance(e, MemoryError) or "memory" in str(e)   # torch's is a RuntimeError
+        raise UserError(f"{path}: not {what} ({type(e).__name__}: {first_line(e)}); is it damaged"
+                        + ", or larger than the memory" * short + "?") from e
 
 
 @contextlib.contextmanager

@@ -3690,13 +3690,16 @@ class Panic(BaseException):
 
 
 @pytest.mark.parametrize("error", [KeyError("x"), RecursionError("too\ndeep"), Panic("at\nonce"),
-                                   gzip.BadGzipFile("odd"), AttributeError()], ids=repr)
+                                   gzip.BadGzipFile("odd"), AttributeError(), MemoryError(),
+                                   RuntimeError("can't allocate memory: 9 bytes")], ids=repr)
 def test_reading(error):
-    """Whatever goes wrong inside is one line that names the file, and keeps its cause."""
+    """Whatever goes wrong inside is one line that names the file, and keeps its cause. Where memory
+    was short, that may be all that is wrong."""
     with pytest.raises(UserError, match=f"^a.json: not a map .{type(error).__name__}.*$") as e:
         with configurator.reading("a.json", "a map"):
             raise error
     assert e.value.__cause__ is error and "\n" not in str(e.value)
+    assert ("larger than the memory" in str(e.value)) == ("emory" in repr(error))
 
 
 @pytest.mark.parametrize("error", [UserError("b.json: odd"), KeyboardInterrupt(), SystemExit(3),
