@@ -809,6 +809,10 @@ RENDERED = re.compile(r"<\|(im_start|im_end|start_header_id|eot_id|user|assistan
 THOUGHTS = "reasoning_content", "thinking", "reasoning"   # the names of an answer's thoughts
 CALLS = "tool_calls", "function_calls"   # the latter as text, in OLMo 3
 SAID = *CALLS, "tool_call_id", *THOUGHTS   # what a message says beside its content
+RATINGS = "score", "rating", "rank", "reward", "label", "is_correct"   # of a message; none is used
+# what says whether a message is trained on; of a weight that is something else the report tells
+MASKS = "weight", "loss", "train", "training", "loss_mask", "loss_weight", "loss_scale"
+OFF, ON = ("0", "0.0", "false"), ("1", "1.0", "true")
 
 
 class Drop(UserError):
@@ -974,8 +978,8 @@ def not_used(row, given, columns, new, dialogues):
               and name not in row.used | roots
               and not (isinstance(value, str) and (value.strip() in said or hh_turns(value)))]
     unused += [path for path in paths if at(given, path) is None]
-    return unused + [*{key for turns in new for t in turns for key in (
-        "score", "rating", "rank", "reward", "label", "is_correct") if key in t}]
+    return unused + [*{key for turns in new for t in turns for key in t if key in RATINGS
+                       or key in MASKS and str(t[key]).lower() not in (*OFF, *ON)}]
 
 
 def parse_line(row):
@@ -1377,9 +1381,7 @@ def joined(name, value):
 
 def is_masked(part):
     """Whether OpenAI, ms-swift, axolotl or LLaMA-Factory would not train on this."""
-    return any(str(part.get(key, 1)).lower() in ("0", "0.0", "false")
-               for key in ("weight", "loss", "train", "training", "loss_mask", "loss_weight",
-                           "loss_scale"))
+    return any(str(part.get(key, 1)).lower() in OFF for key in MASKS)
 
 
 def hh_turns(dialogue, role="assistant"):

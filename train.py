@@ -325,7 +325,8 @@ def constants_of(pairs, ref_logps):
     return lengths, ref_logps, mmpo.rewards(r, scored, beta)
 
 
-train_ref_logps = torch.zeros(len(train_pairs), train_pairs.n_responses)
+# NaN stands for what is not known, so that a loss which reads it ends the run
+train_ref_logps = torch.full((len(train_pairs), train_pairs.n_responses), math.nan)
 if mmpo.OBJECTIVES[objective]:   # its loss reads the reference
     # the pairs the run will visit, as one batch: fewer than all if it ends in its first epoch
     visited = np.sort(data.batch_indices(len(train_pairs), max_iters * batch_size, seed, 0))

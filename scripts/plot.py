@@ -119,7 +119,8 @@ def plot(paths, out):
     runs = [read_run(path) for path in paths]
     names = [name for name, _ in runs]   # or paths, where two have the same
     names = names if len({*names}) == len(names) else [os.path.normpath(path) for path in paths]
-    axes = Figure(figsize=(12, 6), layout="constrained").subplots(2, 3).ravel()
+    rows = -(-len(PANELS) // 3)
+    axes = Figure(figsize=(12, 3 * rows), layout="constrained").subplots(rows, 3).ravel()
     for axis, (metric, title) in zip(axes, PANELS.items()):
         for i, (name, (_, curves)) in enumerate(zip(names, runs)):
             training, held_out = (curves.get(m, ([], [])) for m in (metric, f"eval/{metric}"))
@@ -138,10 +139,12 @@ def tradeoff(paths, out):
     """Accuracy against KL, over a run's evaluations. Where scripts/evaluate.py was run on all runs,
     the accuracy of implicit rewards at their ends instead, and that against multiple choice."""
     methods, betas, evaluated = read_methods(paths)
+    references = {run["evaluation"].get("reference") for runs in methods.values() for run in runs}
     left, right = Figure(figsize=(11, 4.5), layout="constrained").subplots(1, 2, sharey=True)
     left.set_xscale("symlog", linthresh=0.01)
     left.set(xticks=KL_TICKS, xticklabels=KL_TICKS, xlabel=PANELS["kl"], ylabel=ACCURACY[evaluated])
-    star = {"color": "black", "marker": "*", "ms": 12, "lw": 1, "label": "the reference"}
+    star = {"color": "black", "marker": "*", "ms": 12, "lw": 1,
+            "label": "the reference" if len(references) == 1 else "each run's own reference"}
     for i, (label, runs) in enumerate(methods.items()):
         for run in runs:
             beta, evaluation = run["beta"], run["evaluation"]

@@ -73,9 +73,13 @@ def main():
                 f"{context}; shorten it")
         return ids
 
+    n_cut = 0   # answers that did not end by themselves
+
     def answer(prompts):
+        nonlocal n_cut
         answers = model.generate(prompts, args.max_new_tokens, args.temperature, args.top_k,
                                  args.top_p, stop_ids)
+        n_cut += sum(ids[-1] not in stop_ids for ids in answers)
         return [tokenizer.decode([t for t in ids if t not in stop_ids]) for ids in answers]
 
     if questions:
@@ -92,6 +96,8 @@ def main():
         name = os.path.basename(os.path.abspath(args.model))
         write_json(args.out, [{"instruction": question, "output": text, "generator": name}
                               for (_, question), text in zip(questions, answers)])
+        if n_cut:
+            print(f"note: {n_cut} of {len(answers)} answers were cut at --max_new_tokens")
     elif args.prompt:
         print(printable(answer([encode([data.turn("user", args.prompt)])])[0]))
     else:
