@@ -192,7 +192,7 @@ def mergeable(model, added, path):
     odd = next((m for m in merges if not {*m, "".join(m)} <= model["vocab"].keys()), None)
     require(not odd, f"{path}: merges {odd!r:.99}, but the vocabulary lacks one of these or what "
             "they make; download it again")
-    ranks = {pair: rank for rank, pair in reversed([*enumerate(merges)])}
+    ranks = {pair: rank for rank, pair in enumerate(merges)}   # the last, of a pair listed twice
     made, pieces, last = {}, [], len(merges)   # made: {token: the rank of the merge that makes it}
     whole = dict.fromkeys(token for token in model["vocab"] if model.get("ignore_merges")
                           and len(token) > 1 and token not in added)
@@ -266,8 +266,7 @@ class Tokenizer:
             self.text_prefix = find_text_prefix(spec)
             self.template_text, for_tools = find_chat_template(folder, config, chat_template)
             self.template = compile_template(self.template_text, chat_template or folder)
-            self.tool_template = self.template if for_tools == self.template_text else \
-                compile_template(for_tools, folder)
+            self.tool_template = compile_template(for_tools, chat_template or folder)
         for marker in re.findall(r"<\|\w+\|>", TEMPLATES.get(chat_template, "")):
             require(marker in self.added, f"chat_template: {chat_template} needs {marker}, which "
                     "this tokenizer lacks; give a .jinja file whose turns end in {{ eos_token }}")
@@ -306,7 +305,6 @@ class Tokenizer:
         # whether spaces are written as SPACE
         self.spaces = spaces in normalizers or characters and bool(steps)
         require(self.spaces or not self.prepend, f"{path}: Prepend alone is not supported")
-        self.metaspace = NOWHERE
         merged = mergeable(model, added, path)
         if characters:
             self.metaspace, cuts = metaspace_cuts(steps, merged, path)
@@ -325,7 +323,7 @@ class Tokenizer:
                 f"{path}: bytes that are missing, but have other tokens, are not supported")
         table |= {to_bytes(token): (vocab[token],) for token in merged
                   if not added.get(token, {}).get("special")}
-        self.cuts, self.pattern = [regex.compile(cut).pattern for cut in cuts[:-1]], cuts[-1]
+        *self.cuts, self.pattern = cuts
         self.ids = [*table.values()]   # tiktoken's ranks are the order of the table
         self.bpe = tiktoken.Encoding("checkpoint", pat_str=self.pattern, special_tokens={},
                                      mergeable_ranks={key: n for n, key in enumerate(table)})
@@ -448,10 +446,8 @@ class Tokenizer:
 
     def renders_to(self, text, *args, **template):
         """Whether a conversation is rendered to `text`, though the caller left something out."""
-        try:
+        with contextlib.suppress(Drop):
             return self.render(*args, **template) == text
-        except Drop:
-            return False
 
     def encode_prompt(self, turns, **template):
         """Turns up to the response -> ids, with the assistant's header at the end."""
@@ -569,7 +565,7 @@ class Tokenizer:
                 text = text[repeated.end():]
             if THINK.match(text.lstrip()):
                 raise Drop("the response has a thought, and the prompt ends in an empty one")
-            return text if start == prompt and not repeated else text.lstrip()
+            return text if start == prompt else text.lstrip()
         if start == prompt:
             return text
         if not thought:   # then keep the white space that the template puts before an answer
@@ -645,10 +641,10 @@ def find_added_tokens(path, spec, config, special_map, added_tokens):
     others.sort(key=lambda t: t["id"])
     others += [{"content": content_of(named[name]), "id": vocab.get(content_of(named[name])),
                 "special": True} for name in ("bos_token", "eos_token") if named.get(name)]
-    added, own = {}, spec.get("added_tokens") or []
-    for n, token in enumerate([*own, *others]):
+    added = {}
+    for token in [*(spec.get("added_tokens") or []), *others]:
         content, i = token["content"], token["id"]
-        if n < len(own) or content not in added:
+        if content not in added:
             free = max([len(vocab), *(t["id"] + 1 for t in added.values())])
             right = vocab.get(content, free)
             require(content and i == right, f"{path}: added token {content!r} has id {i!r:.20} "
@@ -1020,9 +1016,8 @@ def tools_of(tools):
     the function alone. Others are a list of JSON texts, or lie in an object."""
     if isinstance(tools, dict):
         tools = listed("tools", tools.get("tools"))
-    tools = [listed("tools", tool) if isinstance(tool, str) else tool for tool in tools]
-    return [{"type": "function", "function": tool} if isinstance(tool, dict) and "name" in tool
-            and "type" not in tool else tool for tool in tools]
+    return [{"type": "function", "function": tool} if "name" in tool and "type" not in tool
+            else tool for tool in (listed("tools", tool) for tool in tools)]
 
 
 def rename(row, columns):
@@ -1421,7 +1416,7 @@ def listed(name, value):
             with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
                 value = parse(text)
                 break
-        texts = isinstance(value, list) and WITHOUT_COMMAS.fullmatch(text)
+        texts = WITHOUT_COMMAS.fullmatch(text)
         objects = value is text and text.strip()[:2] == "[{" and OBJECTS_WITHOUT_COMMAS.search(text)
         if texts or objects:
             raise BadRow(f'"{name}" is a list without commas, kept as text, as to_csv writes it',
@@ -1476,7 +1471,7 @@ def opened(source, packing):
     check_file(source)
     if packing == ".zst":   # by pyarrow, since zstandard's reader takes half a file for a whole one
         import pyarrow
-        return io.BufferedReader(pyarrow.input_stream(source, compression="zstd"))
+        return io.BufferedReader(pyarrow.input_stream(source))
     return (gzip.open if packing else open)(source, "rb")
 
 
@@ -1796,7 +1791,7 @@ def tokenize(sources, tokenizer, max_length, max_prompt_length, bad_rows, column
                     reasons.append(str(reason))
             if not made:
                 raise Drop(reasons[0])
-            row = good[0]
+            row = good[-1]   # which has the turns of all
             check_alike(row, pairs, rewards, ranked)
             ignored.update(ignored_fields(tokenizer, row))
         except Drop as reason:

@@ -499,6 +499,10 @@ def test_score(n):
     parts = one_by_one(model, some).split(some.lengths[:, 1:].flatten().tolist())
     assert gap(got, torch.stack([part.sum() for part in parts]).view(5, n)) <= 1e-6
     assert model.training and not got.requires_grad
+    llama.add_lora(model, 4, 8, 0.5, ["down_proj"])   # whose dropout must be off
+    randomize(model).train()
+    got, again = (data.score(model, pairs, indices, pack_tokens=60) for _ in range(2))
+    assert torch.equal(got, again) and model.training
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
@@ -1903,7 +1907,9 @@ def test_entries_that_no_merge_makes(kind, tmp_path):
         vocab[token] = 1000 + len(vocab)
     merges += [["z", "q"], ["z", "z"], ["zq", "z"], ["zz", "q"]]   # zzq: z zq, before zz is tried
     texts = ["a foxzz", "foxzz", "zzq", "zz zzq", "zzqz", "zzzqzz zqzzq", *fuzz(100)]
-    for spec["model"]["merges"] in (merges, merges[::-1], random.Random(0).sample(merges, 200)):
+    for spec["model"]["merges"] in (merges, merges[::-1], random.Random(0).sample(merges, 200),
+                                    [*merges, *merges[100:300]],   # some are listed twice
+                                    [" ".join(merge) for merge in merges]):   # as in older files
         write_json(tmp_path / "tokenizer.json", spec)
         assert_same_ids(str(tmp_path), texts)
 
@@ -1967,7 +1973,8 @@ def test_ids_of_real_tokenizers(folder, vectors, tmp_path):
         "type": "Digits", "individual_digits": True}}, "pre_tokenizer Digits of SentencePiece"),
     ({"model": lambda m: m | {"byte_fallback": True, "vocab": m["vocab"] | {
         "<0x00>": max(m["vocab"].values()) + 1}}}, "bytes that are missing"),
-    ({"added_tokens": lambda a: [a[0] | {"lstrip": True}, *a[1:]]}, "strips"),
+    *(({"added_tokens": lambda a, flag=flag: [a[0] | {flag: True}, *a[1:]]}, "strips")
+      for flag in ("lstrip", "rstrip", "single_word")),
     ({"added_tokens": lambda a: [*a, {"id": 999, "content": "new"}]}, "'new' has id 999 .* get "),
     ({"added_tokens": lambda a: [*a, {"id": 999, "content": ""}]}, "added token '' has id 999"),
     ({"added_tokens": lambda a: [a[0] | {"id": 50}, *a[1:]]}, "has id 50 .* would get 0"),
@@ -2020,6 +2027,14 @@ def test_tokens_beside_tokenizer_json(style, checkpoint, tmp_path):
     assert n in ours.encode(text) and n not in ours.encode(ours.shield(text))
     assert (ours.named["bos_token"], ours.eos_id) == (theirs.bos_token, theirs.eos_token_id)
     assert ours.stop_ids() == {7, 9, theirs.eos_token_id, data.Tokenizer(checkpoint).eos_id}
+    write_json(f"{folder}/generation_config.json", {"eos_token_id": 5})
+    write_json(f"{folder}/tokenizer_config.json", config | {"bos_token": None, "eos_token": "<|im_end|>"})
+    (tmp_path / "t.jinja").write_text("{{ bos_token }}{{ messages[0].content }}")
+    changed = data.Tokenizer(folder, str(tmp_path / "t.jinja"))
+    assert changed.end_ids == {5} and changed.render(say("a")).removesuffix("a") == (
+        "" if style == "new" else ours.named["bos_token"])
+    assert len({t.fingerprint for t in (   # by which pairs are cached
+        ours, data.Tokenizer(checkpoint), changed, data.Tokenizer(folder, "chatml"))}) == 4
 
 
 @pytest.mark.parametrize("name", ["renamed", "far", "eos"])
@@ -2203,6 +2218,13 @@ CONTINUED = {   # template, turns, response -> the end of the prompt, the respon
         say("Hi"), "<think>\n\n</think>\n\nMoo.", "</think>\n\n", "Moo.<|im_end|>"),
     "silent": (QWEN3_SILENT, say("Hi"), "Moo.", "assistant\n<think>\n\n</think>\n\n",
                "Moo.<|im_end|>"),
+    "silent, without a line": (
+        QWEN3_SILENT.replace("last %}<think>\n\n</think>", "last %}<think></think>"), say("Hi"),
+        "Moo.", "</think>\n\n", "Moo.<|im_end|>"),
+    "a marker after the role": (   # as gpt-oss has it
+        CHATML.replace("role'] + '\n'", "role'] + '<|end_header_id|>'").replace(
+            "assistant\n", "assistant"),
+        say("Hi"), "Moo.", "<|im_start|>assistant", "<|end_header_id|>Moo.<|im_end|>"),
     "two silent turns": (
         QWEN3_SILENT, say("Hi"), say("Hi", "Moo?", "Yes.", "Moo.")[1:], "</think>\n\n",
         "Moo?<|im_end|>\n<|im_start|>user\nYes.<|im_end|>\n<|im_start|>assistant\n"
@@ -2234,7 +2256,9 @@ def test_response_is_what_follows_the_prompt(name, checkpoint, tmp_path):
 @pytest.mark.parametrize("template, turns, response, words", [
     (QWEN3_SILENT, say("Hi"), THOUGHT, "has a thought, and the prompt ends in an empty one"),
     (CHATML.replace("in messages", "in messages if message.role != 'tool'"),
-     [*say("Hi", "Look."), {"role": "tool", "content": "dozen"}], "12.", "of the role tool out"),
+     [*say("Hi", "Look."), {"role": "tool", "content": "12"}], "12.", "of the role tool out"),
+    (CHATML.replace("in messages", "in messages if message.role == 'user'"), say("Hi"), "user",
+     "leaves the response out"),
     (CHATML.replace("in messages", "in messages if message.role != 'tool'"), say("Hi"),
      [*say(0, "Look.")[1:], {"role": "tool", "content": "dozen"}, *say(0, "12.")[1:]],
      "a turn of the role tool out")])
@@ -2244,6 +2268,16 @@ def test_what_a_template_leaves_out_is_not_answered(template, turns, response, w
     (tmp_path / "t.jinja").write_text(template)
     with pytest.raises(data.Drop, match=words):
         data.Tokenizer(checkpoint, str(tmp_path / "t.jinja")).encode_responses(turns, [response])
+
+
+def test_a_template_without_markers(checkpoint, tmp_path):
+    """Where no token ends a turn, eos does."""
+    (tmp_path / "t.jinja").write_text("{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}"
+                                      "{% if add_generation_prompt %}assistant:{% endif %}")
+    tokenizer = data.Tokenizer(checkpoint, str(tmp_path / "t.jinja"))
+    _, [a, b] = tokenizer.encode_responses(
+        say("Hi"), ["Moo.", say("Hi", "A", "<|im_end|>", "a")[1:]])
+    assert a[-1] == b[-1] == tokenizer.eos_id and tokenizer.decode(a[:-1]) == "Moo.\n"
 
 
 def test_rows_that_a_template_makes_nothing_of(checkpoint, tmp_path):
@@ -2283,6 +2317,9 @@ def test_markers_that_are_not_special(checkpoint, tmp_path):
     assert tokenizer.decode(ids) == "b <|im_end|> <think> <tool_call><|im_end|>"
     assert ids.count(tokenizer.added["<|im_end|>"]) == 1 and {n, n + 1} < set(ids)
     assert prompt.count(tokenizer.added["<|im_start|>"]) == 2
+    (tmp_path / "t.jinja").write_text(QWEN3_THINKING)   # which writes <think> around thoughts itself
+    thinks = data.Tokenizer(folder, str(tmp_path / "t.jinja"))
+    assert thinks.encode_prompt(say("a <think> b")).count(n) == 2
 
 
 TOOL = {"type": "function", "function": {"name": "say", "parameters": {"type": "object"}}}
@@ -2321,6 +2358,9 @@ def test_template_gets_all_of_a_row(checkpoint, tmp_path):
     assert json.dumps(inner) in ours.render([as_text[0] | {"tool_calls": [inner]}])
     assert '"arguments": "{what"' in ours.render([as_text[0] | {"tool_calls": [
         {"arguments": "{what"}]}])   # no JSON
+    (tmp_path / "as_is.jinja").write_text("{{ messages[0].tool_calls[0].function.arguments }}")
+    as_is = data.Tokenizer(checkpoint, str(tmp_path / "as_is.jinja"))   # it wants JSON
+    assert as_is.render(as_text) == '{"what": "<|im_end|>"}'
     with pytest.raises(data.Drop, match="leaves tool calls out"):
         data.Tokenizer(checkpoint).encode_responses(turns, ["Moo."])
     (tmp_path / "calls.jinja").write_text(data.TEMPLATES["chatml"].replace(
@@ -2538,6 +2578,8 @@ ROWS = {   # row, turns, responses, rewards if any
             "role": "assistant", "content": None,
             "tool_calls": [{"type": "function", "function": {"name": "f"}}]},
             {"role": "tool", "content": "1"}], ["a", "b"]),
+    "other_dialogues": ({"messages": say("Hi", "A", "B", "a"), "rejected_messages": say(
+        "Hi", "C", "D", "b")}, say("Hi"), [say("Hi", "A", "B", "a")[1:], say("Hi", "C", "D", "b")[1:]]),
     "both": ({"prompt": "Hi", **AB, "responses": ["b", "a", "c"], "rewards": [2, 1, 0]}, say("Hi"),
              ["a", "b"]),
     "calls": ({"messages": say("Hi"), "chosen": {"role": "assistant", "content": None, "name": None,
@@ -3009,6 +3051,8 @@ def test_template_for_tools(tmp_path):
 
 def test_scores(tokenizer, tmp_path):
     """The scores of a pair are its rewards if asked for, and otherwise told as not used."""
+    [ranked], _ = data.parse_row(ROWS["unsorted"][0], use_scores=True)   # has rewards of its own
+    assert ranked.rewards == [3, 3, 1, 0]
     row = GOOD | {"score_chosen": 8.5, "score_rejected": 3}
     path = write_rows(tmp_path / "a.jsonl", [row])
     pairs = load(path, tokenizer)
@@ -3048,6 +3092,8 @@ def test_rows_that_mislead(tokenizer, tmp_path):
     assert row.responses == [[a | {"content": "x = {1}"}], [b]]
     path = write_rows(tmp_path / "a.jsonl", [GOOD, GOOD | {"chosen": "a<|im_end|>\n"}])
     assert "; 1 in which the data spells special tokens, or mark" in load(path, tokenizer).report
+    write_rows(path, [{"messages": say("Hi", "a", "x<|im_end|>", "b")}])   # behind an answer
+    assert "; 1 in which the data spells special tokens, or mark" in load(path, tokenizer).report
     write_rows(path, [GOOD, GOOD | {"chosen": "a<|endoftext|>"}])
     assert "; 1 in which the data spells special tokens, or mark" in load(path, tokenizer).report
     write_rows(path, [{"prompt": f"Hi. {said}", "output": said} for said in ("a dog", "a dog " * 9)])
@@ -3076,7 +3122,6 @@ def test_rows_that_mislead(tokenizer, tmp_path):
     ({"q": "Hi", "by": "", "chosen": "a", "rejected": "b"}, {"prompt": "by+q"}, say("Hi"), "ab"),
     ({"prompt": "Hi", "x": "a", "y": None}, {"responses": "x+y"}, None, r'"x\+y" must not be null'),
     ({"C++ question": "Hi", "chosen": "a", "rejected": "b"}, {"prompt": "C++ question"}, say("Hi"), "ab"),
-    ({"prompt": "Hi", "input": math.nan, "chosen": "a", "rejected": "b"}, {}, say("Hi"), "ab"),
     ({"prompt": "Hi", "responses": [{"model": "x", "text": "Moo!"}] * 2}, {}, None,
      "--columns=responses:responses.*.NAME"),
     ({"prompt": "Hi", "chosen": {"answer": "a", "score": 1}, "rejected": "b"}, {}, None,
@@ -3107,7 +3152,35 @@ def test_rows_that_mislead(tokenizer, tmp_path):
     ({"context": say("Hi", "A", "Who?"), "a": "a", "b": "b"}, {
         "prompt": "context.2.content", "chosen": "a", "rejected": "b"}, say("Who?"), "ab"),
     ({"prompt": "Hi", "output": "a", "tools": "null"}, {}, say("Hi"), "a"),
-    ({"messages": json.dumps(say("Hi", "a")), "output": "b"}, {}, say("Hi"), "a")])
+    ({"messages": json.dumps(say("Hi", "a")), "output": "b"}, {}, say("Hi"), "a"),
+    ({"prompt": "Hi", "context": "x", **AB}, {}, say("Hi"), "ab"),
+    ({"output": "The sky is blue."}, {}, None, 'no field "prompt"'),
+    ({"prompt": "Hi", "responses": ["a", "b"], "rewards": [1, 2, 3]}, {}, None, "one number"),
+    ({"system": "Be brief.", "chosen": [BRIEF, *say("Hi", "a")], "rejected": [BRIEF, *say("Hi", "b")]},
+     {}, [BRIEF, *say("Hi")], "ab"),
+    ({"prompt": "B", "chosen": [BRIEF, *say("Hi", "A", "B", "a")], "rejected": [
+        BRIEF, *say("Hi", "A", "B", "b")]}, {}, [BRIEF, *say("Hi", "A", "B")], "ab"),
+    ({"instruction": "Hi", "input": math.nan, **AB}, {}, say("Hi"), "ab"),
+    ({"messages": say("Hi"), "completion": "a"}, {}, say("Hi"), "a"),
+    ({"instruction": "Hi", "generations": ["a"]}, {}, say("Hi"), "a"),
+    ({"prompt": "Go:\n\nHuman: Hi\n\nAssistant:", **AB}, {},
+     say("Go:\n\nHuman: Hi\n\nAssistant:"), "ab"),
+    ({"prompt": "Human: Hi", **AB}, {}, say("Human: Hi"), "ab"),
+    ({"messages": say("Hi", "a"), "label": False}, {}, None, "unpaired"),
+    ({"messages": say("Hi", "a"), "label": "1"}, {}, say("Hi"), "a"),
+    ({"prompt": "Hi", **AB, "label": True}, {}, say("Hi"), "ab"),
+    ({"question": "Hi", "contents": ["x", "y"], "answer": "a"}, {}, say("Hi"), "a"),
+    ({"messages": [{"role": "user", "content": [{"text": "Hi", "train": False}]}, *say(0, "a")[1:]]},
+     {}, say("Hi"), "a"),
+    ({"conversation": [{"input": "Hi", "output": "a", "answer": "b"}]}, {}, None, "role and content"),
+    ({"prompt": "Hi", "chosen": "{'role': 'assistant', 'content': 'a', 'weight': 1}", "rejected": "b"},
+     {}, say("Hi"), "ab"),
+    ({"prompt": "Hi", "responses": ["b", "a"], "rewards": "[1, 3]"}, {}, say("Hi"), "ab"),
+    ({"prompt": "Hi", "responses": ["b", "a"], "rewards": ["9", "10"]}, {}, say("Hi"), "ab"),
+    ({"prompt": "Hi", "responses": ["a", "b"], "r": "[1, 2]"}, {"rewards": "-r"}, say("Hi"), "ab"),
+    ({"prompt": '["b"]', **AB, "history": "none", "rating": "good", "functions": "f(x)"}, {},
+     say('["b"]'), "ab"),
+    ({"prompt": "Hi", **AB, "scores": [1, 5]}, {}, say("Hi"), "ab")])
 def test_rows_as_they_are_meant(row, columns, turns, responses):
     """Rows by which a person would mean another thing than what was trained on before."""
     if turns is None:
@@ -3117,6 +3190,21 @@ def test_rows_as_they_are_meant(row, columns, turns, responses):
     [found], unused = data.parse_row(row, columns)
     assert found.turns == turns, found.turns
     assert [[t["content"] for t in r] for r in found.responses] == [[r] for r in responses]
+
+
+def test_tools_of_a_row():
+    """A function alone, an object that has the tools, and tools as JSON are one thing. Turns that
+    differ in calls alone are not the same."""
+    f = {"name": "f"}
+    for more in ({"functions": [f]}, {"tools": {"tools": [f]}}, {"tools": ['{"name": "f"}']}):
+        [row], _ = data.parse_row(GOOD | more)
+        assert row.template == {"tools": [{"type": "function", "function": f}]}
+    with pytest.raises(data.BadRow, match="tools"):
+        data.parse_row(GOOD | {"tools": [3]})
+    a, b = ([*say("Hi"), {"role": "assistant", "content": None, "tool_calls": [{"id": x}]},
+             {"role": "tool", "content": "1"}, *say(0, x)[1:]] for x in "ab")
+    [row], _ = data.parse_row({"chosen": a, "rejected": b})
+    assert row.turns == say("Hi") and row.responses == [a[1:], b[1:]]
 
 
 def test_unused_marks_of_messages_are_told():
@@ -3336,6 +3424,13 @@ def test_truncation(tokenizer, tmp_path):
         assert cut_prompt == prompt[-20:]
         assert cut_responses == [ids[:50 - len(cut_prompt)] for ids in responses]
     assert (load(path, tokenizer, 21, 20).lengths[:, 1:] >= 1).all()
+    assert load(path, tokenizer, 50, 20).report.endswith("cut to length: 21 prompts, 1 responses")
+    write_rows(path, [GOOD, {"prompt": "Hi", "chosen": "so " * 50 + "a", "rejected": "so " * 50 + "b"}])
+    assert "(1 identical)" in load(path, tokenizer, 50, 20).report   # once they are cut
+    for order in (1, -1):
+        write_rows(path, [GOOD, GOOD | {"rewards": [2, 1]}][::order])
+        with pytest.raises(UserError, match='some rows have "rewards" and some have not'):
+            load(path, tokenizer)
     write_rows(path, [{"prompt": "Hi", "responses": texts} for texts in (
         ["a", "b"], ["so " * 50, "no " * 50, "c"])])
     assert "cut to length" not in load(path, tokenizer, 50, 20, "drop").report   # it is dropped
@@ -3353,7 +3448,10 @@ def test_subset_hold_out_fingerprint():
     assert sorted(all_ids(train_pairs) + all_ids(held_out)) == sorted(ids)
     assert all_ids(data.hold_out(pairs, 3, seed=1)[1]) == all_ids(held_out)
     assert all_ids(data.hold_out(pairs, 3, seed=2)[1]) != all_ids(held_out)
-    assert len({p.fingerprint() for p in (pairs, some, train_pairs, held_out)}) == 4
+    other = [data.Pairs(pairs.tokens + 1, pairs.lengths, pairs.rewards),
+             data.Pairs(pairs.tokens, pairs.lengths[:, ::-1], pairs.rewards),
+             data.Pairs(pairs.tokens, pairs.lengths, np.ones((10, 2), np.float32))]
+    assert len({p.fingerprint() for p in (pairs, some, train_pairs, held_out, *other)}) == 7
     assert pairs.subset(np.arange(10)).fingerprint() == pairs.fingerprint()
     with pytest.raises(UserError, match="eval_pairs"):
         data.hold_out(pairs, 10, seed=1)
