@@ -167,7 +167,7 @@ def limited(seconds, what):
         yield
         return
     before = signal.signal(signal.SIGPROF, stop)
-    limit, most = None, 0
+    limit = None
     with contextlib.suppress(ImportError, OSError):
         import resource
         with open("/proc/self/statm", encoding="utf-8") as f:

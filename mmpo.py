@@ -136,14 +136,15 @@ OBJECTIVES = {   # each objective, and whether its loss reads the reference, in 
 }
 
 
-def preference_loss(objective, logps, lengths, ref_logps=None, R=None, *, beta=0.05,
-                    length_norm=True, pref_weight=0.0, gamma_beta_ratio=1.6, orpo_lambda=0.1):
-    """Loss of each pair, (B,), from summed log-probs (B, n), token counts (B, n) and the constants.
+def preference_loss(objective, logps, lengths, ref_logps, R, *, beta=0.05, length_norm=True,
+                    pref_weight=0.0, gamma_beta_ratio=1.6, orpo_lambda=0.1):
+    """Loss of each pair, (B,), from summed log-probs (B, n), token counts (B, n) and the constants
+    ref_logps (B, n) and R (B, n), which some objectives don't read.
 
     DPO, SimPO, IPO and ORPO compare the first response (chosen) with the last (rejected).
     """
     means = logps / lengths
-    ref_means = None if ref_logps is None else ref_logps / lengths
+    ref_means = ref_logps / lengths
     if objective == "mmpo":
         return mmpo_loss(means if length_norm else logps, R, pref_weight)
     if objective == "sft":
@@ -170,13 +171,12 @@ def measure(objective, logps, lengths, ref_logps, R, *, beta, length_norm, **kno
     the share whose chosen response is the likelier one, by mean and by sum; a tie is half a one.
     Of n responses, margins and accuracies compare the first with the last.
     """
-    ref_logps, R = (ref_logps, R) if OBJECTIVES[objective] else (None, None)
     losses = preference_loss(objective, logps, lengths, ref_logps, R, beta=beta,
                              length_norm=length_norm, **knobs)
     metrics = {"loss": losses.mean(), "logps/chosen": logps[:, 0].mean()}
     if logps.size(1) > 1:
         means = logps / lengths
-        gains = logps - ref_logps if ref_logps is not None else means
+        gains = logps - ref_logps if OBJECTIVES[objective] else means
         margins = gains[:, 0] - gains[:, -1]
         metrics |= {
             "logps/rejected": logps[:, -1].mean(),
@@ -185,7 +185,7 @@ def measure(objective, logps, lengths, ref_logps, R, *, beta, length_norm, **kno
             "accuracy/mean": wins(means[:, 0] - means[:, -1]).mean(),
             "accuracy/sum": wins(logps[:, 0] - logps[:, -1]).mean(),
         }
-        if R is not None:
+        if OBJECTIVES[objective]:
             q = posterior(means if length_norm else logps, R)[:, 0]
             metrics["weights/chosen"] = q.mean()
             metrics["weights/upweighted"] = (q > 1 / R.size(1)).float().mean()

@@ -469,9 +469,7 @@ class Llama(nn.Module):
         if self.config.limits:                     # few have one, and here the CPU waits for a GPU
             self.config.check_length(int(positions.max()) + 1)
         turned = rotary(positions, self.config)    # the same in all blocks, but for SmolLM3
-        still = ()
-        if self.config.unrotated:
-            still = torch.ones_like(turned[0]), torch.zeros_like(turned[1])
+        still = torch.ones_like(turned[0]), torch.zeros_like(turned[1])
         for x in (*turned, *still):   # else compiled blocks treat head_dim as a size that changes
             torch._dynamo.mark_static(x, 3)
         x = self.model.embed_tokens(tokens)        # (B, T, C)
@@ -918,7 +916,7 @@ def merge(weight, name, adapter, config):
         if not config.get("rank_pattern") and len(A) != config.get("r", len(A)):
             raise ValueError(f"rank {len(A)}, but adapter_config.json has r = {config['r']!r:.20}")
         rank = math.sqrt(len(A)) if config.get("use_rslora") else len(A)
-        parts = [parts[0].float(), config["lora_alpha"] / rank * (B @ A)]
+        parts.append(config["lora_alpha"] / rank * (B @ A))   # fp32, as the sum will be
         if not all_finite(parts[1]):
             raise ValueError("NaN or infinite")
     for part in parts:   # else addition would broadcast some that don't fit

@@ -311,6 +311,8 @@ GRID = {
     "llama-rope3": ("llama", dict(rope_parameters=LLAMA3_ROPE)),
     "llama-linear": ("llama", dict(rope_parameters=LINEAR_ROPE)),
     "llama-yarn": ("llama", dict(rope_parameters=YARN_ROPE)),
+    "llama-yarn-wide": ("llama", dict(head_dim=64, rope_parameters=YARN_ROPE | dict(   # a real ramp
+        rope_theta=1e4, original_max_position_embeddings=4096))),
     "llama-biases": ("llama", dict(attention_bias=True, mlp_bias=True, num_key_value_heads=1)),
     "mistral": ("mistral", dict(head_dim=16)),
     "qwen2": ("qwen2", dict(rope_parameters=dict(rope_type="default", rope_theta=1e6))),
@@ -1354,7 +1356,7 @@ def test_start_from_an_adapter(name, tmp_path):
     assert gap(ours.logits(tokens), llama.from_pretrained(base)[0].logits(tokens)) > 1e-2
     write_json(f"{folder}/train_config.json", {"init_from": base, "finished": 1, "init_from_sha256":
                                                llama.weights_fingerprint(base)})
-    llama.checkpoint_folder(folder)
+    assert configurator.read_run_settings(llama.checkpoint_folder(folder))["init_from"] == base
     add_noise(base, "model.layers.1.mlp.up_proj.weight")
     with pytest.raises(UserError, match="lora: its base, .*base, has changed since the run started"):
         llama.checkpoint_folder(folder)
@@ -1377,6 +1379,7 @@ def test_bf16_keeps_a_small_adapter(tmp_path):
     damage_tensors(lambda t: [x.mul_(1e-4) for name, x in t.items() if "lora_B" in name],
                    "adapter_model.safetensors")(lora)
     merged, config = llama.from_pretrained(lora)
+    assert len({*map(llama.weights_fingerprint, (base, llama.checkpoint_folder(lora)))}) == 2
     llama.export(merged, whole, config, dtype=torch.float32)
     damage_tensors(lambda t: t.update({"lm_head.weight": t[EMBED].clone()}))(whole)
 
@@ -1425,6 +1428,8 @@ BAD_ADAPTERS = {   # the damage, words of the error
     "alpha": (change_adapter(lora_alpha="6"), "lora_alpha", "'6'"),
     "alphas": (change_adapter(alpha_pattern={"q_proj": 3}), "alpha_pattern"),
     "rs_text": (change_adapter(use_rslora="false"), "use_rslora 'false'"),
+    "revision": (change_adapter(base_model_name_or_path="owner/base", revision="v1"),
+                 "owner/base@v1: no such folder"),
     "of_itself": (lambda f: change_adapter(base_model_name_or_path=f)(f), "is an adapter too"),
     "one_row": (change_tensors(lambda t: t.update({LORA_B: torch.ones(1, 4)})), "shape (1, 32)"),
     "flat": (change_tensors(lambda t: t.update({LORA_A: torch.ones(4)})), "q_proj", "this base"),
@@ -1757,6 +1762,8 @@ def test_kl_estimate():
     assert abs(found.mean() - exact) < 4 * errors.mean() / 300 ** 0.5
     assert found.std().item() == pytest.approx(errors.mean().item(), rel=0.2)
     assert mmpo.kl_estimate(torch.ones(1, 1), torch.tensor([[4]])) == {"kl": 0.25}
+    assert mmpo.kl_estimate(torch.tensor([[2.0], [6.0]]), torch.tensor([[1], [3]])) == {
+        "kl": 2.0, "kl_error": 0.0}   # each sample says the same
 
 
 def margin(x):
@@ -1813,21 +1820,26 @@ def test_orpo_of_a_certain_response():
 
 def test_measure():
     """Metrics of two pairs made by hand, one learned and one not."""
-    logps, ref = torch.tensor([[[-10.0, -30.0], [-40.0, -20.0]], [[-12.0, -28.0], [-38.0, -21.0]]])
-    lengths, R = torch.tensor([[5, 10], [20, 10]]), torch.full((2, 2), 0.5)
+    logps, ref = torch.tensor([[[-10.0, -30.0], [-40.0, -44.0]], [[-12.0, -28.0], [-38.0, -45.0]]])
+    lengths, R = torch.tensor([[5, 10], [20, 22]]), torch.full((2, 2), 0.5)
 
-    def measure(objective, beta):
-        return mmpo.measure(objective, logps, lengths, ref, R, beta=beta, length_norm=True)
+    def measure(objective, beta, length_norm=True, **knobs):
+        return mmpo.measure(objective, logps, lengths, ref, R, beta=beta, length_norm=length_norm,
+                            **knobs)
 
     m = measure("mmpo", 0.1)
     assert m.pop("loss") == mmpo.mmpo_loss(logps / lengths, R).mean() and m == pytest.approx({
         "rewards/accuracies": 0.5, "rewards/margins": 0.1 * ((2 + 2) + (-2 - 1)) / 2,
-        "logps/chosen": -25.0, "logps/rejected": -25.0, "accuracy/mean": 0.75, "accuracy/sum": 0.5,
+        "logps/chosen": -25.0, "logps/rejected": -37.0, "accuracy/mean": 0.75, "accuracy/sum": 1.0,
         "weights/upweighted": 0.5, "weights/chosen": (1 / (1 + math.exp(-1)) + 0.5) / 2}, abs=1e-6)
     m = measure("simpo", 0.1)   # which doesn't read the reference: beta mean log pi
     assert m["rewards/margins"] == pytest.approx(0.1 * (1 + 0) / 2) and "weights/chosen" not in m
+    assert m["rewards/accuracies"] == 0.5   # a tie is none
     m = measure("dpo", 0.0)   # who gained more, without a scale
     assert (m["rewards/accuracies"], m["rewards/margins"]) == (0.5, 0.0)
+    assert m["loss"] == pytest.approx(math.log(2))
+    m = measure("mmpo", 0.1, False, pref_weight=2.0)
+    assert m["loss"] == mmpo.mmpo_loss(logps, R, 2.0).mean() and m["weights/upweighted"] == 1
 
 
 # -----------------------------------------------------------------------------
@@ -3927,7 +3939,7 @@ def step_gradient(model, pairs, pack_tokens, rank=0, world_size=1):
         pack = data.collate(pairs, np.arange(len(pairs)), members)
         model.require_backward_grad_sync = micro_step == len(packs) - 1
         logps = pack.sum_by_response(model(pack)[0])
-        losses = mmpo.preference_loss("mmpo", logps, lengths[members], None, R[members])
+        losses = mmpo.preference_loss("mmpo", logps, lengths[members], R[members], R[members])
         (losses.sum() / len(pairs) * world_size).backward()
     return len(packs)
 
@@ -4299,6 +4311,23 @@ def test_evaluate_scores_as_plain_sequences():
 
 
 @torch.no_grad()
+def test_evaluate_preference(monkeypatch):
+    """Three pairs of two prompts, by hand."""
+    monkeypatch.setattr(evaluate, "score", lambda *_: np.array([-4.0, -3, -1, -5, -2, -2]))
+    pairs = data.Pairs.from_ids([[[1], [2, 3], [4]], [[1], [2], [3, 4]], [[5], [6], [7]]])
+    base = {"logps": np.array([[-4.0, -4], [0, -5], [-2, 0]])}
+    metrics = evaluate.preference(pairs, None, base)["metrics"]
+    assert {name: value for name, (value, *_) in metrics.items()} == pytest.approx({
+        "logps/chosen": -7 / 3, "accuracy/longer": 0.5, "accuracy/mean": 2.5 / 3,
+        "accuracy/sum": 0.5, "accuracy/implicit": 1 / 3, "accuracy/mean/chosen_shorter": 1,
+        "accuracy/sum/chosen_shorter": 1, "accuracy/implicit/chosen_shorter": 0,
+        "margin/mean": 2.5 / 3, "margin/sum": 1, "margin/implicit": 0})
+    assert metrics["margin/mean"] == evaluate.ratio([1, 1.5, 0], groups=[0, 0, 1])
+    assert metrics["accuracy/mean"] == evaluate.share([1, 1, 0.5], groups=[0, 0, 1])
+    assert metrics["logps/chosen"] == evaluate.ratio([-4, -1, -2], groups=[0, 0, 1])
+    assert metrics["accuracy/longer"] == evaluate.share([1, 0, 0.5], groups=[0, 0, 1])
+
+
 def test_evaluate_multiple_choice(checkpoint, tokenizer, tmp_path):
     """acc and acc_norm are those of each choice scored alone, behind one context or its own."""
     rng, words = random.Random(0), ["a fox", "the dog runs", "moo", "12 trees and 3 birds", "so so"]
@@ -4558,7 +4587,10 @@ def test_evaluate_refuses(args, words, checkpoint, tmp_path, monkeypatch):
 
 
 CLOSING = {   # what a run's last evaluation and settings are: what its last lines must say, and not
-    "good": ({}, {}, ["0.500 before, 0.800 after"], ["WARNING", "note"]),
+    "good": ({"eval/logps/chosen": -21.0}, {}, ["0.500 before, 0.800 after"], ["WARNING", "note"]),
+    "implicit": ({"eval/accuracy/mean": 0.48, "eval/accuracy/implicit": 0.7}, {}, [],
+                 ["WARNING", "note"]),
+    "mixed": ({"eval/accuracy/implicit": 0.3}, {}, [], ["WARNING", "note"]),
     "far": ({"eval/kl": 1.2}, {}, ["WARNING", "KL is 1.20", "learning_rate"], ["pref_weight"]),
     "nan": ({"eval/kl": math.nan, "eval/logps/chosen": math.nan}, {}, ["WARNING"], ["no preference"]),
     "unlikely": ({"eval/logps/chosen": -40.0}, {"pref_weight": 40.0},

@@ -367,9 +367,7 @@ def questions_of(args, run, tokenizer, config, compared):
             "--choices: two files of one name; rename one, since their metrics go by it")
     questions += [partial(multiple_choice, *task) for task in tasks]
     if args.text:
-        with reading(args.text, "a text"):
-            ids = tokenizer.encode(read_text(args.text, "a text"))
-            windows = text_windows(ids, min(room, 1024))
+        windows = text_windows(tokenizer.encode(read_text(args.text, "a text")), min(room, 1024))
         require(windows, f"{args.text}: too short, as its first token is not scored")
         questions.append(partial(perplexity, windows))
     if pairs and args.prompts:
