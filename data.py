@@ -730,7 +730,7 @@ def compile_template(text, where):
         raise Drop(f"the chat template refuses: {first_line(message or 'no reason')}")
 
     class Sandbox(ImmutableSandboxedEnvironment):
-        intercepted_binops = {"**", "*"}   # one may take hours, and no time limit can stop it
+        intercepted_binops = {"**", "*"}   # may take hours; a time limit ends one late, if at all
 
         def call_binop(self, context, operator, left, right):
             times = [b for a, b in ((left, right), (right, left)) if isinstance(a, (str, list))]
