@@ -4328,6 +4328,24 @@ def test_evaluate_preference(monkeypatch):
     assert metrics["accuracy/longer"] == evaluate.share([1, 0, 0.5], groups=[0, 0, 1])
 
 
+def test_evaluate_by_hand(monkeypatch):
+    """KL is what a token of the reference's answers loses; a perplexity is of an item or a token."""
+    monkeypatch.setattr(evaluate, "score", lambda *_: np.array([-3.0, -5]))
+    tok = SimpleNamespace(stop_ids=lambda: {9}, decode=str)
+    model = SimpleNamespace(generate=lambda *_: [[1, 2], [3]])
+    base = {"samples": [[4], [5, 6, 7]], "sample_logps": [-1.0, -4]}
+    found = evaluate.talk([(1,), (2,)], tok, evaluate.arguments(["m"]), True, model, base)
+    assert found["metrics"]["kl"][0] == 0.75
+    windows = [((1,), (2, 3)), ((1,), (4, 5))]
+    found = evaluate.perplexity(windows, None, None)["metrics"]
+    assert found["text/perplexity"][0] == pytest.approx(math.exp(2))
+    monkeypatch.setattr(evaluate, "score", lambda *_: np.array([[-1.0, -3], [1, 0]]))
+    items = [[((1,), (2,))]] * 2
+    found = evaluate.multiple_choice("a", items, [0, 0], [[1]] * 2, None, None)["metrics"]
+    assert found["choices/a/acc"][0] == 0.5
+    assert found["choices/a/perplexity"][0] == pytest.approx(math.exp(2))
+
+
 def test_evaluate_multiple_choice(checkpoint, tokenizer, tmp_path):
     """acc and acc_norm are those of each choice scored alone, behind one context or its own."""
     rng, words = random.Random(0), ["a fox", "the dog runs", "moo", "12 trees and 3 birds", "so so"]
@@ -4525,8 +4543,10 @@ def test_evaluate_two_runs(evaluated, tmp_path, monkeypatch):
     write_json(one / "train_config.json", settings)
     write_json(other / "train_config.json", settings | {"eval_dataset_sha256": "0"})
     monkeypatch.setattr(sys, "argv", ["evaluate", str(one), str(other)])
-    with pytest.raises(UserError, match="other: its run held out other pairs .* give --pairs"):
-        evaluate.main()
+    for _ in range(2):
+        with pytest.raises(UserError, match="other: its run held out other pairs .* give --pairs"):
+            evaluate.main()
+        write_json(other / "train_config.json", {"init_from": "x"})
     settings = read_json(f"{evaluated[0]}/train_config.json")
     for name in ("init_from", "eval_dataset"):
         write_json(one / "train_config.json", settings | {name: "/gone"})
@@ -6020,3 +6040,22 @@ def test_step_flops(lora):
         assert 0.8 * told < products <= told
     else:
         assert products == told
+    model.config.n_layer = 2   # of 4 heads of 16 numbers; a query sees half of its own branch
+    seen = sum(p * p / 2 + sum(p * r + r * r / 2 for r in rs) for p, *rs in pairs.lengths.tolist())
+    assert cost.step_flops(model, pairs.lengths) - told == 12 * 2 * 4 * 16 * seen
+
+
+def test_throughput():
+    """A pack without pairs is padded too."""
+    packs = [np.array([0]), np.array([], int)]
+    found = cost.throughput(tiny_model(), np.array([[2, 3, 4]]), packs, 16, 2.0)
+    assert found["tokens_per_second"] == 4.5 and found["fill"] == 9 / 32
+
+
+@pytest.mark.parametrize("name, peak", [
+    ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H200", 989e12), ("NVIDIA H100 80GB HBM3", 989e12),
+    ("NVIDIA H200 NVL", 835e12), ("Tesla T4", 0)])
+def test_peak_flops(name, peak, monkeypatch):
+    """MFU is of the card's own peak, whose name may begin another's."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    assert cost.peak_flops(torch.device("cuda")) == peak

@@ -330,7 +330,7 @@ def check_runs(args, run):
     """UserError unless the held-out pairs of the first model's run are the other runs' too."""
     for name in args.models:
         theirs = read_run_settings(os.path.expanduser(name))
-        require(theirs in ({}, run) or any(run[key] and run[key] == theirs[key] for key in (
+        require(theirs in ({}, run) or any(run.get(key) and run[key] == theirs.get(key) for key in (
             "eval_dataset", "eval_dataset_sha256")), f"{name}: its run held out other pairs than "
             f"that of {args.models[0]}, and may have trained on these; give --pairs")
 
