@@ -695,6 +695,19 @@ def test_generate_equals_a_naive_loop():
     stop = want[0][3]
     cut = [w[:w.index(stop) + 1] if stop in w else w for w in want]
     assert len(cut[0]) < 12 and model.generate(prompts, 12, 0, stop_ids={stop}) == cut
+    model.activation_checkpointing = True   # which keeps no keys and values
+    assert model.generate(prompts, 12, temperature=0) == want and model.training
+    llama.add_lora(model, 4, 8.0, 0.9, ALL_LINEAR)   # whose dropout is off, and on again after it
+    randomize(model)
+    want = [greedy(model.eval(), p, 12) for p in prompts]
+    assert model.train().generate(prompts, 12, temperature=0) == want and model.training
+
+
+def test_generate_with_a_seed():
+    """A seed draws the same answers again, another one others."""
+    model = tiny_model()
+    drawn = [model.generate([[1]] * 4, 12, seed=seed) for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
 
 
 @pytest.mark.parametrize("knobs, kept", [
@@ -5080,6 +5093,18 @@ def test_what_can_not_be_resumed(name, interrupted, resumed):
     if damage:
         words = [f"error: {interrupted.folder}/run-{name}/checkpoint-0000003: 0.safetensors failed"]
     assert_one_line(resumed[name], *words)
+
+
+def test_checkpoints_are_listed(interrupted, resumed, tmp_path, monkeypatch, capsys):
+    """scripts.checkpoints says of each whether it is whole, also of a link to a disk that is gone."""
+    run = shutil.copytree(interrupted.folder / "run-lora-whole", tmp_path / "run")
+    os.symlink("/gone", run / "checkpoint-0000001")
+    monkeypatch.setattr(sys, "argv", ["checkpoints", str(run)])
+    checkpoints.main()
+    first, link, last = capsys.readouterr().out.splitlines()
+    assert first == f"{run}: finished, at step 7" and link.endswith("is its disk there?")
+    assert "checkpoint-0000001: 0.0 MB, damaged: " in link
+    assert re.fullmatch(r".*checkpoint-0000007: \d+\.\d MB, whole", last)
 
 
 def test_resume_without_a_checkpoint_starts(interrupted, resumed):

@@ -494,7 +494,7 @@ def main():
             check_checkpoint(path)
             state = "whole"
         except (UserError, FileNotFoundError) as e:
-            if not os.path.exists(path):   # a run that is going on has just replaced it
+            if not os.path.lexists(path):   # a run that is going on has just replaced it
                 continue
             state = f"damaged: {e}"
         print(f"{path}: {size / 1e6:,.1f} MB, {state}")
