@@ -714,6 +714,7 @@ def find_chat_template(folder, config, override):
     return template, template
 
 
+@functools.cache   # mostly the template for tools is the other one
 def compile_template(text, where):
     """Compile a chat template as transformers does, in a sandbox, since strangers write them."""
     from jinja2.ext import Extension

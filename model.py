@@ -469,7 +469,9 @@ class Llama(nn.Module):
         if self.config.limits:                     # few have one, and here the CPU waits for a GPU
             self.config.check_length(int(positions.max()) + 1)
         turned = rotary(positions, self.config)    # the same in all blocks, but for SmolLM3
-        still = torch.ones_like(turned[0]), torch.zeros_like(turned[1])   # it turns nothing
+        still = ()                                 # what turns nothing
+        if self.config.unrotated:
+            still = torch.ones_like(turned[0]), torch.zeros_like(turned[1])
         for x in (*turned, *still):   # else compiled blocks treat head_dim as a size that changes
             torch._dynamo.mark_static(x, 3)
         x = self.model.embed_tokens(tokens)        # (B, T, C)

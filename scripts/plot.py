@@ -75,7 +75,8 @@ def read_methods(paths):
         require(found.get("run", now) == now, f"{file}: of another run than the "
                 "one that is there now; run scripts.evaluate again")
         evaluated = evaluated and {IMPLICIT, "kl"} <= found.get("metrics", {}).keys()
-        pairs = found.get("settings", {}).get("pairs")   # None: those that the run held out
+        # what was asked: of which pairs (None: those that the run held out), and which tasks
+        pairs = found.get("settings", {}).get("pairs")
         asked.add(str([found.get("files", {}).get(pairs, pairs), sorted(
             name for name in found.get("metrics", {}) if name.startswith("choices/"))]))
         with reading(path, "a run's settings"):

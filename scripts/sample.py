@@ -73,14 +73,12 @@ def main():
                 f"{context}; shorten it")
         return ids
 
-    n_cut = 0   # answers that did not end by themselves
-
     def answer(prompts):
-        nonlocal n_cut
-        answers = model.generate(prompts, args.max_new_tokens, args.temperature, args.top_k,
-                                 args.top_p, stop_ids)
-        n_cut += sum(ids[-1] not in stop_ids for ids in answers)
-        return [tokenizer.decode([t for t in ids if t not in stop_ids]) for ids in answers]
+        return model.generate(prompts, args.max_new_tokens, args.temperature, args.top_k,
+                              args.top_p, stop_ids)
+
+    def text_of(ids):
+        return tokenizer.decode([t for t in ids if t not in stop_ids])
 
     if questions:
         answers, prompts = [], [encode([data.turn("user", question)], where)
@@ -94,19 +92,21 @@ def main():
             os.remove(args.out)
             raise
         name = os.path.basename(os.path.abspath(args.model))
-        write_json(args.out, [{"instruction": question, "output": text, "generator": name}
-                              for (_, question), text in zip(questions, answers)])
-        if n_cut:
+        write_json(args.out, [{"instruction": question, "output": text_of(ids), "generator": name}
+                              for (_, question), ids in zip(questions, answers)])
+        if n_cut := sum(ids[-1] not in stop_ids for ids in answers):
             print(f"note: {n_cut} of {len(answers)} answers were cut at --max_new_tokens")
     elif args.prompt:
-        print(printable(answer([encode([data.turn("user", args.prompt)])])[0]))
+        [ids] = answer([encode([data.turn("user", args.prompt)])])
+        print(printable(text_of(ids)))
     else:
         require(sys.stdin, "--prompt: stdin is closed, so give a question")
         turns = []
         with contextlib.suppress(EOFError):          # Ctrl-D ends it, as an empty line does
             while question := input("> ").strip():
                 turns.append(data.turn("user", question))
-                turns.append(data.turn("assistant", answer([encode(turns)])[0]))
+                [ids] = answer([encode(turns)])
+                turns.append(data.turn("assistant", text_of(ids)))
                 print(printable(turns[-1]["content"]))
 
 
