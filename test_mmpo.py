@@ -4070,9 +4070,13 @@ def assert_one_line(process, *words):
     assert line.startswith("error: ") and all(word in line for word in words), line
 
 
-def metrics_of(out):
-    with open(f"{out}/metrics.jsonl") as f:
+def read_lines(path):
+    with open(path) as f:
         return [json.loads(line) for line in f]
+
+
+def metrics_of(out):
+    return read_lines(f"{out}/metrics.jsonl")
 
 
 def weights_of(folder):
@@ -4084,7 +4088,7 @@ def weights_of(folder):
 
 @pytest.fixture(scope="module")
 def runs(checkpoint, tmp_path_factory):
-    """A run of each objective, one of three responses a row, one on conversations, one with many
+    """A run of each objective, two of three responses a row, one on conversations, one with many
     options on."""
     folder, rows = tmp_path_factory.mktemp("runs"), word_rows(16)
     pairs = write_rows(folder / "pairs.jsonl", rows)
@@ -4096,13 +4100,103 @@ def runs(checkpoint, tmp_path_factory):
         "--lora_rank=4", "--lora_dropout=0.1", "--entropy_coef=0.01", "--dtype=bfloat16",
         "--activation_checkpointing=true", "--chat_template=llama3", "--reward_norm_group=2",
         "--length_norm=false", "--pref_weight=0.5", "--learning_rate=3e-2"],
-        "chats": ["--objective=sft"]}
+        "chats": ["--objective=sft"], "authors": [
+        "--length_norm=false", "--reward_norm_group=2", "--pref_weight=1.5"]}
     for name, args in jobs.items():
-        path = {"triples": triples, "chats": chats}.get(name, pairs)
-        args += [f"--dataset={path}", f"--eval_dataset={path}", "--max_iters=10"]
+        path = {"triples": triples, "authors": triples, "chats": chats}.get(name, pairs)
+        # 16 pairs make batches of 6, 6 and 4
+        args += [f"--dataset={path}", f"--eval_dataset={path}", "--max_iters=10", "--batch_size=6",
+                 "--warmup=0.25", "--min_lr=1e-3", "--weight_decay=0.1", "--beta1=0.8"]
     for process in train_all(checkpoint, folder, jobs).values():
         assert_done(process)
     return str(folder)
+
+
+@pytest.mark.parametrize("name", [*FORMULAS, "triples", "authors", "chats"])
+def test_a_run_equals_a_plain_loop(name, runs, checkpoint):
+    """Every step of a run, and the weights at its end, are those of a loop without any code of this
+    project: transformers' model in float64, its tokenizer and template, one response at a time."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    with open(f"{runs}/run-{name}/train_config.json") as f:
+        run = SimpleNamespace(**json.load(f))
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float64)
+    theirs = AutoTokenizer.from_pretrained(checkpoint)
+
+    def ids_of(turns, answers):
+        """-> [prompt ids, response ids, ..], cut to length."""
+        prompt = theirs.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        texts = [theirs.apply_chat_template([*turns, *say("", answer)[1:]], tokenize=False)
+                 for answer in answers]
+        ids, *responses = (theirs.encode(text, add_special_tokens=False) for text in (
+            prompt, *(text[len(prompt):].removesuffix("\n") for text in texts)))
+        ids = ids[-run.max_prompt_length:]
+        return [ids, *(response[:run.max_length - len(ids)] for response in responses)]
+
+    pairs = []
+    for row in read_lines(run.dataset):
+        if turns := row.get("messages"):
+            pairs += [ids_of(turns[:i], [turns[i]["content"]]) for i in range(1, len(turns), 2)]
+        else:
+            answers = row.get("responses") or [row["chosen"], row["rejected"]]
+            pairs.append(ids_of(say(row["prompt"]), answers))
+    lengths = torch.tensor([[len(ids) for ids in pair[1:]] for pair in pairs])
+    N, n = lengths.shape
+
+    def logps_of(batch):
+        return torch.stack([torch.stack([
+            model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1:-1].log_softmax(-1)
+            .gather(-1, torch.tensor(ids)[:, None]).sum() for ids in responses])
+            for prompt, *responses in (pairs[i] for i in batch)])
+
+    def losses_of(logps, batch, group):
+        means, ref_means = logps / lengths[batch], reference[batch] / lengths[batch]
+        scored, ref = (means, ref_means) if run.length_norm else (logps, reference[batch])
+        R = torch.linspace(run.reward_chosen, run.reward_rejected, n) + run.beta * ref
+        R = torch.cat([(x - x.min() + 1e-6) / (x.max() - x.min() + 1e-6) for x in R.split(group)])
+        x = vars(run) | dict(logps=logps, means=means, scored=scored, R=R, ref_means=ref_means,
+                             ref_logps=reference[batch])
+        q = torch.log_softmax(scored + R, 1)[:, 0]
+        return FORMULAS[run.objective](SimpleNamespace(**x)) - run.pref_weight * q
+
+    @torch.no_grad()
+    def evaluated():
+        order = np.random.default_rng(42).permutation(N)
+        logps, group = logps_of(order), run.reward_norm_group or run.batch_size
+        return {"eval/loss": losses_of(logps, order, group).mean(),
+                "eval/logps/chosen": logps[:, 0].mean()}
+
+    reference = logps_of(range(N)).detach()
+    weights, wanted = [*model.parameters()], [evaluated()]
+    optimizer = torch.optim.AdamW([
+        {"params": [p for p in weights if p.dim() == 2], "weight_decay": run.weight_decay},
+        {"params": [p for p in weights if p.dim() == 1], "weight_decay": 0}],
+        betas=(run.beta1, run.beta2))
+    for step in range(run.max_iters):
+        epoch, place = divmod(step, -(-N // run.batch_size))
+        batch = np.random.default_rng([run.seed, epoch]).permutation(N)
+        batch = batch[run.batch_size * place:][:run.batch_size]
+        rising = run.warmup * run.max_iters
+        done = (step - rising) / (run.max_iters - rising)
+        lr = run.min_lr + (run.learning_rate - run.min_lr) * (1 + math.cos(math.pi * done)) / 2
+        if step < rising:
+            lr = run.learning_rate * (step + 1) / (rising + 1)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        logps = logps_of(batch)
+        loss = losses_of(logps, batch, run.reward_norm_group or len(batch)).mean()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(weights, run.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        wanted.append({"lr": lr, "loss": loss.detach(), "grad_norm": norm,
+                       "logps/chosen": logps[:, 0].mean().detach()})
+    wanted.append(evaluated())
+    for found, want in zip(metrics_of(f"{runs}/run-{name}"), wanted, strict=True):
+        for metric, value in want.items():
+            assert found[metric] == pytest.approx(float(value), rel=2e-4), (found["iter"], metric)
+    start, end = weights_of(checkpoint), weights_of(f"{runs}/run-{name}")
+    for weight, p in model.named_parameters():
+        assert (end[weight] - p).norm() <= 1e-3 * (p - start[weight]).norm(), weight
 
 
 @pytest.mark.parametrize("name", [*FORMULAS, "triples", "options", "chats"])
