@@ -573,6 +573,8 @@ class Tokenizer:
             header = "".join(prompt.split()[-1:])
             return gap * (start == before and before.rstrip().endswith(header)) + text
         text, closing = text.lstrip().removeprefix(thought), thought.replace("<", "</")
+        gap = prompt[len(prompt.rstrip()):]   # behind the tag, which the prompt has already
+        text = text[len(os.path.commonprefix([text, gap])):]
         if closing in self.marker_pattern.split(text)[0]:
             return text
         return f"\n{closing}\n\n{text}"   # as Qwen3 writes an answer without a thought
@@ -678,6 +680,7 @@ RENDER_SECONDS = 2   # of CPU time, for what takes a millisecond
 DATE = datetime(2024, 7, 26)   # today for every template, so that no two runs differ by their day
 SHIELD, SHIELD_END, ANSWER, HIDDEN = "\ufdd0\ufdd1\ufdd2\ufdd3"   # no valid text has these
 THINK = re.compile(r"<(/?\w*(?:think|thought|reason)\w*>)")   # around thoughts
+ONLY_THOUGHT = re.compile(r"\s*<(\w*think\w*)>.*</\1>\s*", re.DOTALL)
 NO_THOUGHT = r"<(\w*(?:think|thought|reason)\w*)>\s*</\1>\s*"
 # a thought that the end of a prompt opens, or an empty one there
 OPEN_THOUGHT = re.compile(r"<\w*(?:think|thought|reason)\w*>\s*$|" + NO_THOUGHT + "$")
@@ -761,18 +764,20 @@ NAMES = {name: names.split() for name, names in {
     "messages": "messages conversations conversation trajectory",
     "prompt": "prompt instruction question query problem",
     "input": "input context",   # what an instruction or question is about, or the prompt itself
-    "chosen": "chosen chosen_response response_chosen chosen_conversations preferred_output "
-              "response_j",
+    "chosen": "chosen chosen_response response_chosen chosen_conversations chosen_messages "
+              "preferred_output response_j",
     "rejected": "rejected rejected_response response_rejected rejected_conversations "
-                "non_preferred_output response_k rejected_messages",
+                "rejected_messages non_preferred_output response_k reject",
     "completion": "completion response output solution answer generation",
     "thoughts": "thoughts reasoning_content thinking",   # before a completion that is text
     "responses": "responses generations",
     "rewards": "rewards ratings",
     "best": "best",   # of two responses: 0 or 1, a or b, model_a or model_b
-    "score_chosen": "score_chosen chosen_score chosen_rating rating_chosen chosen-rating",
+    "best_from_1": "best_from_1",   # the same, where the data says 1 or 2
+    "score_chosen": "score_chosen chosen_score chosen_rating rating_chosen chosen-rating "
+                    "chosen_reward",
     "score_rejected": "score_rejected rejected_score rejected_rating rating_rejected "
-                      "rejected-rating",
+                      "rejected-rating rejected_reward reject_reward",
     "label": "label kto_tag",
     "history": "history", "tools": "tools", "documents": "documents",
     "chat_template_kwargs": "chat_template_kwargs",
@@ -810,6 +815,10 @@ RATINGS = "score", "rating", "rank", "reward", "label", "is_correct"   # of a me
 # what says whether a message is trained on; of a weight that is something else the report tells
 MASKS = "weight", "loss", "train", "training", "loss_mask", "loss_weight", "loss_scale"
 OFF, ON = ("0", "0.0", "false"), ("1", "1.0", "true")
+
+# of fields that sound like a prompt, and like ratings of responses, by names that nobody knows
+PROMPT = re.compile("(prompt|question|instruction|query|input|user)(?!.*id$)", re.IGNORECASE)
+RATING = re.compile("rank|rating|score|reward|label|correct", re.IGNORECASE)
 
 
 class Drop(UserError):
@@ -945,12 +954,28 @@ def best_first(row, answers, columns, use_scores):
         return [answers[i] for i in order], [rewards[i] for i in order], ""
     if not row.took("responses"):
         return answers, None, ""
-    if "best" in columns or row.name("best"):
+    if {"best", "best_from_1"} & columns.keys() or row.name("best_from_1", "best"):
         return (answers if first_is_best(row, answers) else answers[::-1]), None, "best"
+    name = row.name("responses")
     if in_no_order(row) and len(answers) > 1:
         raise BadRow('"generations" without "ratings" are in no order', "if the best is the first: "
                      "--columns=responses:generations")
+    if "responses" not in columns and (rating := rating_of(row, len(answers))):
+        raise BadRow(f'"{rating}" may rate the responses', f"then --columns=rewards:{rating}, or "
+                     f"rewards:-{rating} of ranks; if the best is the first: --columns=responses:"
+                     f"{name}")
     return answers, None, "order"
+
+
+def rating_of(row, n):
+    """The name of a field that has a number for each of n responses and sounds like a rating."""
+    for name in row.keys() - row.used:
+        with contextlib.suppress(BadRow):
+            if RATING.search(str(name)):
+                values = listed(name, row[name])   # also where a CSV has it as text
+                if len(values) == n > 1 and {*map(type, values)} <= {int, float, bool}:
+                    return name
+    return None
 
 
 def take_template(row):
@@ -986,10 +1011,13 @@ def parse_line(row):
         except UnicodeDecodeError as e:
             raise BadRow("not UTF-8", f"got {row[e.start]:#x} at byte {e.start + 1}") from None
         except ValueError as e:
-            raise BadRow("invalid JSON", f"{first_line(e)}; is the line cut off, or "
-                         "a row on several lines?") from None
+            raise BadRow("invalid JSON", f"{first_line(e)}; is the line cut off, or a row, or a "
+                         "list of all rows, on several lines? Then name it .json") from None
+    if isinstance(row, list) and row and all(isinstance(m, dict) and "role" in m for m in row):
+        row = {"messages": row}   # XTuner
     if not isinstance(row, dict):
-        raise BadRow("a row must be an object with fields", f"got {kind_of(row)}")
+        raise BadRow("a row must be an object with fields", f"got {kind_of(row)}"
+                     + "; a list of rows is a .json file" * isinstance(row, list))
     row = {name: None if isinstance(value, float) and value != value else value   # pandas' NaN
            for name, value in row.items()}
     if None in row:   # csv puts cells without a column there, and read_csv marks too few cells so
@@ -1000,7 +1028,7 @@ def parse_line(row):
 def in_no_order(row):
     """Whether the responses are generations, as of distilabel or Open-R1, that nothing rates."""
     return row.name("responses") == "generations" and not row.has("rewards") \
-        and not row.has("best")
+        and not row.has("best", "best_from_1")
 
 
 def is_answered(row):
@@ -1037,7 +1065,7 @@ def rename(row, columns):
         replaced.add(root)
     fields = Fields({name: value for name, value in row.items() if name not in replaced} | found)
     for name in columns.keys() & {"prompt", "chosen", "rejected", "completion", "responses",
-                                  "messages", "rewards", "best"}:
+                                  "messages", "rewards", "best", "best_from_1"}:
         path = columns[name]
         if fields.name(name) != name and row.keys() & {path, *map(root_of, summands(path))}:
             raise BadRow(f'"{path}" must not be null or empty',
@@ -1065,6 +1093,9 @@ def translate(row):
     if row.has("rejected") and not row.name("chosen") and str(row.get("accepted")).lower() not in (
             "none", "", "true", "false", "yes", "no", "0", "1"):
         row["chosen"] = row.pop("accepted")   # Vezora
+    if row.get("initial_reason_steps") and row.has("chosen") and row.has("rejected"):
+        begun = row.pop("initial_reason_steps")   # Step-DPO's beginning of both answers
+        row |= {row.name(word): f"{begun}{row.value(word)}" for word in ("chosen", "rejected")}
     if row.has("messages") and row.get("rejected_message") and not row.has("rejected"):
         row["rejected"] = row.pop("rejected_message")   # OpenPipe
     if row.has("rejected") and row.has("messages") and not row.has("chosen", "completion"):
@@ -1076,7 +1107,8 @@ def translate(row):
     says = str(good).lower() in ("true", "false", "0", "1") and row.has("completion")
     if (isinstance(good, bool) or says) and not row.has("rejected", "responses"):
         raise BadRow('unpaired: "label" says whether one response is good, and here responses are '
-                     'compared; to train on the good ones, leave "label" out, --objective=sft')
+                     'compared; to train on the good ones, keep those alone, without "label", with '
+                     "--objective=sft")
     return row
 
 
@@ -1136,8 +1168,8 @@ def take_rewards(row, pair, n, use_scores):
             raise BadRow(f'"{name}" must be one number a response', "got object")
     else:
         return None
-    with contextlib.suppress(ValueError):   # CSV files have text
-        rewards = [float(r) if isinstance(r, str) else r for r in rewards]
+    with contextlib.suppress(ValueError, TypeError):   # CSV files have text, Arrow decimals
+        rewards = [r if isinstance(r, (int, float)) else float(r) for r in rewards]
     if len(rewards) != n or not all(isinstance(r, (int, float)) and abs(r) < 1e30 for r in rewards):
         raise BadRow(f'"{name}" must be one number a response', f"got {str(rewards)[:50]}")
     return rewards
@@ -1145,16 +1177,18 @@ def take_rewards(row, pair, n, use_scores):
 
 def first_is_best(row, answers):
     """Whether the field `best` names the first of two answers. Raises Drop at a tie."""
-    name, value = row.take("best")
-    said = str(value).strip().lower()
+    name, value = row.take("best_from_1" if row.name("best_from_1") else "best")
+    said = str(value).strip().lower().removesuffix(".0")
     if re.match(r"tie|both|neither", said):
         raise Drop("no response is the better one")
-    found = re.fullmatch(r"(?:model_)?([ab])|([01])(?:\.0)?", said)
-    if not found or len(answers) != 2:
+    first, second = ("1", "2") if row.took("best_from_1") else ("0", "1")
+    places = {first: 0, second: 1, "a": 0, "b": 1, "model_a": 0, "model_b": 1}
+    if said not in places or len(answers) != 2:
         # This is no BadRow: where a row counts from 1, rows that say 1 are wrong as well.
-        raise UserError(f'"{name}" must say which of two responses is the better one: 0 or 1, a or '
-                        f"b, model_a or model_b (got {str(value)[:30]}, {len(answers)} responses)")
-    return (found[1] or found[2]) in "a0"
+        raise UserError(f'"{name}" must say which of two responses is the better one: {first} or '
+                        f"{second}, a or b, model_a or model_b; with 1 or 2 it is best_from_1 (got "
+                        f"{str(value)[:30]}, {len(answers)} responses)")
+    return places[said] == 0
 
 
 def make_dialogues(row, answers):
@@ -1171,7 +1205,9 @@ def make_dialogues(row, answers):
         # TRL's implicit prompt, in text: as many whole words as the responses share
         texts = [value for _, value in answers if isinstance(value, str)]
         shared = re.match(r"(.*\S)\s+\S*$", os.path.commonprefix(texts), re.DOTALL)
-        if len(texts) < max(2, len(answers)) or not shared or row.name("prompt"):
+        other = any(PROMPT.search(str(name)) and isinstance(value, str) and value.strip()
+                    for name, value in row.items() if name not in row.used)
+        if len(texts) < max(2, len(answers)) or not shared or row.name("prompt") or other:
             raise row.missing("prompt")
         prompt = [turn("user", shared[1])]
         new = [[turn("assistant", text[len(shared[1]):])] for text in texts]
@@ -1208,11 +1244,13 @@ def join(prompt, turns):
     prompt, turns = prompt[len(system):], turns[len(own):]
     n = next((n for n in range(min(len(prompt), len(turns)), 0, -1)
               if same(prompt[-n:], turns[:n])), 0)
+    if system and own and not text_of(own[0]).strip():   # an empty one beside a field of its own
+        own = []
     if system and own and not same(system, own):
         raise BadRow("two different system turns")
     if not n and prompt and turns and prompt[-1]["role"] == turns[0]["role"] == "assistant":
-        raise BadRow("the prompt ends in a turn of the assistant", "to train on such conversations "
-                     "alone: --columns=messages:messages")
+        raise BadRow("the prompt ends in a turn of the assistant", "an answer should be whole; to "
+                     "train on a conversation in messages alone: --columns=messages:messages")
     return (own or system) + prompt[:len(prompt) - n] + turns
 
 
@@ -1239,7 +1277,11 @@ def shared_turns(dialogues, new):
 
 
 def parse_messages(name, value):
-    """A field's value, parsed if it is messages that are kept as text, as in a CSV."""
+    """A field's value, with messages as a list also where they are kept as text, as in a CSV, or as
+    an object of lists, as `datasets` has a Sequence of objects."""
+    if isinstance(value, dict) and any(names <= value.keys() for names in MESSAGE) and all(
+            isinstance(x, list) for x in value.values()):
+        return [dict(zip(value, message)) for message in zip(*value.values())]
     if isinstance(value, str) and re.fullmatch(r"\s*[\[{].*[\]}]\s*", value, re.DOTALL):
         if AS_TEXT.match(value):
             found = listed(name, value)
@@ -1280,6 +1322,10 @@ def turns_of(name, value, role, prompt=""):
         for t in several or [check_message(name, message, message is value)]:
             if t["role"] in ("function_call", "tool_call"):
                 t = with_calls(name, t, turns)
+            elif turns and t["role"] == turns[-1]["role"] == "assistant" \
+                    and is_masked(turns[-1]) == is_masked(t) and ONLY_THOUGHT.fullmatch(
+                        text_of(turns[-1])):   # ms-swift has the thought in a turn of its own
+                t["content"] = text_of(turns.pop()) + text_of(t)
             turns.append(t)
     return turns
 
@@ -1321,6 +1367,8 @@ def check_message(name, message, alone=False):
     role = rest.pop("role", rest.pop("from", "system" if name in NAMES["system"] else None))
     parts = next((rest.pop(key) for key in ("content", "value", "text", "parts") if key in rest),
                  None)
+    if isinstance(parts, list):
+        parts = take_asides(parts, rest)
     content = joined(name, parts)
     if call := rest.pop("function_call", None):   # older OpenAI
         call = listed("function_call", call)
@@ -1341,6 +1389,22 @@ def check_message(name, message, alone=False):
         raise BadRow(f'"{name}" has turns with parts that are not to be trained on')
     # An empty list of calls goes, since templates would write its frame, or refuse it.
     return turn(role, content) | {k: v for k, v in rest.items() if v or k not in CALLS}
+
+
+def take_asides(parts, rest):
+    """Content's parts without thoughts and tool calls, of which a message, whose other fields are
+    `rest`, has fields of their own. (LLaMA-Factory's newer format has them as parts.)"""
+    kept = []
+    for part in parts:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "reasoning" and isinstance(part.get("value"), str):
+            rest["reasoning_content"] = rest.get("reasoning_content", "") + part["value"]
+        elif kind == "tool_call":
+            call = {"type": "function", "function": listed("tool_call", part.get("value"))}
+            rest["tool_calls"] = [*rest.get("tool_calls", ()), call]
+        else:
+            kept.append(part)
+    return kept
 
 
 def no_message(name, message, role, content, alone):
@@ -1493,13 +1557,22 @@ def read_whole(source, f):
 
 
 def read_json_rows(source, f):
-    content = read_whole(source, f)
-    if not content.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):   # then a row a line
-        yield from read_lines(source, io.BytesIO(content))
+    content, row = read_whole(source, f), None
+    if content.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+        with reading(source, "valid JSON"):
+            rows = parse_json(decoded(source, content))
+        yield from ((f"{source}: row {i}", row) for i, row in enumerate(rows, 1))
         return
-    with reading(source, "valid JSON"):
-        rows = parse_json(decoded(source, content))
-    yield from ((f"{source}: row {i}", row) for i, row in enumerate(rows, 1))
+    with contextlib.suppress(ValueError):   # a file of one row, which may take several lines
+        row = parse_json(content.decode("utf-8-sig"))
+    if isinstance(row, dict):
+        require(len(row) == 1 or not all(
+            isinstance(x, dict) and "0" in x or isinstance(x, list) and not isinstance(x[0], dict)
+            for x in row.values() if x), f"{source}: an object of columns; rows are a list of "
+            'objects, or one a line, as to_json(orient="records", lines=True) of pandas')
+        yield f"{source}:1", row
+    else:   # a row a line
+        yield from read_lines(source, io.BytesIO(content))
 
 
 def read_csv(source, f):
@@ -1507,7 +1580,7 @@ def read_csv(source, f):
     separator = "\t" if re.search(r"\.tsv(\.gz|\.zst)?$", source) else ","
     text = decoded(source, read_whole(source, f))
     rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-    names = rows.fieldnames or [""]
+    names = next(csv.reader(io.StringIO(text, newline=""), delimiter=separator), None) or [""]
     for other, name in ((";", "semicolons"), ("\t", "tabs"), (",", "commas")):
         require(other not in names[0] or len(names) > 1, f"{source}: its cells are separated by "
                 f"{name}; a .csv file has commas, a .tsv file tabs")
@@ -1823,12 +1896,15 @@ def tokenize(sources, tokenizer, max_length, max_prompt_length, bad_rows, column
     for name, path in columns.items():
         require(unused[name] < used or all(lacking), f"columns: {name}:{path} is not used, since "
                 "the rows have other fields that count before it")
+    some_lack = Counter({path: unused[path] for path in sum(paths.values(), [])
+                         if unused[path] < used})
     idle = [str(name) or '""' for name in unused + ignored if name not in sum(paths.values(), [])]
     return Pairs.from_ids(pairs, rewards, "; ".join(filter(None, [
         f"{seen:,} rows = {used:,} used + {sum(dropped.values()):,} dropped{why}",
         len(pairs) != used and f"{len(pairs):,} pairs, one for each turn of the assistant",
         left_out and f"turns left out: {counted(left_out)}",
         *(f"{n:,} {remark}" for remark, n in told.items()),
+        counted(some_lack) and f"rows that lack a field of --columns: {counted(some_lack)}",
         counted(cut) and f"cut to length: {counted(cut)}",
         idle and f"fields not used: {', '.join(idle)}"])))
 
@@ -1855,6 +1931,8 @@ def remarks(row, markers):
     if any(len(said) > 20 and prompt.rstrip().endswith(said)
            for said in (text_of(turns[-1]).strip() for turns in row.responses)):
         yield "whose prompt ends in a response; does its field hold both?"
+    if row.ranked == "order" and len(row.responses) > 1:
+        yield "whose first response counts as the best, and so on, as nothing ranks them"
     if row.rewards and len({*row.rewards}) == 1 < len(row.rewards):
         yield "with equal rewards, whose first response counts as the best"
 

@@ -33,6 +33,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -2228,6 +2229,9 @@ CONTINUED = {   # template, turns, response -> the end of the prompt, the respon
                        "A cow?\n</think>\n\nMoo.<|im_end|>"),
     "qwen3 without a thought": (QWEN3_THINKING, say("Hi"), "Moo.", "<think>\n",
                                 "\n</think>\n\nMoo.<|im_end|>"),
+    "two lines behind the tag": (   # axolotl's Qwen3
+        QWEN3_THINKING.replace("assistant\n<think>\n", "assistant\n<think>\n\n"), say("Hi"), THOUGHT,
+        "<think>\n\n", "A cow?\n</think>\n\nMoo.<|im_end|>"),
     "nemo": (NEMO, [BRIEF, *say("Hi")], " Moo. ", "<|im_start|>Be brief.\n\nHi<|start_header_id|>",
              " Moo.<|im_end|>"),
     "nemo without a space": (
@@ -2521,6 +2525,27 @@ ROWS = {   # row, turns, responses, rewards if any
         {"messages": [*say("Hi"), {"role": "assistant", "tool_calls": '[{"function": "f"}]'}]},
         say("Hi"), [[{"role": "assistant", "content": None, "tool_calls": [{"function": "f"}]}]]),
     "best": ({"prompt": "Hi", "responses": ["a", "b"], "best": 1}, say("Hi"), ["b", "a"]),
+    "best_from_1": ({"prompt": "Hi", "responses": ["a", "b"], "best_from_1": 2}, say("Hi"),
+                    ["b", "a"]),
+    "decimals": ({"prompt": "Hi", **AB, "rewards": [Decimal("3"), Decimal("0.5")]}, say("Hi"),
+                 ["a", "b"], [3, 0.5]),
+    "step_dpo": ({"prompt": "Hi", "initial_reason_steps": "So:", "chosen": " a", "rejected": " b"},
+                 say("Hi"), ["So: a", "So: b"]),
+    "list_of_messages": (say("Hi", "a"), say("Hi"), ["a"]),
+    "sequence": ({"conversations": {"from": ["human", "gpt"], "value": ["Hi", "a"]}}, say("Hi"),
+                 ["a"]),
+    "empty_system": ({"system": "Be brief.", "messages": [{"role": "system", "content": ""},
+                                                          *say("Hi", "a")]},
+                     [BRIEF, *say("Hi")], ["a"]),
+    "thought_in_a_turn": ({"messages": [*say("Hi", "<think>\nHm.\n</think>\n"), *say("", "a")[1:]]},
+                          say("Hi"), ["<think>\nHm.\n</think>\na"]),
+    "llama_factory": (
+        {"chosen_messages": [*say("Hi"), {"role": "assistant", "content": [
+            {"type": "reasoning", "value": "Hm."}, {"type": "text", "value": "a"},
+            {"type": "tool_call", "value": '{"name": "f"}'}]}],
+         "rejected_messages": say("Hi", "b")}, say("Hi"),
+        [[say(0, "a")[1] | {"reasoning_content": "Hm.", "tool_calls": [
+            {"type": "function", "function": {"name": "f"}}]}], "b"]),
     "best_of_two": ({"responses": [say("Hi", "a"), say("Hi", "b")], "best": "model_b"}, say("Hi"),
                     ["b", "a"]),
     "best_and_rewards": ({"prompt": "Hi", "responses": ["a", "b"], "rewards": [1, 0], "best": "b"},
@@ -2664,6 +2689,16 @@ MATRIX = {   # a row, or its line of .jsonl -> an error's words, why it is dropp
                       "over 500 turns"),
     "no_responses": ({"prompt": "Hi", "responses": []}, ["responses"]),
     "text_as_messages": ({"messages": "Hi"}, ["messages", "list"]),
+    **{f"rated_by_{name}": ({"prompt": "Hi", "responses": ["a", "b"], name: values},
+                            [name, f"--columns=rewards:{name}", "responses:responses"])
+       for name, values in (("rank", [2, 1]), ("Labels", [False, True]), ("reward", "[1, 9]"))},
+    "rated_once": ({"prompt": "Hi", "responses": ["a", "b"], "avg_reward": 0.5, "lens": [1, 2]},
+                   "used"),
+    "a_prompt_of_another_name": ({"user_input": "Hi?", "chosen": "I see a", "rejected": "I see b"},
+                                 ['no field "prompt"', "user_input"]),
+    "an_implicit_prompt": ({"prompt_id": "7", "chosen": "I see a", "rejected": "I see b"}, "used"),
+    "rows_in_a_row": (json.dumps([GOOD]).encode(), ["got list", ".json"]),
+    "rows_on_lines": (b"[", ["invalid JSON", ".json"]),
     "responses_object": ({"prompt": "Hi", "responses": {"a": 1}}, ["responses", "list"]),
     "image": (GOOD | {"prompt": [{"role": "user", "content": [{"type": "image_url"}]}]},
               ["prompt", "no text", "image_url"]),
@@ -2740,6 +2775,9 @@ def test_bad_row(name, tokenizer, tmp_path):
     ("a.jsonl", b"", "0 usable pairs of 0"), ("b.jsonl", None, "no such file"),
     ("c.jsonl", json.dumps(GOOD | {"chosen": "a dog"}).encode(), r"of 1 \(1 identical"),
     ("d.txt", b"x", "unknown kind of file"), ("e.json", b'{"prompt": "x"}', "e.json:1: no field"),
+    ("e2.json", b'{"prompt": {"0": "a"}, "chosen": {"0": "b"}}', "an object of columns"),
+    ("e3.json", b'{"prompt": ["a"], "chosen": ["b"], "rejected": ["c"]}', "an object of columns"),
+    ("e4.json", b'{\n"prompt": "x"\n}', "e4.json:1: no field"),
     ("f.json", b'[{"prompt": "x"', "not valid JSON"), ("g.parquet", b"PAR1", "not a parquet file"),
     ("h.jsonl.gz", gzip.compress(b"{}" * 99)[:-12], "gzip"), ("i.jsonl.gz", b"{}", "gzip"),
     ("j.jsonl.gz", gzip.compress(b"{}")[:10] + b"\xff" * 99, "gzip"),
@@ -2748,6 +2786,7 @@ def test_bad_row(name, tokenizer, tmp_path):
     ("l.csv", b"prompt,chosen,rejected\na,well, b,c\n", r"l.csv:2: not as many cells as columns"),
     ("l2.parquet", "columns", "same name"),
     ("m.csv", b"prompt;chosen;rejected\na;b;c\n", "separated by semicolons"),
+    ("m2.csv", b'"prompt";"chosen";"rejected"\n"a";"b";"c"\n', "separated by semicolons"),
     ("n.csv", b"prompt\tchosen\trejected\na\tb\tc\n", "separated by tabs"),
     ("o.csv", b"prompt,chosen,chosen\na,b,c\n", "same name"),
     ("p.csv", b"prompt,chosen,rejected\na,b,c\nd,\xff,f\n", "p.csv:3: not UTF-8"),
@@ -2820,6 +2859,10 @@ def test_file_kinds_agree(tokenizer, tmp_path):
         writer.writerows(rows)
     shutil.copy(jsonl, tmp_path / "a.ndjson")
     shutil.copy(jsonl, tmp_path / "lines.json")
+    (tmp_path / "one").mkdir()   # a row that takes several lines
+    write_json(tmp_path / "one" / "a.json", rows[0])
+    assert all_ids(load(tmp_path / "one" / "a.json", tokenizer)) == want[:1]
+    shutil.rmtree(tmp_path / "one")
     for kind in ("jsonl", "csv", "tsv", "parquet"):
         content = (tmp_path / f"a.{kind}").read_bytes()
         half = content.index(b"\n") + 1   # two frames, which are one file
@@ -2976,7 +3019,7 @@ def test_columns(tokenizer, tmp_path):
     parts = write_rows(tmp_path / "i.jsonl", [{"a": "Hi", "b": "you", "document": "x", **AB}])
     lacks = write_rows(tmp_path / "l.jsonl", [{"q": "Hi", "by": by, **AB} for by in ("you", None)])
     report = data.load_pairs(lacks, "", tokenizer, 512, 256, columns="prompt:q+by").report
-    assert report == "2 rows = 2 used + 0 dropped"
+    assert report == "2 rows = 2 used + 0 dropped; rows that lack a field of --columns: 1 by"
     [[prompt, *_]] = all_ids(data.load_pairs(parts, "", tokenizer, 512, 256, columns="prompt:a+b"))
     assert "Hi\n\nyou" in tokenizer.decode(prompt)
     with pytest.raises(UserError, match="columns: completion:document is not used, since"):
@@ -2999,7 +3042,9 @@ def test_columns(tokenizer, tmp_path):
     mixed = data.load_pairs(f"{tmp_path}/a.jsonl,{other}", "", tokenizer, 512, 256,
                             columns="prompt:ask.text,chosen:answers.0,rejected:answers.2")
     assert all_ids(mixed) == want + want
-    assert mixed.report.endswith("0 dropped; fields not used: responses, ids")   # not ask, answers
+    assert mixed.report.endswith(   # not ask, answers
+        "0 dropped; rows that lack a field of --columns: 1 ask.text, 1 answers.0, 1 answers.2; "
+        "fields not used: responses, ids")
     for columns, words in (("prompt:asked", "no row of .*jsonl has a field asked"),
                            ("system:ask.*.text", "no row of .* has a field ask"),
                            ("prompt:ask.text+asked", "no row of .* has a field asked"),
