@@ -816,8 +816,8 @@ RATINGS = "score", "rating", "rank", "reward", "label", "is_correct"   # of a me
 MASKS = "weight", "loss", "train", "training", "loss_mask", "loss_weight", "loss_scale"
 OFF, ON = ("0", "0.0", "false"), ("1", "1.0", "true")
 
-# of fields that sound like a prompt, and like ratings of responses, by names that nobody knows
-PROMPT = re.compile("(prompt|question|instruction|query|input|user)(?!.*id$)", re.IGNORECASE)
+# names of fields that nobody knows, but that sound like a prompt, or like ratings of responses
+PROMPT = re.compile("(prompt|question|instruction|query|input)s?$", re.IGNORECASE)
 RATING = re.compile("rank|rating|score|reward|label|correct", re.IGNORECASE)
 
 
@@ -956,14 +956,13 @@ def best_first(row, answers, columns, use_scores):
         return answers, None, ""
     if {"best", "best_from_1"} & columns.keys() or row.name("best_from_1", "best"):
         return (answers if first_is_best(row, answers) else answers[::-1]), None, "best"
-    name = row.name("responses")
     if in_no_order(row) and len(answers) > 1:
         raise BadRow('"generations" without "ratings" are in no order', "if the best is the first: "
                      "--columns=responses:generations")
     if "responses" not in columns and (rating := rating_of(row, len(answers))):
         raise BadRow(f'"{rating}" may rate the responses', f"then --columns=rewards:{rating}, or "
                      f"rewards:-{rating} of ranks; if the best is the first: --columns=responses:"
-                     f"{name}")
+                     + row.name("responses"))
     return answers, None, "order"
 
 
@@ -1280,7 +1279,7 @@ def parse_messages(name, value):
     """A field's value, with messages as a list also where they are kept as text, as in a CSV, or as
     an object of lists, as `datasets` has a Sequence of objects."""
     if isinstance(value, dict) and any(names <= value.keys() for names in MESSAGE) and all(
-            isinstance(x, list) for x in value.values()):
+            isinstance(x, list) for x in value.values()) and len({*map(len, value.values())}) == 1:
         return [dict(zip(value, message)) for message in zip(*value.values())]
     if isinstance(value, str) and re.fullmatch(r"\s*[\[{].*[\]}]\s*", value, re.DOTALL):
         if AS_TEXT.match(value):
@@ -1566,7 +1565,7 @@ def read_json_rows(source, f):
     with contextlib.suppress(ValueError):   # a file of one row, which may take several lines
         row = parse_json(content.decode("utf-8-sig"))
     if isinstance(row, dict):
-        require(len(row) == 1 or not all(
+        require(len(row) < 2 or not all(
             isinstance(x, dict) and "0" in x or isinstance(x, list) and not isinstance(x[0], dict)
             for x in row.values() if x), f"{source}: an object of columns; rows are a list of "
             'objects, or one a line, as to_json(orient="records", lines=True) of pandas')
