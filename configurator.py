@@ -494,7 +494,7 @@ def run_config_file(path, known):
     path = beside_the_checkout(path)
     require(os.path.exists(path),
             f"{path}: no such config file; settings are written --key=value")
-    require(path.endswith(".py") or os.path.isdir(path), f"{path}: config files end in .py; "
+    require(path.endswith(".py"), f"{path}: config files end in .py; "
             "settings, data files too, are written --key=value")
     scope = known | {"__name__": "__main__", "__file__": path}
     text = read_text(path, "a config file", "utf-8-sig")
@@ -589,7 +589,6 @@ def coerce(key, value, default, words, where):
         near = difflib.get_close_matches(value, words, n=1)
         require(value in words, f'{where}: {key} must be one of {", ".join(words)} (got "{value}")'
                 + (f'; did you mean "{near[0]}"?' if near else ""))
-        return value
     found = None
     if want is bool:
         found = {"true": True, "1": True, "false": False, "0": False}.get(str(value).lower())

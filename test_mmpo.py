@@ -3746,6 +3746,62 @@ def test_config_errors(text, words, configure):
     assert all(word in str(e.value) for word in words), str(e.value)
 
 
+@pytest.mark.parametrize("arg, value", [
+    ("--compile", "true"), ("--compile=FALSE", "false"), ("--objective=DPO", "dpo"),
+    ("--resume=1", True), ("--resume=0", False), ("--max_iters= +5 ", 5), ("--dtype=Auto", "auto")])
+def test_spellings_of_values(arg, value):
+    """A word's case doesn't matter, and a bare --key is the word true where there is one."""
+    [got] = configure_train(arg).values()
+    assert got == value and type(got) is type(value)
+
+
+def test_what_a_config_file_sets(configure):
+    """What it reads is not set by it, nor is a path touched that is nowhere; its own errors name
+    its lines, wherever they were raised."""
+    assert configure("file.py", file="_half = max_iters / 2\n") == {}
+    found = configure("file.py", file="\ufeffmax_iters = 3 * (__name__ == '__main__')\n")
+    assert found == {"max_iters": 3}
+    for text, words in (("import json\njson.loads('x')\n", "file.py:2: JSONDecodeError"),
+                        ("import os as out_dir\n", "file.py: out_dir must be text"),
+                        ("itres = 5\n", "a name that is no setting begins with _")):
+        with pytest.raises(UserError, match=words):
+            configure("file.py", file=text)
+
+
+def test_paths_of_a_config_file(tmp_path, monkeypatch):
+    """Each of a list is looked for beside the checkout. What is nowhere, as a hub id, stays."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file.py").write_text("dataset = 'owner/name, assets/demo/train.jsonl'\n"
+                                      "init_from = 'owner/name'\neval_dataset = ''\n")
+    assert configure_train("file.py") == {
+        "init_from": "owner/name", "eval_dataset": "",
+        "dataset": f"owner/name,{ROOT}/assets/demo/train.jsonl"}
+    (tmp_path / "file.py").write_text("dataset = 5\n")
+    with pytest.raises(UserError, match="dataset must be text"):
+        configure_train("file.py")
+    with pytest.raises(UserError, match="--objective: objective must be one of mmpo, "):
+        configure_train("--objective=ppo")
+
+
+@pytest.mark.parametrize("line, words", [
+    ("max_iters += 1", "max_iters can't be a setting"), ("n: int", "n can't be a setting"),
+    ("out_dir = 'b'", "out_dir has a default already")])
+def test_what_else_can_not_be_a_setting(line, words, tmp_path):
+    """Nor what is no plain assignment, or a second one."""
+    (tmp_path / "script.py").write_text(SCRIPT.replace("# numbers", line))
+    with pytest.raises(UserError, match=f"script.py:16: {words}"):
+        configurator.read_settings(str(tmp_path / "script.py"))
+    (tmp_path / "script.py").write_text(
+        "n: int = 3  # é\nx = 1.0 # a | b: words\nconfigure()\n", "utf-8")
+    found = configurator.read_settings(str(tmp_path / "script.py"))
+    assert [(s.value, s.comment, s.group) for s in found.values()] == [
+        (3, "é", ""), (1.0, "a | b: words", "")]
+    assert configurator.configure({}, ["--x=2"], str(tmp_path / "script.py"))[1] == {"x": 2.0}
+    with pytest.raises(SystemExit) as e:
+        configurator.configure({}, ["-h"], str(tmp_path / "script.py"))
+    assert e.value.code == 0
+
+
 def test_help(configure, capsys):
     """--help prints every setting with its default and its comment, under its group's heading."""
     with pytest.raises(SystemExit):
@@ -5007,6 +5063,161 @@ def test_compare_takes_the_gpus_that_are_visible(tmp_path, monkeypatch):
         assert [device.get("CUDA_VISIBLE_DEVICES") for device in seen] == jobs
 
 
+STAND_IN = '''
+import hashlib, json, os, sys, time
+what, settings, asked = {what!r}, {settings!r}, {asked!r}
+out = next((a[10:] for a in sys.argv if a.startswith("--out_dir=")), sys.argv[1])
+def note(*words):
+    with open({journal!r}, "a") as f:
+        print(what, os.path.basename(out), *words, file=f)
+metrics = f"{{out}}/metrics.jsonl"
+if what == "train":
+    note("starts", os.environ["CUDA_VISIBLE_DEVICES"], os.environ["OMP_NUM_THREADS"])
+    if "bad" in out:
+        sys.exit("warning\\nerror: odd\\n\\n")
+    os.makedirs(out, exist_ok=True)
+    open(metrics, "a").close()
+    time.sleep(0.3)
+    if not os.path.getsize(metrics):
+        note("logs", *sys.argv[1:-2], sys.argv[-1])
+        open(metrics, "w").write("{{}}")
+    time.sleep(0.1)
+    json.dump(settings, open(f"{{out}}/train_config.json", "w"))
+else:
+    note("starts", *sys.argv[2:])
+    time.sleep(0.9)
+    note("ends")
+    json.dump({{"settings": asked, "run": hashlib.sha256(b"{{}}").hexdigest()}},
+              open(f"{{out}}.evaluation.json", "w"))
+'''
+
+
+def test_runs_of_a_grid(tmp_path, monkeypatch, capsys):
+    """Each job has a GPU of its own and its share of the cores. The first run computes what all
+    need of the reference while the others wait. What is done is not done again, and a run that
+    fails is named at the end, with its last words."""
+    pytest.importorskip("matplotlib")
+    from scripts import compare
+    journal, settings = tmp_path / "journal", {"init_from": "a", "beta": 0.1}
+    for what in ("train", "evaluate"):
+        (tmp_path / f"{what}.py").write_text(STAND_IN.format(
+            what=what, journal=str(journal), settings=settings | {"finished": 5},
+            asked=vars(evaluate.arguments(["x", "--prompts=3", "--text=a b"]))))
+        monkeypatch.setattr(compare, what.upper(), str(tmp_path / f"{what}.py"))
+    monkeypatch.setattr(compare, "time", SimpleNamespace(
+        time=time.time, sleep=lambda _: time.sleep(0.01)))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(compare.os, "cpu_count", lambda: 6)
+    runs, out = {name: (["c.py", "--beta=0.1"], settings) for name in "abc"}, str(tmp_path / "out")
+
+    def call():
+        journal.write_text("")
+        compare.run_all(runs, out, "--prompts=3 --text='a b'", 2)
+        return [tuple(line.split(" ", 3)) for line in journal.read_text().splitlines()]
+
+    done = call()
+    trained = [words for words in done if words[0] == "train"]
+    assert [event for _, _, event, *_ in trained] == ["starts", "logs"] * 3   # one after another
+    assert {words[3] for words in trained if words[2] == "starts"} == {"4 3", "7 3"}
+    assert {words[3] for words in trained if words[2] == "logs"} == {"c.py --beta=0.1 --resume=True"}
+    asked = [words for words in done if words[0] == "evaluate"]
+    assert [event for _, _, event, *_ in asked][:3] == ["starts", "ends", "starts"]
+    assert {words[3] for words in asked if words[2] == "starts"} == {"--prompts=3 --text=a b"}
+    told = capsys.readouterr().out.splitlines()
+    assert len(told) == 3 and told[2].startswith("3 of 3 runs done, about 0 min left: ")
+    assert {words[2] for words in call()} == {"starts"} == {words[2] for words in call()}
+    assert not any("evaluate" in words for words in call())
+    assert "left" not in capsys.readouterr().out   # no run took time
+
+    runs["bad"] = runs["a"]
+    with pytest.raises(UserError, match=r"^\S*/bad: failed \(\S*/bad.log: error: odd\)$"):
+        call()
+    assert "bad FAILED: " in capsys.readouterr().out
+    write_json(f"{out}/c/train_config.json", settings | {"beta": 0.2})
+    with pytest.raises(UserError, match="c: a run with beta=0.2, not 0.1; give another --out"):
+        call()
+    assert not journal.read_text()   # it was seen before any of them started
+    write_json(f"{out}/c/train_config.json", settings | {"dtype": "bfloat16"})
+    assert compare.check_folder(f"{out}/c", settings | {"dtype": "auto"}) is False
+
+
+def test_table_of_runs(tmp_path):
+    """The mean over the seeds, half the mean width of their intervals, and their range; the tested
+    difference draws prompts with all their pairs."""
+    pytest.importorskip("matplotlib")
+    from scripts import compare
+    rng = np.random.default_rng(0)
+    runs = [f"beta={beta}_seed={seed}" for beta in (0, 1) for seed in (1, 2)]
+    gained = rng.random((4, 60)) < [[0.4], [0.4], [0.7], [0.7]]
+    gained[:, 30:] = gained[:, :30]   # a prompt's two pairs are alike
+    for name, right in zip(runs, gained):
+        order = rng.permutation(60)   # as a seed draws it
+        write_json(tmp_path / f"{name}.evaluation.json", {
+            "before": {"kl": None}, "metrics": {
+                "kl": [right.mean(), 0, 0.2 + right.mean()], "margin/sum": [1, 1, 1]},
+            "pairs": [f"{i:02}" for i in order], "prompts": [int(i) % 30 for i in order],
+            "margins": {"implicit": (right[order] - 0.5).tolist()}})
+    header, rule, before, base, other = compare.table(runs, str(tmp_path), "beta=0").splitlines()
+    assert header == "| run | kl | accuracy/implicit less that of beta=0 |"
+    assert rule == "| --- | --- | --- |"
+    ends = gained[:2].mean(1)
+    assert before == "| before (beta=0) |  |  |" and base == (
+        f"| beta=0 | {ends.mean():.3g} ± {0.1 + ends.mean() / 2:.2g} (seeds {ends.min():.3g} to "
+        f"{ends.max():.3g}) |  |")
+    value, low, high = map(float, re.findall(r"-?[\d.]+", other.split(" | ")[2]))
+    each = gained[2:, :30].mean(0) - gained[:2, :30].mean(0)   # of prompts
+    error = np.hypot(each.std() / 30 ** 0.5, 0.02)
+    assert value == pytest.approx(each.mean(), abs=6e-4) and 1.5 * error < value - low < 2.6 * error
+    assert 1.5 * error < high - value < 2.6 * error
+    for some in ([0.1, float("nan"), 0.2], [float("nan"), 0.2, 0.1]):   # a run that went wrong
+        assert compare.cell([[x] * 3 for x in some]) == "nan"
+    nothing = [{"pairs": ["a"], "margins": {}}]
+    assert compare.difference(nothing, nothing) == ""
+
+
+def test_data_of_runs(tmp_path, capsys):
+    """Seeds may hold out other pairs of one dataset. Runs of one seed may not, nor differ in their
+    base. Runs of other code are named."""
+    pytest.importorskip("matplotlib")
+    from scripts import compare
+    runs = compare.plan(["config/demo.py"], [["beta=0.1,0.2", "seed=1,2"]], [])
+    folders = [tmp_path / name for name in runs]
+    for folder, seed in zip(folders, "1212"):
+        folder.mkdir()
+        write_json(folder / "train_config.json", {"code_sha256": configurator.code_sum(),
+                   "dataset_sha256": "a", "eval_dataset_sha256": seed, "init_from_sha256": "c"})
+        write_json(f"{folder}.evaluation.json", {})
+    compare.check_data(runs, str(tmp_path))
+    assert not capsys.readouterr().out
+    last, found = folders[3] / "train_config.json", read_json(folders[3] / "train_config.json")
+    write_json(last, found | {"code_sha256": "old"})
+    compare.check_data(runs, str(tmp_path))
+    assert capsys.readouterr().out.startswith("note: beta=0.2_seed=2: train.py, ")
+    for name in ("dataset", "eval_dataset", "init_from"):
+        write_json(last, found | {f"{name}_sha256": "x"})
+        with pytest.raises(UserError, match="beta=0.2_seed=2 and beta=0.1_seed=2 trained on other"):
+            compare.check_data(runs, str(tmp_path))
+    assert [*compare.plan(["config/demo.py", "config/dpo.py"], None, [])] == ["dpo"]   # no grid
+    with pytest.raises(UserError, match="--objective: objective must be one of"):
+        compare.plan(["config/demo.py"], [["objective=mmpoo"]], [])
+
+
+def test_table_without_a_reference(tmp_path):
+    """As --evaluate=--reference= asks for: no column of what came before, and nothing to test.
+    One run may have metrics that another lacks."""
+    pytest.importorskip("matplotlib")
+    from scripts import compare
+    for run, metrics in (("a", {"kl": [1, 1, 1]}), ("b", {"logps/chosen": [2, 2, 2]})):
+        write_json(tmp_path / f"{run}.evaluation.json", {
+            "metrics": metrics, "before": None, "pairs": ["x"], "prompts": [0],
+            "margins": {"mean": [1.0]}})
+    *_, before, first, second = compare.table({"a": 0, "b": 0}, str(tmp_path), "a").splitlines()
+    assert (before, first, second) == (
+        "| before (a) |  |  |  |", "| a | 1 |  |  |", "| b |  | 2 |  |")
+
+
 def test_compare_knows_runs_by_content(tmp_path):
     """An evaluation counts while the run that it is of is in the folder, however that is spelled. A
     path may be spelled otherwise too, but runs on other data of one name are an error."""
@@ -5089,6 +5300,180 @@ def test_labels_of_a_picture(tmp_path):
     write_json(f"{paths[2]}.evaluation.json", one)
     assert [*plot.read_methods(paths[::2])[0]] == [
         "simpo, gamma_beta_ratio 0.4, lora_rank 0", "simpo, lora_rank 4"]
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """A picture of scripts/plot.py, by its name and arguments -> its axes."""
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+    from scripts import plot
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kw: figures.append(self))
+    return lambda name, *paths: (getattr(plot, name)(paths, "a.png"), figures[-1].axes)[1]
+
+
+def lines_of(axis):
+    """{label: [(xs, ys) of each of its lines]}; lines without a label are called "" together."""
+    found = {}
+    for line in axis.lines:
+        label = line.get_label()
+        found.setdefault("" if label.startswith("_") else label, []).append(
+            tuple(np.asarray(x, dtype=float).tolist() for x in line.get_data()))
+    return found
+
+
+def bars_of(axis):
+    return [path.vertices.tolist() for c in axis.collections for path in c.get_paths()]
+
+
+def run_of(folder, kls=(), accuracies=(), **settings):
+    """A run's folder, with evaluations at steps 0, 2, ..; its path."""
+    folder.mkdir()
+    known = {name: s.value for name, s in configurator.read_settings(TRAIN).items()}
+    write_json(folder / "train_config.json", known | settings)
+    write_rows(folder / "metrics.jsonl", [row for i, (kl, x) in enumerate(zip(kls, accuracies))
+                                          for row in ({"iter": 2 * i, "eval/kl": kl,
+                                                       "eval/accuracy/mean": x, "eval/loss": -x},
+                                                      {"iter": 2 * i, "loss": x, "lr": 1.0})])
+    return str(folder)
+
+
+def test_curves(drawn, tmp_path):
+    """A panel for each metric, with every run's steps and evaluations as they were logged."""
+    one = run_of(tmp_path / "one", [0, 0.1], [0.2, 0.9])
+    other = run_of(tmp_path / "other", [0, 0.3, 0.4], [0.2, 0.8, 0.7])
+    axes = drawn("plot", one, other)
+    assert [axis.get_title() for axis in axes[:2]] == ["loss", "chosen likelier, mean log-probs"]
+    assert axes[0].get_xlabel() == "step" and axes[1].get_ylim() == (-0.03, 1.03)
+    assert lines_of(axes[0]) == {"one": [([0, 2], [-0.2, -0.9])], "training steps": [([], [])],
+                                 "other": [([0, 2, 4], [-0.2, -0.8, -0.7])],
+                                 "": [([0, 2], [0.2, 0.9]), ([0, 2, 4], [0.2, 0.8, 0.7])]}
+    assert lines_of(axes[1])["other"] == [([0, 2, 4], [0.2, 0.8, 0.7])]
+    assert lines_of(axes[2]) == {"one": [([], [])], "other": [([], [])],   # not logged
+                                 "": [([], []), ([], []), ([0, 1], [0.5, 0.5])]}
+    assert lines_of(axes[5])["one"] == [([0, 2], [0, 0.1])]
+    assert len({tuple(map(str, (line.get_color(), line.get_marker(), line.get_linestyle())))
+                for line in axes[0].lines if line.get_label() in ("one", "other")}) == 2
+    for content in ("", '{"iter": 0}'):   # of a run that has begun; the second is half written
+        (tmp_path / "one" / "metrics.jsonl").write_text(content)
+        with pytest.raises(UserError, match="one/metrics.jsonl: no metrics in it"):
+            drawn("plot", one)
+    with pytest.raises(UserError, match="gone/?.*: no such file; give a folder"):
+        drawn("plot", str(tmp_path / "gone"))
+
+
+def test_pictures_of_curves(drawn, tmp_path):
+    """Runs that scripts/evaluate.py has not seen: accuracy over KL, with a marker at the end, and
+    both at the end against beta, the mean of the seeds and a bar over them."""
+    runs = [run_of(tmp_path / f"{beta}-{seed}", [0, kl], [0.1, x], objective="dpo", beta=beta,
+                   seed=seed) for beta, seed, kl, x in (
+                       (0.5, 1, 0.3, 0.9), (0.1, 1, 0.1, 0.6), (0.1, 2, 0.2, 0.8))]
+    left, right = drawn("tradeoff", *runs)
+    assert lines_of(left) == {"dpo, beta 0.1": [([0, 0.1], [0.1, 0.6]), ([0, 0.2], [0.1, 0.8])],
+                              "dpo, beta 0.5": [([0, 0.3], [0.1, 0.9])]}
+    assert {line.get_markevery()[0] for line in left.lines} == {-1} and not right.get_visible()
+    assert len({line.get_marker() for line in left.lines}) == 2   # of a beta each
+    assert left.get_ylabel() == "held-out accuracy, mean log-probs" and "KL" in left.get_xlabel()
+    assert lines_of(drawn("tradeoff", runs[0])[0]) == {"dpo": [([0, 0.3], [0.1, 0.9])]}
+    left, right = drawn("by_beta", *runs)
+    assert lines_of(left) == {"dpo": [([0.1, 0.5], [pytest.approx(0.7), 0.9])]}
+    assert lines_of(right) == {"": [([0, 1], [0, 0])],
+                               "dpo": [([0.1, 0.5], [pytest.approx(0.15), 0.3])]}
+    assert bars_of(left) == [[[0.1, 0.6], [0.1, 0.8]], [[0.5, 0.9], [0.5, 0.9]]]
+    assert left.get_ylabel() == "held-out accuracy, mean log-probs" and "KL" in right.get_ylabel()
+    assert [t.get_text() for t in left.get_xticklabels()] == ["0.1", "0.5"]
+
+
+def test_pictures_of_evaluations(drawn, tmp_path):
+    """Where scripts/evaluate.py was run on all runs, the accuracy of implicit rewards with its
+    interval, beside KL and the mean of the tasks, whose errors are independent; and the star."""
+    runs = [run_of(tmp_path / name, [0, 9], [0, 0], objective=name) for name in ("mmpo", "dpo")]
+    for path, x in zip(runs, (0.6, 0.8)):
+        write_json(f"{path}.evaluation.json", {
+            "reference": "base", "before": {"choices/a/acc": [0.2, 0.2, 0.2]}, "metrics": {
+                "accuracy/implicit": [x, x - 0.1, x + 0.1], "kl": [x / 10, 0, 1],
+                "accuracy/mean": [0, 0, 0], "choices/a/acc": [0.3, 0.27, 0.33],
+                "choices/b/acc": [0.5, 0.46, 0.54], "choices/b/acc_norm": [1, 1, 1]}})
+    left, right = drawn("tradeoff", *runs)
+    near = pytest.approx
+    assert lines_of(left)["mmpo"] == [(near([0.06] * 3), near([0.5, 0.6, 0.7])),
+                                      (near([0, 0.06, 1]), near([0.6] * 3))]
+    assert lines_of(right)["dpo"] == [(near([0.4] * 3), near([0.7, 0.8, 0.9])),
+                                      (near([0.375, 0.4, 0.425]), near([0.8] * 3))]
+    star = lines_of(left)["the reference"][-1], lines_of(right)["the reference"][-1]
+    assert star == (([0] * 3, [0.5] * 3), (near([0.2] * 3), [0.5] * 3)) and right.get_visible()
+    assert [line.get_markevery() for line in left.lines if line.get_marker() != ""] == [[1]] * 4
+    assert left.get_ylabel() == "implicit reward accuracy"
+    left, right = drawn("by_beta", *runs)
+    assert lines_of(left) == {"mmpo": [([0.05], [0.6])], "dpo": [([0.05], [0.8])]}
+    assert lines_of(right)["dpo"] == [([0.05], [near(0.08)])]
+    assert left.get_ylabel() == "implicit reward accuracy"
+    found = configurator.read_json(f"{runs[1]}.evaluation.json")
+    write_json(f"{runs[1]}.evaluation.json", found | {"reference": "another"})
+    assert "each run's own reference" in lines_of(drawn("tradeoff", *runs)[0])
+    for lacking in ("kl", "accuracy/implicit"):   # then the curves serve, for all runs
+        write_json(f"{runs[1]}.evaluation.json", found | {"metrics": {
+            name: x for name, x in found["metrics"].items() if name != lacking}})
+        for order in (runs, runs[::-1]):
+            assert lines_of(drawn("tradeoff", *order)[0]) == {
+                name: [([0, 9], [0, 0])] for name in ("mmpo", "dpo")}
+
+
+def test_picture_of_a_pack(drawn):
+    """A response's token sees itself, what is before it in its response, and the prompt."""
+    [axis] = drawn("plot_attention")
+    parts = [(tree, branch) for tree, sizes in enumerate(((5, 4, 3), (3, 3, 5)))
+             for branch, n in enumerate(sizes) for _ in range(n)]
+    want = [[(1 + b) * (k <= q and t == tree and b in (0, branch))
+             for k, (t, b) in enumerate(parts)] for q, (tree, branch) in enumerate(parts)]
+    assert axis.images[0].get_array().tolist() == want
+    assert [t.get_text() for t in axis.get_xticklabels()] == [
+        f"{part} {t}" for t in (1, 2) for part in ("prompt", "chosen", "rejected")]
+    assert axis.get_xticks().tolist() == [2, 6.5, 10, 13, 16, 20]
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("key", "query")
+
+
+@pytest.mark.parametrize("args, name, paths, out", [
+    (["--tradeoff", "out/a/", "out/b"], "tradeoff", ["out/a/", "out/b"], "tradeoff.png"),
+    (["out/a", "--beta"], "by_beta", ["out/a"], "out/beta.png"),   # no such folder
+    (["."], "plot", ["."], "./curves.png"),
+    (["--attention", "--out=~/a.pdf"], "plot_attention", [], "HOME/a.pdf")])
+def test_names_of_pictures(args, name, paths, out, tmp_path, monkeypatch, capsys):
+    """A picture goes where --out says, into the folder of one run, or here."""
+    pytest.importorskip("matplotlib")
+    from scripts import plot
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "HOME")
+    monkeypatch.setattr(plot, name, lambda *given: seen.append(given) or "\x1b[drawn")
+    monkeypatch.setattr(sys, "argv", ["plot", *args])
+    seen = []
+    plot.main()
+    assert seen == [(paths, out)] and capsys.readouterr().out == "\\x1b[drawn\n"
+    for wrong, words in ((["--out=a.jpg", "x"], "--out: a .png, .pdf or .svg file"),
+                         (["--tradeoff"], "name a run")):
+        monkeypatch.setattr(sys, "argv", ["plot", *wrong])
+        with pytest.raises(UserError, match=words):
+            plot.main()
+
+
+def test_names_that_end_in_zero(drawn, tmp_path):
+    """Two datasets are two labels, though a float is shown without its .0."""
+    runs = [run_of(tmp_path / name, [0], [1], dataset=name, pref_weight=3.0)
+            for name in ("v2", "v2.0")]
+    assert [*lines_of(drawn("tradeoff", *runs)[0])] == [
+        "mmpo, dataset v2, pref_weight 3", "mmpo, dataset v2.0, pref_weight 3"]
+
+
+def test_a_single_step_is_seen(drawn, tmp_path):
+    run, more = run_of(tmp_path / "one", [0], [1]), run_of(tmp_path / "more", [0, 1], [1, 1])
+    assert [line.get_marker() for line in drawn("plot", run, more)[0].lines[::2]][:2] == [".", ""]
+
+
+def test_ten_betas_are_told_apart(drawn, tmp_path):
+    runs = [run_of(tmp_path / f"{i}", [0], [1], beta=i / 10) for i in range(12)]
+    lines = drawn("tradeoff", *runs)[0].lines
+    assert len({(line.get_marker(), line.get_markersize()) for line in lines}) == 12
 
 
 # --- ranks, packs and compilation change nothing

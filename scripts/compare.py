@@ -69,6 +69,7 @@ def plan(configs, grids, more):
             arguments = [*files, *more, *(f"--{key}={value}" for key, value in point
                                           if key != "config")]
             settings, _ = configure({}, arguments, TRAIN, {"objective": mmpo.OBJECTIVES})
+            require(not settings["dry_run"], "--dry_run: of one run, with train.py")
             settings["out_dir"] = ""
             if settings not in (known for _, known in runs.values()):
                 require(name not in runs, f"--grid: two runs would be called {name}; rename a file")
@@ -176,15 +177,15 @@ def table(runs, out, beside):
     """A row for each run, over its seeds: the mean of each metric, ± half of its 95% interval, and
     the seeds' range; in the last column how much its implicit reward accuracy is above that
     of `beside`."""
-    groups = {}   # name without its seed: the evaluations
+    groups, metrics = {}, {}   # groups: name without its seed: the evaluations
     for name in runs:
         found = read_json(os.path.join(out, f"{name}.evaluation.json"))
         groups.setdefault(without_seed(name), []).append(found)
-    first = groups[beside][0]
-    columns = [metric for metric in first["metrics"] if metric.startswith(COLUMNS)]
+        metrics |= found["metrics"]   # one run may lack what another has
+    columns = [metric for metric in metrics if metric.startswith(COLUMNS)]
     rows = [["run", *columns, f"accuracy/implicit less that of {beside}"],
             ["---"] * (len(columns) + 2),
-            [f"before ({beside})", *(cell([e["before"].get(metric) for e in groups[beside]])
+            [f"before ({beside})", *(cell([(e["before"] or {}).get(metric) for e in groups[beside]])
                                    for metric in columns), ""]]
     for name, found in groups.items():
         rows.append([name, *(cell([e["metrics"].get(metric) for e in found]) for metric in columns),
@@ -225,7 +226,7 @@ def cell(values):
         return ""
     mean, low, high = np.mean(values, axis=0)
     text = f"{mean:.3g}" + (f" ± {(high - low) / 2:.2g}" if high > low else "")
-    seeds = sorted(value for value, *_ in values)
+    seeds = np.sort([value for value, *_ in values])   # NaN last
     return text + (f" (seeds {seeds[0]:.3g} to {seeds[-1]:.3g})" if seeds[0] < seeds[-1] else "")
 
 
@@ -233,11 +234,11 @@ def difference(group, base):
     """How much the implicit reward accuracy of a group of runs is above that of the group `base`,
     with its 95% interval. "" where the evaluations had no pairs, and a word where they had
     different ones. The order of the pairs may differ, since a run's seed draws it."""
-    if not all(e.get("pairs") and e["margins"] for e in [*base, *group]):
+    if not all(e.get("pairs") and "implicit" in e["margins"] for e in [*base, *group]):
         return ""
     found = []   # of each evaluation, its pairs in one order: what they are, their prompts, margins
     for e in [*base, *group]:
-        order = np.argsort(e["pairs"], kind="stable")
+        order = np.argsort(e["pairs"])
         found.append([np.array(x)[order] for x in (e["pairs"], e["prompts"],
                                                    e["margins"]["implicit"])])
     pairs, prompts, margins = zip(*found)

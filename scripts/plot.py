@@ -31,7 +31,7 @@ PANELS = {"loss": "loss", "accuracy/mean": "chosen likelier, mean log-probs",   
 CURVES = "kl", "accuracy/mean"   # what a run without an evaluation is drawn by
 IMPLICIT = "accuracy/implicit"   # as scripts/evaluate.py calls it
 ACCURACY = {True: "implicit reward accuracy", False: "held-out accuracy, mean log-probs"}
-KL_TICKS = [0, 0.005, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100]
+KL_TICKS = [0, 0.002, 0.005, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100]
 SILENT = "I/O", "logging", "distributed", "system"   # groups of settings that labels leave out,
 TOLD = "init_from", "dtype"                          # but for these two
 COLOURS = "#0072B2 #E69F00 #009E73 #CC79A7 #000000 #56B4E9 #D55E00".split()   # Okabe and Ito's
@@ -83,8 +83,9 @@ def read_methods(paths):
             names = [name for name, setting in known.items() if name in differ
                      or setting.group == "objective" and name not in ("objective", "beta")
                      and told.get(name, setting.value) != setting.value]
-            values = (f"{n} {told.get(n, known[n].value)}".removesuffix(".0") for n in names)
-            label = [told["objective"], *values]
+            values = [told.get(n, known[n].value) for n in names]   # 64.0 is shown as 64
+            label = [told["objective"], *(f"{n} {x}".removesuffix(".0" * isinstance(x, float))
+                                          for n, x in zip(names, values))]
             run = {metric: curves.get(f"eval/{metric}", ([], []))[1] for metric in CURVES}
             methods.setdefault(plain(", ".join(label)), []).append(
                 run | {"beta": told["beta"], "evaluation": found})
@@ -109,8 +110,8 @@ def finish(axes, out):
         axis.spines[["top", "right"]].set_visible(False)
     legend = {name: line for axis in axes for line, name in zip(*axis.get_legend_handles_labels())}
     axis.figure.legend(legend.values(), legend.keys(), loc="upper left", bbox_to_anchor=(0, 0),
-                       ncols=3 if len(max(legend, key=len)) > 32 else 4, fontsize=8,
-                       frameon=False, handlelength=4)
+                       ncols=max(1, min(4, 170 // (10 + len(max(legend, key=len))))),
+                       fontsize=8, frameon=False, handlelength=4)
     with writing(out):
         axis.figure.savefig(out, dpi=130, bbox_inches="tight")
     return out
@@ -125,7 +126,8 @@ def plot(paths, out):
     for axis, (metric, title) in zip(axes, PANELS.items()):
         for i, (name, (_, curves)) in enumerate(zip(names, runs)):
             training, held_out = (curves.get(m, ([], [])) for m in (metric, f"eval/{metric}"))
-            axis.plot(*training, color=COLOURS[i % 7], alpha=0.35, linewidth=1)
+            axis.plot(*training, color=COLOURS[i % 7], alpha=0.35, linewidth=1,
+                      marker="." * (len(training[0]) == 1))   # a line of one step is none
             axis.plot(*held_out, **STYLES[i % 315], markersize=4, label=plain(name))
         axis.set(title=title, xlabel="step")
         axis.locator_params("x", integer=True, min_n_ticks=1)
@@ -150,6 +152,7 @@ def tradeoff(paths, out):
         for run in runs:
             beta, evaluation = run["beta"], run["evaluation"]
             look = STYLES[i % 315] | {"marker": MARKERS[betas.index(beta) % 9], "linewidth": 1,
+                                      "markersize": 6 + 3 * (betas.index(beta) // 9),
                                       "label": label + f", beta {beta:g}" * (len(betas) > 1)}
             if not evaluated:
                 left.plot(*(run[metric] for metric in CURVES), **look, markevery=[-1])
