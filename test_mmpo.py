@@ -3724,7 +3724,7 @@ def test_config_that_sets_nothing_it_seems_to(configure, tmp_path):
     ("--max_iters=1.5", ["max_iters", "whole number", "1.5"]), ("--max_iters=", ["whole number"]),
     ("--max_iters=true", ["whole number"]), ("--max_iters=1e999", ["whole number"]),
     ("--max_iters=-5", ["max_iters", "0 or more", "-5"]), ("--learning_rate=0", ["above 0"]),
-    ("--offset=1e39", ["below 1e30"]), ("out_dir = 'a\\0b'", ["text"]),
+    ("--offset=1e39", ["below 1e30"]), ("--offset=-1e39", ["below 1e30"]), ("out_dir = 'a\\0b'", ["text"]),
     ("--offset=inf", ["a number"]), ("--offset=nan", ["a number"]),
     ("--max_iters=1e30", ["below 2 ** 63"]), ("--max_iters=" + "9" * 5000, ["whole number"]),
     ("--dropout=1.5", ["from 0 to below 1"]),
@@ -3810,7 +3810,7 @@ def test_help(configure, capsys):
     assert all(re.search(rf'--{k}="?{re.escape(str(v))}', out) for k, v in DEFAULTS.items())
     assert "steps" in out and 'with "quotes" # and a hash' in out and "later" not in out
     lines = out.splitlines()
-    assert lines.index("I/O") < lines.index("numbers") < [
+    assert lines.count("I/O") == 1 and lines.index("I/O") < lines.index("numbers") < [
         i for i, line in enumerate(lines) if "--max_iters" in line][0]
 
 
@@ -4104,6 +4104,7 @@ LAUNCHED = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "here", "MASTER_PORT"
     ({}, (False, 0, 0, 1)), ({"WORLD_SIZE": "1", "LOCAL_RANK": "3"}, (False, 0, 0, 1)),
     ({"WORLD_SIZE": "8"}, 'WORLD_SIZE is "8", but RANK is not set'),
     (LAUNCHED, (True, 1, 0, 2)), (LAUNCHED | {"LOCAL_RANK": "1"}, (True, 1, 1, 2)),
+    ({"WORLD_SIZE": ""}, (False, 0, 0, 1)), (LAUNCHED | {"LOCAL_RANK": "x"}, "LOCAL_RANK is"),
     ({"RANK": "0"}, "WORLD_SIZE"), (LAUNCHED | {"MASTER_ADDR": ""}, "MASTER_ADDR"),
     (LAUNCHED | {"RANK": "one"}, 'RANK is "one"'), (LAUNCHED | {"RANK": "2"}, "RANK is 2, but"),
     (LAUNCHED | {"MASTER_PORT": "x"}, "_PORT")])
@@ -5028,6 +5029,7 @@ def test_compare_arguments(tmp_path, monkeypatch, capsys):
                         (["--grid", "out_dir=a,b"], "one of out_dir, .* in out_dir=a,b"),
                         (["--grid", "beta=1,-1"], "--beta: beta must be 0 or more"),
                         (["--grid", "beta=1,2", "--beside=beta=3"], "--beside: one of beta=1, beta=2"),
+                        (["--jobs=0"], "--jobs: at least 1"),
                         (["--evaluate='open"], "--evaluate: not arguments")):
         monkeypatch.setattr(sys, "argv", ["compare", "config/demo.py", f"--out={tmp_path}/a", *args])
         with pytest.raises(UserError, match=words):
