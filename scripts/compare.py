@@ -143,7 +143,8 @@ def last_line(log):
 
 
 def run_all(runs, out, evaluation, jobs):
-    """Run what isn't done, `jobs` at a time, with a line for each that ends."""
+    """Run what isn't done, `jobs` at a time, with a line for each that ends -> {the name of a run
+    that failed: the error}."""
     for name, (_, settings) in runs.items():
         check_folder(os.path.join(out, name), settings)   # before any of them starts
     os.makedirs(out, exist_ok=True)
@@ -153,7 +154,7 @@ def run_all(runs, out, evaluation, jobs):
     for job in range(jobs):
         devices.put({"CUDA_VISIBLE_DEVICES": gpus.split(",")[job % n_gpus]} if n_gpus else {})
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // jobs)))
-    failed, seconds = [], []   # seconds: of the runs that were not done when this began
+    failed, seconds = {}, []   # seconds: of the runs that were not done when this began
     pool = ThreadPoolExecutor(jobs)
     try:
         futures = {pool.submit(run, os.path.join(out, name), *r, evaluation, devices, *locks):
@@ -161,7 +162,7 @@ def run_all(runs, out, evaluation, jobs):
         for done, future in enumerate(as_completed(futures), 1):
             error, line = future.exception(), f"{done} of {len(runs)} runs done"
             if error:
-                failed.append(str(error))
+                failed[futures[future]] = str(error)
             elif future.result() > 0:
                 seconds.append(future.result())
             if seconds:
@@ -170,7 +171,7 @@ def run_all(runs, out, evaluation, jobs):
             print(f"{line}: {futures[future]}" + f" FAILED: {error}" * bool(error), flush=True)
     finally:
         pool.shutdown(cancel_futures=True)   # after Ctrl-C no other run starts
-    require(not failed, "; ".join(failed))
+    return failed
 
 
 def table(runs, out, beside):
@@ -273,7 +274,12 @@ def main():
     beside = args.beside or labels[0]
     require(beside in labels, f"--beside: one of {', '.join(dict.fromkeys(labels))}")
     print(f"{len(runs)} runs in {args.out}, {args.jobs} at a time")
-    run_all(runs, args.out, args.evaluate, args.jobs)
+    failed = run_all(runs, args.out, args.evaluate, args.jobs)
+    runs = {name: planned for name, planned in runs.items() if name not in failed}
+    errors = "; ".join(failed.values())
+    require(runs, errors)
+    if beside not in map(without_seed, runs):
+        beside = without_seed(next(iter(runs)))
     check_data(runs, args.out)
     print("\n" + table(runs, args.out, beside))
     folders = [os.path.join(args.out, name) for name in runs]
@@ -282,6 +288,7 @@ def main():
             print(draw(folders, os.path.join(args.out, f"{name}.png")))
         except UserError as e:
             print(f"no {name}.png: {e}")
+    require(not failed, errors)
 
 
 if __name__ == "__main__":
