@@ -4210,8 +4210,9 @@ def runs(checkpoint, tmp_path_factory):
     jobs["untrained"] = [*jobs["lora"], "--learning_rate=0"]
     for name, args in jobs.items():
         path = {"triples": triples, "authors": triples, "chats": chats}.get(name, pairs)
-        # 16 pairs make batches of 6, 6 and 4
+        # 16 pairs make batches of 6, 6 and 4, in packs of two or three pairs
         args += [f"--dataset={path}", f"--eval_dataset={path}", "--max_iters=10", "--batch_size=6",
+                 "--pack_tokens=150",
                  "--warmup=0.25", f"--min_lr={0 if name == 'untrained' else 1e-3}",
                  "--weight_decay=0.1", "--beta1=0.8"]
     for process in train_all(checkpoint, folder, jobs).values():
