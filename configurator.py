@@ -548,7 +548,9 @@ ELSEWHERE = {
     "use_peft": "lora_rank", "lora_r": "lora_rank", "lora_target_modules": "lora_targets",
     "optim": "optimizer_state", "report_to": "wandb_log", "fsdp": "parallel=fsdp",
     "deepspeed": "parallel=fsdp", "resume_from_checkpoint": "resume",
-    "simpo_gamma": "gamma_beta_ratio, which is gamma / beta", "max_seq_length": "max_length"}
+    "simpo_gamma": "gamma_beta_ratio, which is gamma / beta", "max_seq_length": "max_length",
+    "pref_beta": "beta", "orpo_beta": "orpo_lambda", "val_set_size": "eval_pairs, not a share",
+    "max_completion_length": "max_length, of the prompt and one response"}
 
 
 def check_known(key, known, where):

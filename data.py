@@ -579,10 +579,14 @@ class Tokenizer:
             return text
         return f"\n{closing}\n\n{text}"   # as Qwen3 writes an answer without a thought
 
+    def end_of_turn(self):
+        """The id that ends a response in training."""
+        _, [response] = self.encode_responses([turn("user", "a")], ["b"])
+        return response[-1]
+
     def stop_ids(self):
         """The ids that end a response: eos, the config files' own, the template's end of turn."""
-        _, [response] = self.encode_responses([turn("user", "a")], ["b"])
-        return (self.end_ids | {response[-1], self.eos_id}) - {None}
+        return (self.end_ids | {self.end_of_turn(), self.eos_id}) - {None}
 
 
 def pattern_of(tokens):
@@ -805,7 +809,8 @@ SPEAKERS = [re.compile(rf"^(?:.{{0,4}}\b(?:{who})\s?[:\uff1a]|<extra_id_1>(?:{wh
             for who in ("human|user|prompter", "assistant|ai|bot")]
 # what chat templates write around turns, as in mlabonne/chatml_dpo_pairs, and Alpaca's and Vicuna's
 RENDERED = re.compile(r"<\|(im_start|im_end|start_header_id|eot_id|user|assistant)\|>|\[/INST\]|"
-                      r"<start_of_turn>|^### ?(Human|Instruction|User):|ASSISTANT:\s*\Z",
+                      r"<start_of_turn>|^### ?(Human|Instruction|User):|ASSISTANT:\s*\Z|"
+                      r"(</s>|<\|endoftext\|>|<\|end_of_text\|>)\s*\Z",
                       re.MULTILINE)
 
 THOUGHTS = "reasoning_content", "thinking", "reasoning"   # the names of an answer's thoughts
@@ -1642,7 +1647,8 @@ def read_folder(source, split):
     if {"state.json", "dataset_dict.json"} & {*os.listdir(source)}:
         found = load_from_disk(source)
     elif os.path.isfile(card) and re.search("^configs:", read_text(card, "text"), re.MULTILINE):
-        try:   # it says what files its splits have; streamed, since its cache knows no contents
+        try:   # it says what files its splits have; streamed, for the cache would not know a file
+            # that has changed under the same time
             found = load_dataset(source, streaming=True)
         except ValueError as e:
             raise UserError(f"{source}: {' '.join(str(e).split()):.160}; give one of its folders "
@@ -1652,7 +1658,7 @@ def read_folder(source, split):
         files = glob.glob(f"{here}/**", recursive=True)
         require(any(file.lower().endswith(".parquet") for file in files),
                 f"{source}: no parquet files in this folder; of others give the names, as *.jsonl")
-        found = load_dataset("parquet", data_files=DataFilesDict.from_patterns(
+        found = load_dataset("parquet", streaming=True, data_files=DataFilesDict.from_patterns(
             get_data_patterns(here), here, allowed_extensions=[".parquet", ".PARQUET"]))
     splits = found if isinstance(found, dict) else {split: found}
     # one that is alone is taken in place of train.py's defaults, and where none is asked for
@@ -1930,6 +1936,9 @@ def remarks(row, markers):
     if any(len(said) > 20 and prompt.rstrip().endswith(said)
            for said in (text_of(turns[-1]).strip() for turns in row.responses)):
         yield "whose prompt ends in a response; does its field hold both?"
+    if len(prompt) > 20 and any(text_of(turns[0]).strip().startswith(prompt.strip())
+                                for turns in row.responses):
+        yield "with a response that begins with the prompt; does its field hold both?"
     if row.ranked == "order" and len(row.responses) > 1:
         yield "whose first response counts as the best, and so on, as nothing ranks them"
     if row.rewards and len({*row.rewards}) == 1 < len(row.rewards):

@@ -136,6 +136,18 @@ OBJECTIVES = {   # each objective, and whether its loss reads the reference, in 
 }
 
 
+# Settings that an objective's loss doesn't read, which a run tells if they are given all the same.
+_OF_MMPO = ("pref_weight", "reward_chosen", "reward_rejected", "reward_norm", "reward_norm_group")
+UNREAD = {
+    "mmpo": ("gamma_beta_ratio", "orpo_lambda"),
+    "dpo": (*_OF_MMPO, "length_norm", "gamma_beta_ratio", "orpo_lambda"),
+    "ipo": (*_OF_MMPO, "length_norm", "gamma_beta_ratio", "orpo_lambda"),
+    "simpo": (*_OF_MMPO, "length_norm", "orpo_lambda"),
+    "orpo": (*_OF_MMPO, "length_norm", "beta", "gamma_beta_ratio"),
+    "sft": (*_OF_MMPO, "beta", "gamma_beta_ratio", "orpo_lambda"),
+}
+
+
 def preference_loss(objective, logps, lengths, ref_logps, R, *, beta=0.05, length_norm=True,
                     pref_weight=0.0, gamma_beta_ratio=1.6, orpo_lambda=0.1):
     """Loss of each pair, (B,), from summed log-probs (B, n), token counts (B, n) and the constants

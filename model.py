@@ -1050,6 +1050,16 @@ def all_finite(tensor):
     return torch.stack(torch.aminmax(tensor)).isfinite().all()
 
 
+@torch.no_grad()
+def looks_untrained(model, token, others):
+    """Whether the head's row of a token is that of one of these other tokens, within 1%, as in base
+    models that have special tokens which nothing was trained on. Every rank calls it."""
+    head = whole(model.head_weight).float()
+    known = [i for i in others if i != token and i < len(head)]
+    gaps = (head[known] - head[token]).norm(dim=1)
+    return bool((gaps <= 0.01 * head[token].norm()).any())
+
+
 def from_pretrained(name, device="cpu", dtype=torch.float32):
     """A folder or hub id -> (Llama on `device` in `dtype`, config.json as a dict)."""
     folder = checkpoint_folder(name)
@@ -1072,15 +1082,16 @@ def export(model, folder, hf_config, files={}, dtype=torch.bfloat16, adapter_of=
     hf_config, files: the start checkpoint's config.json, and its `files_beside_weights`.
     adapter_of: the base model's name; the LoRA adapters are then written alone, for
     peft.PeftModel.from_pretrained. chat_template: the text trained with. stop_ids: what ends a
-    turn, for generation_config.json. in_bf16: whether products were in bf16. They saw weights
-    rounded to the nearest bf16 number, so all are written as such, norms and embeddings too,
-    whatever dtype is. A matrix that an adapter is merged into is not, since products saw the two
-    apart.
+    turn, for generation_config.json and config.json. in_bf16: whether products were in bf16. They
+    saw weights rounded to the nearest bf16 number, so all are written as such, norms and embeddings
+    too, whatever dtype is. A matrix that an adapter is merged into is not, since products saw the
+    two apart.
 
     Every rank calls it, since a sharded tensor is put together by all; the first rank writes. Files
     are written into a folder of their own, then moved, so that each is whole or not there.
     """
     layers, state = lora_layers(model), model.state_dict()
+    ends = sorted(stop_ids) if len(stop_ids) > 1 else max(stop_ids, default=None)
     kind = "adapter_" if adapter_of else ""
     if adapter_of:
         dtype, config = torch.float32, adapter_config(layers, adapter_of)
@@ -1089,6 +1100,13 @@ def export(model, folder, hf_config, files={}, dtype=torch.bfloat16, adapter_of=
         name = str(dtype).removeprefix("torch.")
         config = hf_config | {"dtype": name, "torch_dtype": name, "architectures":
                               [ARCHITECTURES[hf_config["model_type"]]]}
+        config.pop("auto_map", None)   # it names files of code, which an export leaves out
+        if rope := hf_config.get("rope_parameters"):   # older readers look for the other two
+            config |= {"rope_theta": rope.get("rope_theta", 1e4), "rope_scaling": None}
+            if rope.get("rope_type", "default") != "default":
+                config["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
+        if stop_ids:
+            config["eos_token_id"] = ends
         tensors = {n: p for n, p in state.items() if "lora_" not in n}
     shards = split_state_dict_into_shards_factory(
         tensors, get_storage_size=lambda p: p.numel() * dtype.itemsize,
@@ -1129,7 +1147,7 @@ def export(model, folder, hf_config, files={}, dtype=torch.bfloat16, adapter_of=
     elif not adapter_of:
         generation = {k: hf_config[k] for k in TOKEN_IDS if hf_config.get(k) is not None}
     if stop_ids:
-        generation["eos_token_id"] = sorted(stop_ids) if len(stop_ids) > 1 else max(stop_ids)
+        generation["eos_token_id"] = ends
     write_json(path, generation)
     if chat_template is not None:
         write_template(temporary, chat_template)
@@ -1157,14 +1175,18 @@ def keep_ids(folder):
     """Have transformers take all of tokenizer.json, as this project does. Most tokenizer classes of
     transformers 5 take the vocabulary alone: GPT2Tokenizer, which SmolLM2 names, would no longer
     cut digits apart, and LlamaTokenizer puts SentencePiece's spaces where a flag, `legacy`, says.
-    What else such a class does stays."""
+    What else such a class does stays. (TokenizersBackend does what is wanted, but transformers 4
+    doesn't know it.)"""
     path = os.path.join(folder, "tokenizer_config.json")
     tokenizer = os.path.join(folder, "tokenizer.json")
     if os.path.exists(path) and os.path.exists(tokenizer):
         config, spec = read_json(path), read_json(tokenizer)
+        if isinstance(config.get("extra_special_tokens"), list):   # which is new in 5, too
+            config["additional_special_tokens"] = config.pop("extra_special_tokens")
+            write_json(path, config)
         name = str(config.get("tokenizer_class") or "Llama")
         steps = f"{spec.get('normalizer')} {spec.get('pre_tokenizer')}"
-        differs = not re.match("PreTrained|Tokenizers|Qwen2", name)
+        differs = not re.match("PreTrained|Qwen2", name)
         if "Llama" in name:   # this class takes all of a byte-level tokenizer.json
             differs = re.search("Prepend|Metaspace", steps)
         if differs:

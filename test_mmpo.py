@@ -764,6 +764,33 @@ def test_export_opens_in_transformers(checkpoint, tmp_path):
             assert a.read() == b.read()
 
 
+def test_export_for_older_readers(checkpoint, tmp_path):
+    """transformers 5 writes rope_parameters. Older readers, which would take the default in silence,
+    find rope_theta and rope_scaling. Files of code that are not copied are not named. The end of
+    turn is in config.json too."""
+    model, config = llama.from_pretrained(checkpoint)
+    for rope, scaling in ((dict(LLAMA3_ROPE), {k: v for k, v in LLAMA3_ROPE.items()
+                                               if k != "rope_theta"}),
+                          ({"rope_type": "default", "rope_theta": 5e5}, None)):
+        llama.export(model, str(tmp_path), config | {"rope_parameters": rope, "auto_map": {"x": "y"}},
+                     files_of(checkpoint), stop_ids={2, 5})
+        saved = read_json(tmp_path / "config.json")
+        assert (saved["rope_theta"], saved["rope_scaling"]) == (5e5, scaling)
+        assert saved["rope_parameters"] == rope and "auto_map" not in saved
+        assert saved["eos_token_id"] == [2, 5]
+        here = llama.config_from_dict(config | {"rope_parameters": rope})
+        assert llama.config_from_dict(saved) == here
+
+
+def test_tokens_that_nothing_was_trained_on():
+    """The head's row of such a token is that of another one, or nearly."""
+    model = tiny_model()
+    with torch.no_grad():
+        model.head_weight[7] = model.head_weight[5] * 1.001
+    assert llama.looks_untrained(model, 7, [3, 5, 7, 10 ** 6])
+    assert not llama.looks_untrained(model, 7, [3, 7]) and not llama.looks_untrained(model, 7, [])
+
+
 def test_export_has_one_template(checkpoint, tmp_path):
     """No file of an export keeps another chat template than the one trained with."""
     model, config = llama.from_pretrained(checkpoint)
@@ -1761,6 +1788,22 @@ def test_the_formula_gets_every_setting():
     given = {keyword.arg: keyword.value.id for keyword in knobs.keywords}
     takes = inspect.signature(mmpo.preference_loss).parameters.values()
     assert given == {p.name: p.name for p in takes if p.kind is p.KEYWORD_ONLY}
+
+
+@pytest.mark.parametrize("objective", mmpo.UNREAD)
+def test_settings_that_an_objective_does_not_read(objective):
+    """They change nothing, and all others do."""
+    means, R, lengths = method_inputs(2)
+    knobs = dict(beta=0.3, length_norm=True, pref_weight=0.5, gamma_beta_ratio=1.2, orpo_lambda=0.4)
+
+    def loss(**other):
+        return mmpo.preference_loss(objective, means * lengths, lengths, means, R, **knobs | other)
+    for name, value in knobs.items():
+        unread = name in mmpo.UNREAD[objective] or (objective, name) == ("mmpo", "beta")   # it is in R
+        assert loss(**{name: not value if value is True else 2 * value}).equal(loss()) == unread
+    reads_R = not loss().equal(mmpo.preference_loss(objective, means * lengths, lengths, means, R + 1,
+                                                    **knobs))
+    assert reads_R == ("reward_norm" not in mmpo.UNREAD[objective])
 
 
 def test_kl_estimate():
@@ -2920,6 +2963,12 @@ def test_folders(tokenizer, tmp_path, monkeypatch):
     assert all_ids(load(moved, tokenizer)) == want[:3]
     os.rename(moved / "data/test-00000-of-00001.parquet", moved / "data/train-00001-of-00001.parquet")
     assert all_ids(load(moved, tokenizer)) == want   # not what the cache has of these contents
+    file = tmp_path / "alone" / "a.parquet"   # other rows, but a file of the same time
+    assert all_ids(load(file.parent, tokenizer)) == want[3:]
+    written = file.stat().st_mtime_ns
+    one.to_parquet(file)
+    os.utime(file, ns=(written, written))
+    assert all_ids(load(file.parent, tokenizer)) == want[:3]
 
 
 CARD = """---
@@ -3168,6 +3217,11 @@ def test_rows_that_mislead(tokenizer, tmp_path):
     assert "; 1 in which the data spells special tokens, or mark" in load(path, tokenizer).report
     write_rows(path, [{"prompt": f"Hi. {said}", "output": said} for said in ("a dog", "a dog " * 9)])
     assert "; 1 whose prompt ends in a response; does" in load(path, tokenizer).report
+    asked = "Which animal says moo?"
+    path = write_rows(tmp_path / "d.jsonl", [{"prompt": asked, "chosen": asked + " A cow.", "rejected":
+                                              "A dog.</s>"}])
+    assert "; 1 with a response that begins with the prompt; does" in load(path, tokenizer).report
+    assert "; 1 in which the data spells special tokens, or mark" in load(path, tokenizer).report
     for prompt in ("### Instruction:\nHi\n\n### Response:\n", "USER: Hi ASSISTANT: "):
         write_rows(path, [GOOD | {"prompt": prompt}])
         assert "; 1 in which the data spells special" in load(path, tokenizer).report
@@ -4424,6 +4478,20 @@ def test_spaces_of_an_export(name, legacy, tmp_path):
         assert theirs.encode(text, add_special_tokens=False) == ours.encode(text), text
 
 
+def test_lora_on_a_token_that_nothing_was_trained_on(checkpoint, tmp_path):
+    """LoRA can't teach a base the end of a turn whose token it was never trained on."""
+    base = shutil.copytree(checkpoint, str(tmp_path / "base"))
+    weights, ids = weights_of(base), data.Tokenizer(base).special
+    embedding = weights["model.embed_tokens.weight"]
+    embedding[ids["<|im_end|>"]] = embedding[ids["<|im_start|>"]]
+    save_file(weights, f"{base}/model.safetensors", {"format": "pt"})
+    pairs = write_rows(tmp_path / "pairs.jsonl", word_rows(4))
+    process = train(base, tmp_path / "out", f"--dataset={pairs}", "--eval_pairs=1", "--max_iters=1",
+                    "--lora_rank=2")
+    assert_done(process)
+    assert "warning: the base was not trained on the token that ends a turn" in process.stdout
+
+
 def test_models_that_fill_the_memory_are_read_in_bf16(checkpoint, monkeypatch):
     """Where fp32 would take more than 0.6 of a CPU's memory; else the system kills the program."""
     size = sum(np.prod(shape) for *_, shape in llama.find_tensors(checkpoint).values())
@@ -4432,7 +4500,8 @@ def test_models_that_fill_the_memory_are_read_in_bf16(checkpoint, monkeypatch):
         assert cost.fitting_dtype(checkpoint, "cpu") == dtype
 
 
-@pytest.mark.parametrize("name", ["GPT2Tokenizer", "GPTNeoXTokenizer", "PreTrainedTokenizerFast"])
+@pytest.mark.parametrize("name", ["GPT2Tokenizer", "GPTNeoXTokenizer", "PreTrainedTokenizerFast",
+                                  "TokenizersBackend"])
 def test_ids_of_an_export(name, checkpoint, tmp_path):
     """transformers 5 cuts text as tokenizer.json says, and not as the class that the start model
     names, such as SmolLM2's GPT2Tokenizer, which would leave the digits together."""
@@ -4448,8 +4517,13 @@ def test_ids_of_an_export(name, checkpoint, tmp_path):
     spec["added_tokens"] = [t for t in spec["added_tokens"] if t["id"] < len(vocab)]
     write_json(f"{folder}/tokenizer.json", spec)
     config = read_json(f"{folder}/tokenizer_config.json")
-    write_json(f"{folder}/tokenizer_config.json", config | {"tokenizer_class": name})
+    write_json(f"{folder}/tokenizer_config.json", config | {
+        "tokenizer_class": name, "extra_special_tokens": ["<|im_start|>"]})
     llama.keep_ids(folder)
+    written = read_json(f"{folder}/tokenizer_config.json")
+    assert written["tokenizer_class"] == "PreTrainedTokenizerFast"   # which transformers 4 has too
+    assert written["additional_special_tokens"] == ["<|im_start|>"]
+    assert "extra_special_tokens" not in written
     theirs, ours = AutoTokenizer.from_pretrained(folder), data.Tokenizer(folder)
     for text in ("a fox 12", "12", "1\n\n2 dogs"):
         assert theirs.encode(text, add_special_tokens=False) == ours.encode(text), text
@@ -6181,9 +6255,10 @@ wandb.log = log
 """, tmp_path / "sends.py")
     pairs = write_rows(tmp_path / "pairs.jsonl", word_rows(6))
     process = train(checkpoint, f"{tmp_path}/run/", f"--dataset={pairs}", "--eval_pairs=2",
-                    "--max_iters=3", "--lora_alpha=8", "--wandb_log", script=script)
+                    "--max_iters=3", "--lora_alpha=8", "--wandb_log", "--orpo_lambda=1", script=script)
     assert_done(process)
     assert "note: lora_alpha has no effect without lora_rank\n" in process.stdout
+    assert "note: orpo_lambda has no effect on mmpo\n" in process.stdout
     assert re.findall("sent: (.*)", process.stdout) == [
         "nanommpo run 0.05", "0 eval/accuracy/implicit", "0 accuracy/mean", "1 accuracy/mean"]
     assert process.stdout.count("note: wandb_log: no more of it (the service is gone);") == 1

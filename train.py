@@ -140,7 +140,8 @@ require(optimizer_state != "8bit" or not fsdp and find_spec("bitsandbytes"),
         "optimizer_state: 8bit takes pip install bitsandbytes, and parallel=ddp")
 require(not wandb_log or getattr(find_spec("wandb"), "origin", None),   # not its folder ./wandb
         "wandb_log: it takes pip install wandb")
-require(objective != "ipo" or beta > 0, "beta: IPO divides by it; give a value above 0")
+require(objective not in ("dpo", "ipo", "simpo") or beta > 0,
+        f"beta: with 0 {objective} learns nothing; give a value above 0")
 require(min_lr <= learning_rate, f"min_lr: {min_lr} is above learning_rate, {learning_rate}")
 require(lora_rank or not export_adapter, "export_adapter: no adapters without LoRA; set lora_rank")
 
@@ -193,6 +194,9 @@ for name, needed in {"lora_alpha": "lora_rank", "lora_dropout": "lora_rank",
                      "lora_targets": "lora_rank", "eval_split": "eval_dataset"}.items():
     if name in overrides and not settings[needed]:
         log(f"note: {name} has no effect without {needed}")
+for name in overrides:
+    if name in mmpo.UNREAD.get(objective, ()):
+        log(f"note: {name} has no effect on {objective}")
 
 # --- data: rows become token ids once, and are read from the cache after that
 folder = first_on_each_node(llama.checkpoint_folder, init_from, not dry_run)
@@ -284,6 +288,11 @@ def score(pairs, indices, title=None):
 
 
 stop_ids = tokenizer.stop_ids()
+if lora_rank and llama.looks_untrained(raw_model, tokenizer.end_of_turn(),
+                                       tokenizer.special.values()):
+    log("warning: the base was not trained on the token that ends a turn, and LoRA leaves its "
+        "embedding as it is, so answers may not end; train all weights, or give a chat_template "
+        "whose turns end in {{ eos_token }}")
 
 
 def answer(title):
