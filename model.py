@@ -1101,8 +1101,9 @@ def export(model, folder, hf_config, files={}, dtype=torch.bfloat16, adapter_of=
         config = hf_config | {"dtype": name, "torch_dtype": name, "architectures":
                               [ARCHITECTURES[hf_config["model_type"]]]}
         config.pop("auto_map", None)   # it names files of code, which an export leaves out
-        if rope := hf_config.get("rope_parameters"):   # older readers look for the other two
-            config |= {"rope_theta": rope.get("rope_theta", 1e4), "rope_scaling": None}
+        rope = hf_config.get("rope_parameters")
+        if rope and not hf_config.get("rope_scaling"):   # older readers look for these two
+            config |= {"rope_theta": model.config.rope_theta, "rope_scaling": None}
             if rope.get("rope_type", "default") != "default":
                 config["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
         if stop_ids:

@@ -769,6 +769,7 @@ def test_export_for_older_readers(checkpoint, tmp_path):
     find rope_theta and rope_scaling. Files of code that are not copied are not named. The end of
     turn is in config.json too."""
     model, config = llama.from_pretrained(checkpoint)
+    model.config.rope_theta = 5e5
     for rope, scaling in ((dict(LLAMA3_ROPE), {k: v for k, v in LLAMA3_ROPE.items()
                                                if k != "rope_theta"}),
                           ({"rope_type": "default", "rope_theta": 5e5}, None)):
@@ -780,6 +781,9 @@ def test_export_for_older_readers(checkpoint, tmp_path):
         assert saved["eos_token_id"] == [2, 5]
         here = llama.config_from_dict(config | {"rope_parameters": rope})
         assert llama.config_from_dict(saved) == here
+    both = config | {"rope_parameters": rope, "rope_scaling": LINEAR_ROPE}   # which counts
+    llama.export(model, str(tmp_path), both, files_of(checkpoint))
+    assert read_json(tmp_path / "config.json")["rope_scaling"] == LINEAR_ROPE
 
 
 def test_tokens_that_nothing_was_trained_on():
