@@ -279,7 +279,7 @@ class Tokenizer:
         # The turns of a conversation come again in the prompt of each later turn.
         self.encode_plain = functools.lru_cache(256)(self.encode_plain)
         content = json.dumps([spec, config, special_map, added_tokens, self.template_text,
-                              self.template_kwargs])
+                              for_tools, self.template_kwargs])
         flag = re.search(r'"(?!content")(\w+)": "(true|false)"', content, re.IGNORECASE)
         require(not flag, f"{folder}: its tokenizer's files, or chat_template_kwargs, have "
                 f"{flag and flag[0]}, a text; write true or false without quotes")
@@ -718,6 +718,9 @@ def find_chat_template(folder, config, override):
         named = {t["name"]: t["template"] for t in template}
         template = named.get("default", "")
         return template, named.get("tool_use", template)
+    for_tools = os.path.join(folder, "additional_chat_templates", "tool_use.jinja")
+    if not override and os.path.exists(for_tools):
+        return template, read_text(for_tools, "a chat template")
     return template, template
 
 

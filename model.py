@@ -772,7 +772,7 @@ def whole(tensor):
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
                    "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model",
-                   "chat_template.jinja")
+                   "chat_template.jinja", "additional_chat_templates/tool_use.jinja")
 CONFIGS = "config.json", "adapter_config.json"   # by which a folder is opened
 MODEL_FILES = (*CONFIGS, "generation_config.json", *TOKENIZER_FILES)
 WEIGHT_FILES = [f"{stem}{end}" for stem in ("model", "adapter_model") for end in (
@@ -784,6 +784,8 @@ ON_A_BASE = {}   # the folders that on_its_base made; each goes when the program
 def model_files(folder):
     """Names of a folder's files that a program may read when it opens a model there."""
     found = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    if os.path.lexists(os.path.join(folder, TOKENIZER_FILES[-1])):
+        found.append(TOKENIZER_FILES[-1])
     return [file for file in found if file in MODEL_FILES
             or file.endswith((".safetensors", ".safetensors.index.json"))]
 
@@ -885,6 +887,7 @@ def on_its_base(adapter, weights):
         made = tempfile.TemporaryDirectory(prefix=f"{os.path.basename(os.path.abspath(adapter))}-")
     for file, source in sources.items():
         link, there = os.path.join(made.name, file), os.path.join(source, file)
+        os.makedirs(os.path.dirname(link), exist_ok=True)
         os.symlink(os.path.abspath(there), link)
         BEHIND[link] = there
     ON_A_BASE[made.name], BEHIND[made.name] = made, adapter   # the folder last: it begins all links
@@ -1141,6 +1144,7 @@ def export(model, folder, hf_config, files={}, dtype=torch.bfloat16, adapter_of=
                    {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename})
     for file, content in files.items():
         with writing(os.path.join(folder, file)):
+            Path(temporary, file).parent.mkdir(exist_ok=True)
             Path(temporary, file).write_bytes(content)
     path, generation = os.path.join(temporary, "generation_config.json"), {}
     if os.path.exists(path):   # it was one of `files`
@@ -1157,12 +1161,20 @@ def export(model, folder, hf_config, files={}, dtype=torch.bfloat16, adapter_of=
 
 
 def write_template(folder, chat_template):
-    """Make this the template of a folder, and the only one. transformers reads chat_template.jinja,
-    llama.cpp the one in tokenizer_config.json, which may also list several by name."""
+    """Make this the template of a folder, and the only one, but for one for tools that the folder
+    has beside it. transformers reads chat_template.jinja, llama.cpp the one in
+    tokenizer_config.json, which may also list several by name."""
     jinja = os.path.join(folder, "chat_template.jinja")
     path = os.path.join(folder, "tokenizer_config.json")
     config = read_json(path) if os.path.exists(path) else {}
-    had = config.get("chat_template")
+    had, for_tools = config.get("chat_template"), Path(folder, TOKENIZER_FILES[-1])
+    if for_tools.exists():   # this and a chat_template.jinja that is unchanged become a list
+        if os.path.exists(jinja) and Path(jinja).read_text("utf-8") == chat_template:
+            had = [{"name": "default", "template": chat_template},
+                   {"name": "tool_use", "template": for_tools.read_text("utf-8")}]
+            write_json(path, config | {"chat_template": had})
+            os.remove(jinja)
+        shutil.rmtree(for_tools.parent)
     same = had == chat_template
     if isinstance(had, list):
         same = {"name": "default", "template": chat_template} in had

@@ -3163,7 +3163,23 @@ def test_template_for_tools(tmp_path):
     write_json(path, read_json(path) | {"chat_template": several})
     model, config = llama.from_pretrained(folder)
     llama.export(model, out, config, llama.files_beside_weights(folder), chat_template=template)
-    for place in (folder, out):
+    # transformers 5 saves them in files, of which an export makes a list
+    apart, again = str(tmp_path / "apart"), str(tmp_path / "again")
+    shutil.copytree(folder, apart)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(apart)
+    assert os.path.exists(f"{apart}/additional_chat_templates/tool_use.jinja")
+    os.makedirs(again)
+    adapter = str(tmp_path / "adapter")
+    os.makedirs(adapter)
+    write_json(f"{adapter}/adapter_config.json", {
+        "peft_type": "LORA", "base_model_name_or_path": apart, "r": 1, "lora_alpha": 1})
+    for _ in range(2):   # also over an earlier one
+        llama.export(model, again, config, llama.files_beside_weights(apart), chat_template=template)
+    assert {*os.listdir(again)} == {*os.listdir(out)}
+    llama.export(model, str(tmp_path / "new"), config, llama.files_beside_weights(apart),
+                 chat_template="new")
+    assert data.Tokenizer(str(tmp_path / "new")).render(say("Hi"), tools=[TOOL]) == "new"
+    for place in (folder, out, apart, again, llama.on_its_base(adapter, False)):
         ours, theirs = data.Tokenizer(place), AutoTokenizer.from_pretrained(place)
         for tools in (None, [TOOL]):
             text = ours.render(say("Hi"), True, tools=tools)
