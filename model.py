@@ -1057,10 +1057,10 @@ def all_finite(tensor):
 def looks_untrained(model, token, others):
     """Whether the head's row of a token is that of one of these other tokens, within 1%, as in base
     models that have special tokens which nothing was trained on. Every rank calls it."""
-    head = whole(model.head_weight).float()
-    known = [i for i in others if i != token and i < len(head)]
-    gaps = (head[known] - head[token]).norm(dim=1)
-    return bool((gaps <= 0.01 * head[token].norm()).any())
+    head = whole(model.head_weight)
+    row, rows = (head[i].float() for i in (
+        token, [i for i in others if i != token and i < len(head)]))
+    return bool(((rows - row).norm(dim=-1) <= 0.01 * row.norm()).any())
 
 
 def from_pretrained(name, device="cpu", dtype=torch.float32):
