@@ -82,6 +82,6 @@ python -m scripts.compare config/study_135m.py --out="$out" --jobs="$jobs" \
     --grid config=config/authors.py learning_rate=6e-6,6e-5 --grid pref_weight=40 learning_rate=6e-6 \
     --grid pref_weight=0,10 learning_rate=2e-5 beta=0.01,0.5 seed=1 \
     --grid objective=dpo,simpo learning_rate=6e-6 beta=0.01,0.5 seed=1 \
-    --grid objective=dpo learning_rate=2e-5 seed=1 \
+    --grid objective=dpo,sft learning_rate=2e-5 seed=1 \
     -- --init_from="$model" --dataset="$out/train.jsonl" --eval_dataset="$out/held_out.jsonl" \
     ${more[@]+"${more[@]}"}
