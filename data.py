@@ -1329,10 +1329,9 @@ def turns_of(name, value, role, prompt=""):
         for t in several or [check_message(name, message, message is value)]:
             if t["role"] in ("function_call", "tool_call"):
                 t = with_calls(name, t, turns)
-            elif turns and t["role"] == turns[-1]["role"] == "assistant" \
-                    and is_masked(turns[-1]) == is_masked(t) and ONLY_THOUGHT.fullmatch(
-                        text_of(turns[-1])):   # ms-swift has the thought in a turn of its own
-                t["content"] = text_of(turns.pop()) + text_of(t)
+            elif turns and t["role"] == turns[-1]["role"] == "assistant" and ONLY_THOUGHT.fullmatch(
+                    text_of(turns[-1])) and is_masked(turns[-1]) == is_masked(t):
+                t["content"] = text_of(turns.pop()) + text_of(t)   # as ms-swift has a thought
             turns.append(t)
     return turns
 
@@ -1904,15 +1903,15 @@ def tokenize(sources, tokenizer, max_length, max_prompt_length, bad_rows, column
     for name, path in columns.items():
         require(unused[name] < used or all(lacking), f"columns: {name}:{path} is not used, since "
                 "the rows have other fields that count before it")
-    some_lack = Counter({path: unused[path] for path in sum(paths.values(), [])
-                         if unused[path] < used})
-    idle = [str(name) or '""' for name in unused + ignored if name not in sum(paths.values(), [])]
+    of_columns = sum(paths.values(), [])
+    lacked = Counter({path: unused[path] for path in of_columns if unused[path] < used})
+    idle = [str(name) or '""' for name in unused + ignored if name not in of_columns]
     return Pairs.from_ids(pairs, rewards, "; ".join(filter(None, [
         f"{seen:,} rows = {used:,} used + {sum(dropped.values()):,} dropped{why}",
         len(pairs) != used and f"{len(pairs):,} pairs, one for each turn of the assistant",
         left_out and f"turns left out: {counted(left_out)}",
         *(f"{n:,} {remark}" for remark, n in told.items()),
-        counted(some_lack) and f"rows that lack a field of --columns: {counted(some_lack)}",
+        counted(lacked) and f"rows that lack a field of --columns: {counted(lacked)}",
         counted(cut) and f"cut to length: {counted(cut)}",
         idle and f"fields not used: {', '.join(idle)}"])))
 

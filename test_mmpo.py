@@ -5033,7 +5033,7 @@ def test_model_card(evaluated, tmp_path):
     assert header["base_model"] == "owner/base" and header["datasets"] == ["owner/pairs"]
     assert {"nanommpo", "mmpo"} <= set(header["tags"])
     last = metrics_of(out)[-1]
-    assert f"{last['eval/logps/chosen']:.3f} |" in body and "--batch_size=8" in body
+    assert f"{last['eval/logps/chosen']:.3f} |" in body and "--batch_size=6" in body
     assert "out_dir" not in body
     command = shlex.split(body.split("```")[1].replace("\\\n", ""))   # as a shell reads it
     assert '--chat_template_kwargs={"a b": "$c"}' in command
