@@ -4404,7 +4404,7 @@ def test_a_real_run_equals_a_plain_loop(tmp_path):
         rows = [json.loads(line) for line in f][:3]
     path, out = write_rows(tmp_path / "pairs.jsonl", rows), tmp_path / "out"
     assert_done(train(SMOLLM2, out, f"--dataset={path}", f"--eval_dataset={path}", "--max_iters=2",
-                      "--batch_size=2", "--max_length=64", "--max_prompt_length=32",
+                      "--batch_size=2", "--max_length=40", "--max_prompt_length=20",
                       "--learning_rate=2e-5", "--pref_weight=10"))
     assert_equals_a_plain_loop(out, SMOLLM2)
 
