@@ -770,9 +770,10 @@ def whole(tensor):
 # -----------------------------------------------------------------------------
 # weights on disk: reading
 
+TOOL_TEMPLATE = "additional_chat_templates/tool_use.jinja"   # where transformers 5 keeps it
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
                    "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model",
-                   "chat_template.jinja", "additional_chat_templates/tool_use.jinja")
+                   "chat_template.jinja", TOOL_TEMPLATE)
 CONFIGS = "config.json", "adapter_config.json"   # by which a folder is opened
 MODEL_FILES = (*CONFIGS, "generation_config.json", *TOKENIZER_FILES)
 WEIGHT_FILES = [f"{stem}{end}" for stem in ("model", "adapter_model") for end in (
@@ -784,8 +785,8 @@ ON_A_BASE = {}   # the folders that on_its_base made; each goes when the program
 def model_files(folder):
     """Names of a folder's files that a program may read when it opens a model there."""
     found = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-    if os.path.lexists(os.path.join(folder, TOKENIZER_FILES[-1])):
-        found.append(TOKENIZER_FILES[-1])
+    if os.path.lexists(os.path.join(folder, TOOL_TEMPLATE)):
+        found.append(TOOL_TEMPLATE)
     return [file for file in found if file in MODEL_FILES
             or file.endswith((".safetensors", ".safetensors.index.json"))]
 
@@ -1167,7 +1168,7 @@ def write_template(folder, chat_template):
     jinja = os.path.join(folder, "chat_template.jinja")
     path = os.path.join(folder, "tokenizer_config.json")
     config = read_json(path) if os.path.exists(path) else {}
-    had, for_tools = config.get("chat_template"), Path(folder, TOKENIZER_FILES[-1])
+    had, for_tools = config.get("chat_template"), Path(folder, TOOL_TEMPLATE)
     if for_tools.exists():   # this and a chat_template.jinja that is unchanged become a list
         if os.path.exists(jinja) and Path(jinja).read_text("utf-8") == chat_template:
             had = [{"name": "default", "template": chat_template},
