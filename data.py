@@ -779,7 +779,7 @@ NAMES = {name: names.split() for name, names in {
     "thoughts": "thoughts reasoning_content thinking",   # before a completion that is text
     "responses": "responses generations",
     "rewards": "rewards ratings",
-    "best": "best",   # of two responses: 0 or 1, a or b, model_a or model_b
+    "best": "best_from_1 best",   # of two responses: 0 or 1, a or b, model_a or model_b
     "best_from_1": "best_from_1",   # the same, where the data says 1 or 2
     "score_chosen": "score_chosen chosen_score chosen_rating rating_chosen chosen-rating "
                     "chosen_reward",
@@ -962,7 +962,7 @@ def best_first(row, answers, columns, use_scores):
         return [answers[i] for i in order], [rewards[i] for i in order], ""
     if not row.took("responses"):
         return answers, None, ""
-    if {"best", "best_from_1"} & columns.keys() or row.name("best_from_1", "best"):
+    if {"best", "best_from_1"} & columns.keys() or row.name("best"):
         return (answers if first_is_best(row, answers) else answers[::-1]), None, "best"
     if in_no_order(row) and len(answers) > 1:
         raise BadRow('"generations" without "ratings" are in no order', "if the best is the first: "
@@ -1035,7 +1035,7 @@ def parse_line(row):
 def in_no_order(row):
     """Whether the responses are generations, as of distilabel or Open-R1, that nothing rates."""
     return row.name("responses") == "generations" and not row.has("rewards") \
-        and not row.has("best", "best_from_1")
+        and not row.has("best")
 
 
 def is_answered(row):
@@ -1184,11 +1184,11 @@ def take_rewards(row, pair, n, use_scores):
 
 def first_is_best(row, answers):
     """Whether the field `best` names the first of two answers. Raises Drop at a tie."""
-    name, value = row.take("best_from_1" if row.name("best_from_1") else "best")
+    name, value = row.take("best")
     said = str(value).strip().lower().removesuffix(".0")
     if re.match(r"tie|both|neither", said):
         raise Drop("no response is the better one")
-    first, second = ("1", "2") if row.took("best_from_1") else ("0", "1")
+    first, second = ("1", "2") if name == "best_from_1" else ("0", "1")
     places = {first: 0, second: 1, "a": 0, "b": 1, "model_a": 0, "model_b": 1}
     if said not in places or len(answers) != 2:
         # This is no BadRow: where a row counts from 1, rows that say 1 are wrong as well.
