@@ -6259,14 +6259,17 @@ mmpo.preference_loss = checked
 
 
 def test_weights_and_biases(checkpoint, tmp_path):
-    """It gets each step's metrics and the name of the run's folder. Where it fails, the run goes on
-    without it and says so."""
+    """It gets each step's metrics and the name of the run's folder, and a resumed run under the id
+    that it had. Where it fails, the run goes on without it and says so."""
     script = script_that("""
 import types
 from importlib.machinery import ModuleSpec
 wandb = sys.modules["wandb"] = types.ModuleType("wandb")
 wandb.__spec__ = ModuleSpec("wandb", None, origin="somewhere")
-wandb.init = lambda project, name, config: print("sent:", project, name, config["beta"])
+def init(project, name, config, id, resume):
+    print("sent:", project, name, config["beta"], id, resume)
+    return types.SimpleNamespace(id="run-1")
+wandb.init = init
 def log(metrics, step):
     print("sent:", step, *sorted(metrics)[:1])
     if step == 1:
@@ -6275,14 +6278,22 @@ wandb.log = log
 """, tmp_path / "sends.py")
     pairs = write_rows(tmp_path / "pairs.jsonl", word_rows(6))
     process = train(checkpoint, f"{tmp_path}/run/", f"--dataset={pairs}", "--eval_pairs=2",
-                    "--max_iters=3", "--lora_alpha=8", "--wandb_log", "--orpo_lambda=1", script=script)
+                    "--max_iters=3", "--lora_alpha=8", "--wandb_log", "--orpo_lambda=1", "--save_interval=3",
+                    script=script)
     assert_done(process)
     assert "note: lora_alpha has no effect without lora_rank\n" in process.stdout
     assert "note: orpo_lambda has no effect on mmpo\n" in process.stdout
     assert re.findall("sent: (.*)", process.stdout) == [
-        "nanommpo run 0.05", "0 eval/accuracy/implicit", "0 accuracy/mean", "1 accuracy/mean"]
+        "nanommpo run 0.05 None allow", "0 eval/accuracy/implicit", "0 accuracy/mean",
+        "1 accuracy/mean"]
     assert process.stdout.count("note: wandb_log: no more of it (the service is gone);") == 1
     assert [r["iter"] for r in metrics_of(f"{tmp_path}/run") if "loss" in r] == [0, 1, 2]
+    process = train(checkpoint, f"{tmp_path}/run/", f"--dataset={pairs}", "--eval_pairs=2",
+                    "--max_iters=4", "--lora_alpha=8", "--wandb_log", "--orpo_lambda=1",
+                    "--save_interval=3", "--resume", script=script)
+    assert_done(process)
+    assert re.findall("sent: (.*)", process.stdout) == ["nanommpo run 0.05 run-1 allow",
+                                                        "3 accuracy/mean", "4 eval/accuracy/implicit"]
     script.write_text(script.read_text().replace("print(", "int(", 1))   # it can't start
     process = train(checkpoint, f"{tmp_path}/run2", f"--dataset={pairs}", "--eval_pairs=2",
                     "--max_iters=3", "--wandb_log", script=script)

@@ -415,8 +415,10 @@ if master_process:
     if wandb_log:
         try:
             import wandb
-            wandb.init(project=wandb_project, name=os.path.basename(os.path.abspath(out_dir)),
-                       config=settings)
+            wandb_run = wandb.init(
+                project=wandb_project, name=os.path.basename(os.path.abspath(out_dir)),
+                config=settings, id=before.get("wandb_id"), resume="allow")
+            settings["wandb_id"] = wandb_run.id   # by which a resumed run goes on there
         except Exception as e:
             raise UserError(f"wandb_log: {first_line(e)}") from e
     path = os.path.join(out_dir, "metrics.jsonl")
