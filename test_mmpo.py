@@ -17,6 +17,7 @@ import importlib.util
 import inspect
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -4108,7 +4109,7 @@ def test_a_signal_ends_a_rank_that_waits(name, tmp_path):
     does, returncode, stderr = WAITING[name]
     script = script_that("import configurator, signal, subprocess\nimport torch.distributed as dist"
                          + does, tmp_path / "waits.py")
-    process = run_process([script, "config/demo.py", f"--out_dir={tmp_path}/out"], **LAUNCHED | {
+    process = run_forked([script, "config/demo.py", f"--out_dir={tmp_path}/out"], **LAUNCHED | {
         "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()})
     assert (process.returncode, process.stderr) == (returncode, stderr)
 
@@ -4217,12 +4218,58 @@ def run_process(command, **env):
     return SimpleNamespace(returncode=process.returncode, stdout=stdout, stderr=stderr)
 
 
+# Most runs here take a second or two, and importing torch takes four. So a process that has imported
+# it, and has computed nothing, is forked for each of them.
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload([
+    "torch._dynamo", "torch.distributed.fsdp", "torch.nn.attention.flex_attention", "tiktoken",
+    "huggingface_hub", "safetensors.torch", "jinja2.sandbox", "tqdm"])
+FORKED = """
+import atexit, os, runpy, sys, torch
+os.environ.clear()
+os.environ.update(env)
+for number, file in enumerate(files, 1):
+    os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", 1, closefd=False)
+torch.set_num_threads(1)
+sys.path.insert(0, os.getcwd())
+name, *sys.argv[1:] = command
+try:
+    if name == "-m":
+        runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(name, run_name="__main__")
+except Exception:
+    sys.excepthook(*sys.exc_info())
+    sys.exit(1)
+finally:
+    atexit._run_exitfuncs()
+"""
+
+
+def run_forked(command, **env):
+    """What run_process does, of a script or a -m module, without the time that imports take."""
+    if sys.platform != "linux":   # elsewhere a fork of what has threads may crash
+        return run_process(command, **env)
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder, name) for name in ("stdout", "stderr")]
+        process = FORKSERVER.Process(target=exec, args=(FORKED, {
+            "command": [*map(str, command)], "env": os.environ | env, "files": files}))
+        process.start()
+        process.join(PATIENCE)
+        stdout, stderr = (file.read_text() for file in files)
+        if process.is_alive():
+            process.kill()
+            pytest.fail(f"{command}: not done after {PATIENCE} s, so far:\n{stdout}\n{stderr}")
+    return SimpleNamespace(returncode=process.exitcode, stdout=stdout, stderr=stderr)
+
+
 def train(checkpoint, out, *args, script="train.py"):
     """train.py into the folder `out`, a cache beside it, on two ranks where its name says so."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = [*(torchrun if "two" in os.path.basename(out) else []), str(script),
                *QUICK, f"--init_from={checkpoint}", f"--out_dir={out}", *args]
-    return run_process(command, NANOMMPO_CACHE=f"{out}-cache", OMP_NUM_THREADS="1")
+    return run_forked(command, NANOMMPO_CACHE=f"{out}-cache", OMP_NUM_THREADS="1")
 
 
 def train_all(checkpoint, folder, jobs, scripts={}):
@@ -4565,12 +4612,12 @@ def test_scripts(command, runs, tmp_path):
     write_rows(tmp_path / "n.jsonl", [{"prompt": "x", "responses": ["a", "b c", "d"]}] * 3)
     write_rows(tmp_path / "i.jsonl", [{"instruction": "fox"}] * 2)
     command = command.format(runs=runs, folder=tmp_path).split()
-    process = run_process(command)
+    process = run_forked(command)
     assert_done(process)
     if "--instructions" in " ".join(command):
         assert "note: 2 of 2 answers were cut at --max_new_tokens" in process.stdout
         # a person's file stays
-        assert_one_line(run_process(command), "o.json exists already")
+        assert_one_line(run_forked(command), "o.json exists already")
     if "plot" in command:
         assert (tmp_path / "c.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
@@ -4812,7 +4859,7 @@ def test_text_prefix(prefix, post_processor, checkpoint, tmp_path):
 def evaluated(runs, tmp_path_factory):
     """A run of the objective mmpo, copied, and evaluated as its own settings say."""
     out = shutil.copytree(f"{runs}/run-mmpo", tmp_path_factory.mktemp("evaluated") / "run")
-    process = run_process(["-m", "scripts.evaluate", str(out), "--prompts=3", "--max_new_tokens=5"])
+    process = run_forked(["-m", "scripts.evaluate", str(out), "--prompts=3", "--max_new_tokens=5"])
     assert_done(process)
     return str(out), process, read_json(f"{out}.evaluation.json")
 
@@ -4869,7 +4916,7 @@ def test_seeds_hold_out_the_same(checkpoint, tmp_path):
         assert_done(process)
     one, other = (read_json(tmp_path / f"run-{seed}/train_config.json") for seed in "12")
     assert one["eval_dataset_sha256"] == other["eval_dataset_sha256"] and one["held_out"] == 4
-    assert_done(run_process(["-m", "scripts.evaluate", f"{tmp_path}/run-2", "--prompts=0"]))
+    assert_done(run_forked(["-m", "scripts.evaluate", f"{tmp_path}/run-2", "--prompts=0"]))
 
 
 def test_evaluate_two_runs(evaluated, tmp_path, monkeypatch):
@@ -5099,7 +5146,7 @@ def test_compare(tmp_path):
     command = ["-m", "scripts.compare", "config/demo.py", "--grid", "objective=mmpo,dpo", "seed=1",
                f"--out={tmp_path}", "--jobs=2", "--evaluate=--prompts=2 --max_new_tokens=4", "--",
                "--max_iters=2", "--kl_samples=2", "--kl_tokens=4", "--sample_tokens=4"]
-    process = run_process(command)
+    process = run_forked(command)
     assert_done(process)
     header, rule, before, *rows = [x for x in process.stdout.splitlines() if x.startswith("|")]
     assert [row.split(" | ")[0] for row in rows] == ["| objective=mmpo", "| objective=dpo"]
@@ -5110,12 +5157,12 @@ def test_compare(tmp_path):
     stopped = tmp_path / "objective=mmpo_seed=1" / "train_config.json"   # before its end
     write_json(stopped, {k: v for k, v in read_json(stopped).items() if k != "finished"})
     os.remove(tmp_path / "objective=mmpo_seed=1" / "README.md")
-    assert_done(run_process(command))
+    assert_done(run_forked(command))
     assert weights.stat().st_mtime_ns == made
     assert (tmp_path / "objective=mmpo_seed=1" / "README.md").exists()
-    assert_one_line(run_process([*command, "--beta=0.3"]), "beta", "another --out")
+    assert_one_line(run_forked([*command, "--beta=0.3"]), "beta", "another --out")
     # of a grid with a run that fails, the others make the table
-    process = run_process([*command[:3], "--grid", "lora_rank=2", "lora_targets=odd", *command[3:]])
+    process = run_forked([*command[:3], "--grid", "lora_rank=2", "lora_targets=odd", *command[3:]])
     assert_one_line(process, "lora_rank=2_lora_targets=odd: failed (", "odd")
     assert [row for row in process.stdout.splitlines() if row.startswith("|")][3:] == rows
 
@@ -6170,7 +6217,7 @@ def test_a_run_goes_on_wherever_it_ended(body, checkpoint, tmp_path):
     signal is left time to save, and the last line says what was saved and how to go on."""
     (tmp_path / "forks.py").write_text(FORKS + body)
     pairs = write_rows(tmp_path / "pairs.jsonl", word_rows(10))
-    process = run_process([
+    process = run_forked([
         str(tmp_path / "forks.py"), str(tmp_path), *QUICK, f"--init_from={checkpoint}",
         f"--dataset={pairs}", "--eval_pairs=2", "--sample_tokens=1", "--compile=false",
         *(["--max_iters=3", "--save_interval=1", "--kl_samples=0"] if body == KILLS else
@@ -6215,7 +6262,7 @@ def test_steps_that_are_not_finite(checkpoint, tmp_path):
     checkpoints intact."""
     (tmp_path / "forks.py").write_text(FORKS + NOT_FINITE)
     pairs = write_rows(tmp_path / "pairs.jsonl", word_rows(10))
-    assert_done(run_process([
+    assert_done(run_forked([
         str(tmp_path / "forks.py"), str(tmp_path), *QUICK, f"--init_from={checkpoint}",
         f"--dataset={pairs}", "--eval_pairs=2", "--sample_tokens=1", "--max_iters=6",
         "--save_interval=1", "--kl_samples=0", "--skip_nonfinite=1"]))
@@ -6363,7 +6410,7 @@ def test_ranks_with_other_settings(checkpoint, tmp_path):
     for text, error in (("beta = 0.1 * (1 + int(_rank))", "beta: 0.[12] on rank [01] and 0.[12] on another"),
                         (f"init_from = {str(tmp_path / 'base')!r} + _rank", "init_from_sha256: ")):
         (tmp_path / "odd.py").write_text("import os\n_rank = os.environ['RANK']\n" + text)
-        process = run_process(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+        process = run_forked(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                                "train.py", *QUICK, f"--out_dir={tmp_path}/two", "--eval_pairs=2",
                                f"--dataset={pairs}", "--max_iters=1", str(tmp_path / "odd.py"),
                                *[f"--init_from={checkpoint}"] * ("beta" in text)],
@@ -6510,7 +6557,7 @@ def test_more_processes_than_gpus(tmp_path):
     """torchrun with two processes where there is one GPU: an error, not CUDA's traceback."""
     script = script_that("import torch\ntorch.cuda.is_available = lambda: True\n"
                          "torch.cuda.device_count = lambda: 1", tmp_path / "one_gpu.py")
-    process = run_process([str(script), "--device=cuda"], **LAUNCHED, LOCAL_RANK="1")
+    process = run_forked([str(script), "--device=cuda"], **LAUNCHED, LOCAL_RANK="1")
     assert_one_line(process, "torchrun: this machine has 1 GPUs", "--nproc_per_node")
 
 
