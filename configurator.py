@@ -313,7 +313,8 @@ def cache_sum(path, arrays):
     digest = hashlib.sha256(os.path.basename(path).encode())
     for name, array in sorted(arrays.items()):
         array = np.asarray(array)
-        digest.update(f"{name} {array.dtype.str} {array.shape} ".encode() + array.tobytes())
+        digest.update(f"{name} {array.dtype.str} {array.shape} ".encode())
+        digest.update(np.ascontiguousarray(array))
     return digest.hexdigest()
 
 

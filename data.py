@@ -683,11 +683,12 @@ def content_of(token):
 RENDER_SECONDS = 2   # of CPU time, for what takes a millisecond
 DATE = datetime(2024, 7, 26)   # today for every template, so that no two runs differ by their day
 SHIELD, SHIELD_END, ANSWER, HIDDEN = "\ufdd0\ufdd1\ufdd2\ufdd3"   # no valid text has these
-THINK = re.compile(r"<(/?\w*(?:think|thought|reason)\w*>)")   # around thoughts
-ONLY_THOUGHT = re.compile(r"\s*<(\w*think\w*)>.*</\1>\s*", re.DOTALL)
-NO_THOUGHT = r"<(\w*(?:think|thought|reason)\w*)>\s*</\1>\s*"
+THOUGHT = r"\w{,30}(?:think|thought|reason)\w{,30}"   # the name of a tag around thoughts
+THINK = re.compile(rf"<(/?{THOUGHT}>)")
+ONLY_THOUGHT = re.compile(rf"\s*<({THOUGHT})>.*</\1>\s*", re.DOTALL)
+NO_THOUGHT = rf"<({THOUGHT})>\s*</\1>\s*"
 # a thought that the end of a prompt opens, or an empty one there
-OPEN_THOUGHT = re.compile(r"<\w*(?:think|thought|reason)\w*>\s*$|" + NO_THOUGHT + "$")
+OPEN_THOUGHT = re.compile(rf"<{THOUGHT}>\s*$|{NO_THOUGHT}$")
 PLACEHOLDER = re.compile(f"{SHIELD}[0-9]+{SHIELD_END}")
 
 TEMPLATES = {
@@ -801,7 +802,7 @@ WHO = {name: who for who, names in {   # who says what a field of this name hold
 # of AS_TEXT one at the beginning.
 NAMES_ROLE = r"(['\"])(role|from)\1\s*:\s*(['\"])(%s)\3"
 ROLE = re.compile(NAMES_ROLE % "|".join(ROLES.keys() - {"developer"}), re.IGNORECASE)
-AS_TEXT = re.compile(r"\s*\[?\s*\{[^{}\[\]]*" + NAMES_ROLE % "system|user|human|assistant|gpt",
+AS_TEXT = re.compile(r"\s*(?:\[\s*)?\{[^{}\[\]]*" + NAMES_ROLE % "system|user|human|assistant|gpt",
                      re.IGNORECASE)
 
 MESSAGE = {"role", "content"}, {"from", "value"}   # the fields of a message, and no others
@@ -1584,9 +1585,14 @@ def read_json_rows(source, f):
 def read_csv(source, f):
     csv.field_size_limit(2 ** 31 - 1)
     separator = "\t" if re.search(r"\.tsv(\.gz|\.zst)?$", source) else ","
-    text = decoded(source, read_whole(source, f))
-    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-    names = next(csv.reader(io.StringIO(text, newline=""), delimiter=separator), None) or [""]
+    content = read_whole(source, f)
+    decoded(source, content)   # whose error names the line
+
+    def lines():   # StringIO would take four bytes a character
+        return io.TextIOWrapper(io.BytesIO(content), "utf-8-sig", newline="")
+
+    rows = csv.DictReader(lines(), delimiter=separator, strict=True)
+    names = next(csv.reader(lines(), delimiter=separator), None) or [""]
     for other, name in ((";", "semicolons"), ("\t", "tabs"), (",", "commas")):
         require(other not in names[0] or len(names) > 1, f"{source}: its cells are separated by "
                 f"{name}; a .csv file has commas, a .tsv file tabs")
@@ -1747,8 +1753,10 @@ class Pairs:
         return np.split(tokens, self.lengths[i].cumsum()[:-1])
 
     def fingerprint(self):
-        arrays = self.tokens, self.lengths, self.rewards
-        return hashlib.sha256(b"".join(x.tobytes() for x in arrays)).hexdigest()
+        digest = hashlib.sha256()
+        for array in (self.tokens, self.lengths, self.rewards):
+            digest.update(np.ascontiguousarray(array))
+        return digest.hexdigest()
 
     def subset(self, indices):
         tokens = [self.tokens[self.starts[i]:self.starts[i + 1]] for i in indices]
@@ -2006,12 +2014,16 @@ def tokenize_row(row, tokenizer, max_length, max_prompt_length, cut):
 # batches: which pairs meet in a step, on which rank, in which pack
 
 
+@functools.lru_cache(1)   # an epoch has many steps
+def epoch_order(n_pairs, seed, epoch):
+    return np.random.default_rng([seed, epoch]).permutation(n_pairs)
+
+
 def batch_indices(n_pairs, batch_size, seed, iter_num):
     """The pairs of step iter_num. An epoch visits all, shuffled. Its last batch may be smaller."""
     steps = -(-n_pairs // batch_size)
     epoch, step = divmod(iter_num, steps)
-    order = np.random.default_rng([seed, epoch]).permutation(n_pairs)
-    return order[step * batch_size:][:batch_size]
+    return epoch_order(n_pairs, seed, epoch)[step * batch_size:][:batch_size]
 
 
 def plan_packs(lengths, pack_tokens, world_size=1, equal_counts=False):

@@ -3337,6 +3337,16 @@ def test_rows_as_they_are_meant(row, columns, turns, responses):
     assert [[t["content"] for t in r] for r in found.responses] == [[r] for r in responses]
 
 
+def test_a_row_takes_no_longer_than_its_text():
+    """Texts that almost look like messages, or like a thought, are read in linear time."""
+    began = time.process_time()
+    for text in (" " * 10 ** 6 + "[x]", "\n" * 10 ** 6 + "{x}", "[" + " " * 10 ** 6 + "]"):
+        [row], _ = data.parse_row({"prompt": text, "chosen": "yes", "rejected": "no"})
+        assert row.turns == say(text)
+    assert data.OPEN_THOUGHT.sub("", text := "<" + "think" * 10 ** 5) == text
+    assert time.process_time() - began < 10
+
+
 def test_tools_of_a_row():
     """A function alone, an object that has the tools, and tools as JSON are one thing. Turns that
     differ in calls alone are not the same."""
@@ -4827,6 +4837,9 @@ def test_sign_test():
     before, after = np.array([0, 0, 0, 0, 1, 1, 0], bool), np.array([1, 1, 1, 1, 0, 1, 0], bool)
     assert evaluate.sign_test(before, after) == (4, 1, 2 * 6 / 32)
     assert evaluate.sign_test(before, before) == (0, 0, 1.0)
+    after = ~before.repeat(9)   # 45 turn right and 18 wrong
+    p = 2 * sum(math.comb(63, i) for i in range(19)) / 2 ** 63
+    assert evaluate.sign_test(~after, after) == (45, 18, p)
 
 
 def test_repeated_grams():

@@ -27,7 +27,6 @@ fill more than 0.6 of the memory.
 import argparse
 import hashlib
 import json
-import math
 import os
 import sys
 from functools import partial
@@ -93,7 +92,8 @@ def ratio(top, bottom=None, groups=None, of=lambda x: x, draws=1000, unseen=None
     if unseen:   # each a group of its own
         sums = np.hstack([sums, unseen])
     n = sums.shape[1]
-    drawn = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=draws) @ sums.T
+    rng = np.random.default_rng(0)
+    drawn = np.stack([sums @ rng.multinomial(n, np.full(n, 1 / n)) for _ in range(draws)])
     with np.errstate(all="ignore"):   # a draw without such pairs is left out
         value, drawn = of(top.sum() / bottom.sum()), of(drawn[:, 0] / drawn[:, 1])
         return [float(value), *(float(x) for x in np.nanpercentile(drawn, [2.5, 97.5]))]
@@ -274,8 +274,12 @@ def sign_test(before, after):
     """Of pairs that are right or not (N,), before and after: those that turned right, those that
     turned wrong, and the two-sided p of so uneven a split, were pairs independent."""
     better, worse = int((after & ~before).sum()), int((before & ~after).sum())
-    tail = sum(math.comb(better + worse, i) for i in range(min(better, worse) + 1))
-    return better, worse, min(1.0, 2 * tail / 2 ** (better + worse))
+    n = better + worse
+    ways = tail = 1   # to draw none of n, at most as many as the rarer kind has
+    for i in range(min(better, worse)):
+        ways = ways * (n - i) // (i + 1)
+        tail += ways
+    return better, worse, min(1.0, 2 * tail / 2 ** n)
 
 
 def print_table(results):
