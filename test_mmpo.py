@@ -4215,6 +4215,9 @@ QUICK = ["--device=cpu", "--dtype=float32", "--export_dtype=float32", "--sample_
          "--pack_tokens=400", "--batch_size=8", "--eval_interval=100", "--learning_rate=3e-3"]
 
 
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
 def run_process(command, **env):
     """A process in the checkout, with what it printed. One that hangs fails the test, and tells."""
     with subprocess.Popen([sys.executable, *command], cwd=ROOT, env=os.environ | env, text=True,
@@ -4276,10 +4279,11 @@ def run_forked(command, **env):
 
 def train(checkpoint, out, *args, script="train.py"):
     """train.py into the folder `out`, a cache beside it, on two ranks where its name says so."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*(torchrun if "two" in os.path.basename(out) else []), str(script),
-               *QUICK, f"--init_from={checkpoint}", f"--out_dir={out}", *args]
-    return run_forked(command, NANOMMPO_CACHE=f"{out}-cache", OMP_NUM_THREADS="1")
+    command = [str(script), *QUICK, f"--init_from={checkpoint}", f"--out_dir={out}", *args]
+    env = {"NANOMMPO_CACHE": f"{out}-cache", "OMP_NUM_THREADS": "1"}
+    if "two" in os.path.basename(out):
+        return run_process([*TORCHRUN, *command], **env)
+    return run_forked(command, **env)
 
 
 def train_all(checkpoint, folder, jobs, scripts={}):
@@ -6423,11 +6427,11 @@ def test_ranks_with_other_settings(checkpoint, tmp_path):
     for text, error in (("beta = 0.1 * (1 + int(_rank))", "beta: 0.[12] on rank [01] and 0.[12] on another"),
                         (f"init_from = {str(tmp_path / 'base')!r} + _rank", "init_from_sha256: ")):
         (tmp_path / "odd.py").write_text("import os\n_rank = os.environ['RANK']\n" + text)
-        process = run_forked(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                               "train.py", *QUICK, f"--out_dir={tmp_path}/two", "--eval_pairs=2",
-                               f"--dataset={pairs}", "--max_iters=1", str(tmp_path / "odd.py"),
-                               *[f"--init_from={checkpoint}"] * ("beta" in text)],
-                              NANOMMPO_CACHE=f"{tmp_path}/cache", OMP_NUM_THREADS="1")
+        process = run_process([
+            *TORCHRUN, "train.py", *QUICK, f"--out_dir={tmp_path}/two", "--eval_pairs=2",
+            f"--dataset={pairs}", "--max_iters=1", str(tmp_path / "odd.py"),
+            *[f"--init_from={checkpoint}"] * ("beta" in text)],
+            NANOMMPO_CACHE=f"{tmp_path}/cache", OMP_NUM_THREADS="1")
         assert process.returncode and "Traceback" not in process.stderr.split("torch/distrib")[0]
         assert re.search(f"error: {error}", process.stderr), process.stderr
 
