@@ -95,7 +95,7 @@ def entropy_bonus(per_token_logps, per_token_entropy, response, lengths, length_
 
 
 def sft_loss(chosen_logps):
-    """-log pi(z_w|x)."""
+    """-log pi(z_w|x), or its mean over the response's tokens (`length_norm`)."""
     return -chosen_logps
 
 

@@ -1,6 +1,6 @@
 # A run of the study (assets/results.md): SmolLM2-135M-Instruct, all weights, 480 short pairs, once.
 # On one thread of an Intel Xeon without instructions for bf16 a run takes 15 minutes.
-# bash scripts/study.sh                          makes the pairs, and runs this with many settings
+# scripts/study.sh makes the pairs, and runs this with many settings; it begins with its usage
 out_dir = "out/study_135m"
 init_from = "HuggingFaceTB/SmolLM2-135M-Instruct"
 dataset = "out/study/train.jsonl"

@@ -5,7 +5,7 @@
 #
 # SMOLLM2_135M and LLAMA3_8B are Hugging Face folders or hub ids, the pairs JSON lines with prompt,
 # chosen and rejected. A step that fails doesn't end the others. Everything is written to out/gpu,
-# which should not be there yet.
+# which should not be there yet, but the study, which goes to out/study_gpu.
 set -uo pipefail
 smollm2=$1 train=$2 test=$3 choices=$4 llama=${5:-} out=out/gpu
 mkdir -p "$out"
