@@ -4245,7 +4245,8 @@ for number, file in enumerate(files, 1):
     os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
 sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", 1, closefd=False)
 torch.set_num_threads(1)
-sys.path.insert(0, os.getcwd())
+os.chdir(root)
+sys.path.insert(0, root)
 name, *sys.argv[1:] = command
 try:
     if name == "-m":
@@ -4267,7 +4268,8 @@ def run_forked(command, **env):
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder, name) for name in ("stdout", "stderr")]
         process = FORKSERVER.Process(target=exec, args=(FORKED, {
-            "command": [*map(str, command)], "env": os.environ | env, "files": files}))
+            "command": [*map(str, command)], "env": os.environ | env, "files": files,
+            "root": ROOT}))
         process.start()
         process.join(PATIENCE)
         stdout, stderr = (file.read_text() for file in files)
