@@ -275,7 +275,7 @@ def sign_test(before, after):
     turned wrong, and the two-sided p of so uneven a split, were pairs independent."""
     better, worse = int((after & ~before).sum()), int((before & ~after).sum())
     n = better + worse
-    ways = tail = 1   # to draw none of n, at most as many as the rarer kind has
+    ways = tail = 1   # to choose i of n, and to choose at most i
     for i in range(min(better, worse)):
         ways = ways * (n - i) // (i + 1)
         tail += ways
