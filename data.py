@@ -64,7 +64,7 @@ from configurator import (
     read_json, read_text, reading, require, save_cache, sha256)
 
 MAX_CHARS = 400_000   # of a field; tiktoken panics at a piece of about a million characters
-MAX_TURNS = 500   # of a field; rendering each of so many, with all before it, takes seconds
+MAX_TURNS = 500   # of a field; to render each of so many, with all before it, takes 2 to 25 s
 MAX_LINE, MAX_WHOLE = 10 ** 8, 2 ** 31   # bytes, since a small .gz may unpack without end
 
 # -----------------------------------------------------------------------------
