@@ -305,6 +305,7 @@ def cache_path(kind, key, code):
     """
     digest = hashlib.sha256(json.dumps([key, *(CODE[file] for file in code)]).encode())
     folder = os.path.expanduser(os.environ.get("NANOMMPO_CACHE") or "~/.cache/nanommpo")
+    require(folder[0] != "~", f"NANOMMPO_CACHE: no home for {folder}; give a folder for the cache")
     return os.path.join(folder, f"{kind}-{digest.hexdigest()[:24]}.npz")
 
 
@@ -330,7 +331,8 @@ def load_cache(path):
         return arrays
     except Exception as e:
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"note: {path} is damaged ({first_line(e):.80}); this is computed again")
+            print(f"note: {path} is damaged, or can't be read ({first_line(e):.80}); this is "
+                  "computed again")
         return None
 
 
@@ -646,6 +648,10 @@ def torchrun_ranks():
         size = os.environ.get("WORLD_SIZE", "1")
         require(size in ("", "1"), f'WORLD_SIZE is "{size}", but RANK is not set; start with '
                 "torchrun, or unset WORLD_SIZE")
+        tasks = [os.environ.get(name, "1") for name in (   # of mpirun and srun
+            "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")]
+        require(tasks == ["1", "1"], f"started as one of {max(tasks)} tasks, each of which would be"
+                " a run of its own; start one torchrun on each machine")
         return False, 0, 0, 1
     told = {"LOCAL_RANK": "0"} | os.environ
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR"):
@@ -668,6 +674,8 @@ def join_ranks(backend, device_id=None):
     try:
         if by_torchrun:   # it listens there, unless it was killed; torch would wait a minute for it
             socket.create_connection((host, port), 20).close()
+        elif rank == 0:   # torch would wait for minutes for a name to come
+            socket.getaddrinfo(host, port)
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), dist.TCPStore(
             host, port, is_master=rank == 0 and not by_torchrun, wait_for_workers=False,
             timeout=timedelta(seconds=20 if by_torchrun else 120)))   # torch tries twice

@@ -339,9 +339,9 @@ train_ref_logps = torch.full((len(train_pairs), train_pairs.n_responses), math.n
 if mmpo.OBJECTIVES[objective]:   # its loss reads the reference
     # the pairs the run will visit, as one batch: fewer than all if it ends in its first epoch
     visited = np.sort(data.batch_indices(len(train_pairs), max_iters * batch_size, seed, 0))
-    t0 = time.time()
+    t0 = time.monotonic()
     train_ref_logps[visited] = reference_logps(train_pairs, visited)
-    log(f"reference log-probs of {len(visited):,} pairs: {time.time() - t0:.0f} s")
+    log(f"reference log-probs of {len(visited):,} pairs: {time.monotonic() - t0:.0f} s")
 train_constants = constants_of(train_pairs, train_ref_logps)
 
 # --- evaluation: held-out pairs, and samples of the reference for the KL estimate
@@ -447,7 +447,7 @@ def record(iter_num, metrics):
 
 
 # --- training loop: max_iters steps, then one turn more, which only evaluates and saves
-started, skipped = time.time(), before.get("skipped", 0)
+started, skipped = time.monotonic(), before.get("skipped", 0)
 for iter_num in tqdm(range(start_iter, max_iters + 1), "steps", max_iters, initial=start_iter,
                      disable=None if master_process else True):   # None: only on a terminal
 
@@ -467,7 +467,7 @@ for iter_num in tqdm(range(start_iter, max_iters + 1), "steps", max_iters, initi
     if done or signal_number:
         finish_saving(must)
         break
-    t0 = time.time()
+    t0 = time.monotonic()
     torch.manual_seed(seed + ddp_rank + iter_num * ddp_world_size)   # dropout differs on each rank
     lr = set_lr(iter_num)
 
@@ -523,13 +523,13 @@ for iter_num in tqdm(range(start_iter, max_iters + 1), "steps", max_iters, initi
 
     if iter_num % log_interval == 0:
         metrics = mmpo.measure(objective, batch_logps, lengths, ref_logps, R, **loss_knobs)
-        seconds = (time.time() - started) / max(1, iter_num - start_iter)   # a step
+        seconds = (time.monotonic() - started) / max(1, iter_num - start_iter)   # a step
         left = seconds * (max_iters - iter_num - 1)
         metrics |= {"grad_norm": grad_norm, "lr": lr, "seconds_left": left}
-        metrics |= cost.throughput(raw_model, tree_lengths, packs, pad_to, time.time() - t0)
+        metrics |= cost.throughput(raw_model, tree_lengths, packs, pad_to, time.monotonic() - t0)
         record(iter_num, metrics)
     if iter_num == start_iter:
-        started = time.time()   # the first step may compile, and says nothing of the others
+        started = time.monotonic()   # the first step may compile, and says nothing of the others
 
 # --- the aligned model, in Hugging Face layout, and what to know about it
 if signal_number and (save_interval or not done):

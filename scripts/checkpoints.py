@@ -183,12 +183,13 @@ def save_checkpoint(model, optimizer, folder, iter_num, settings, log, must=True
 
 def write_part(save, mine, about, rank, keep, log):
     """What the thread of a save does. An error is kept for finish_saving."""
-    t0, temporary = time.time(), save.path + ".tmp"
+    t0, temporary = time.monotonic(), save.path + ".tmp"
     file = os.path.join(temporary, f"{rank}.safetensors")
     try:
         os.makedirs(temporary, exist_ok=True)
         save_file(mine, file, {"checkpoint": json.dumps(about)})
-        sync(file)   # before the folder gets its name, and older ones go
+        # before the folder gets its name, and older ones go; safetensors leaves 0600
+        publish(file, file)
         write_text(os.path.join(temporary, f"{rank}.sha256"), sha256(file))
         save.written.set()
         if rank > 0:
@@ -206,7 +207,7 @@ def write_part(save, mine, about, rank, keep, log):
             sync(metrics)   # the steps before this one, which no run will make again
         publish(temporary, save.path)
         remove_checkpoints(os.path.dirname(save.path), keep)
-        log(f"{save.path}: {size / 1e6:,.1f} MB in {time.time() - t0:.1f} s")
+        log(f"{save.path}: {size / 1e6:,.1f} MB in {time.monotonic() - t0:.1f} s")
     except (OSError, SafetensorError) as e:
         save.error = UserError(f"{save.path}: not written ({first_line(e)}); if the disk is full, "
                                "free space; what was saved before is intact")
@@ -417,8 +418,9 @@ def check_same_run(settings, before, log):
 # -----------------------------------------------------------------------------
 # signals
 
-# What asks a run to end: a scheduler, Ctrl-C, a closed terminal.
-SIGNALS = [getattr(signal, n) for n in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, n)]
+# What asks a run to end: a scheduler (SLURM's --signal=USR1@60), Ctrl-C, a closed terminal.
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP")
+           if hasattr(signal, name)]
 PARENT = os.getppid()
 asked = []         # the first of these signals that came, and when
 may_leave = True   # whether such a signal ends the program at once, or waits for interrupted()
@@ -484,7 +486,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("folder", help="a run's out_dir")
-    folder = parser.parse_args().folder
+    folder = os.path.expanduser(parser.parse_args().folder)
     records = read_metrics(os.path.join(folder, "metrics.jsonl"))
     print(f"{folder}: {'finished' if is_finished(folder) else 'not finished'}, at step "
           f"{records[-1]['iter'] if records else 0}")

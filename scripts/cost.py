@@ -6,10 +6,12 @@ Memory is an estimate for a GPU from shapes alone, so the model may be on the me
 sharded. A test holds the activations to within 10% of what torch.compile keeps of a block. Where
 the run would use a CPU, a few packs are computed there too, and its time and memory told from them.
 """
+import contextlib
 import math
 import os
 import re
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -142,15 +144,15 @@ def time_packs(model, packs, bf16):
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer, seconds = torch.optim.AdamW(trained, fused=True), []
     for pack in packs:
-        t0 = time.time()
+        t0 = time.monotonic()
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             per_token_logps, _ = model(pack)
         (-per_token_logps.mean()).backward()
-        t1 = time.time()
+        t1 = time.monotonic()
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        seconds.append((t1 - t0, time.time() - t1))
+        seconds.append((t1 - t0, time.monotonic() - t1))
     passes, updates = np.sum(seconds[1:], axis=0)
     return passes / sum(len(pack.tree) for pack in packs[1:]), updates / len(packs[1:])
 
@@ -160,9 +162,24 @@ def free_memory():
     try:
         peak_memory()   # a caller that knows what is free needs this too
         with open("/proc/meminfo") as f:
-            return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", f.read())[1])
+            free = 1024 * int(re.search(r"MemAvailable:\s+(\d+)", f.read())[1])
+        return min(free, memory_limit())
     except (OSError, TypeError):   # not on Linux
         return 0
+
+
+def memory_limit(mine="/proc/self/cgroup", root="/sys/fs/cgroup"):
+    """Bytes of memory that a container or a scheduler lets this process have, on Linux; inf where
+    nothing limits it."""
+    limits = [math.inf]
+    with contextlib.suppress(OSError):
+        for path in re.findall(":(?:memory)?:(/.*)", Path(mine).read_text()):
+            for group in (Path(path), *Path(path).parents):
+                for file in (f"{root}{group}/memory.max",
+                             f"{root}/memory{group}/memory.limit_in_bytes"):   # of older kernels
+                    with contextlib.suppress(OSError, ValueError):   # "max" is no number
+                        limits.append(int(Path(file).read_text()))
+    return min(limits)
 
 
 def peak_memory():
@@ -180,7 +197,7 @@ def fitting_dtype(folder, device):
     if device == "cuda":
         memory = torch.cuda.get_device_properties(0).total_memory
     elif hasattr(os, "sysconf"):
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        memory = min(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), memory_limit())
     return torch.bfloat16 if 4 * numbers > 0.6 * memory else torch.float32
 
 
