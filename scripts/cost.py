@@ -158,12 +158,12 @@ def time_packs(model, packs, bf16):
 
 
 def free_memory():
-    """Bytes of memory that this machine can give now; 0 where that can't be known."""
+    """Bytes of memory that this process can get now; 0 where that can't be known."""
     try:
-        peak_memory()   # a caller that knows what is free needs this too
+        held = peak_memory()
         with open("/proc/meminfo") as f:
             free = 1024 * int(re.search(r"MemAvailable:\s+(\d+)", f.read())[1])
-        return min(free, memory_limit())
+        return max(0, min(free, memory_limit() - held))
     except (OSError, TypeError):   # not on Linux
         return 0
 
