@@ -18,6 +18,7 @@ import inspect
 import json
 import math
 import multiprocessing
+import multiprocessing.connection
 import os
 import random
 import re
@@ -4242,6 +4243,7 @@ FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload([
     "torch._dynamo", "torch.distributed.fsdp", "torch.nn.attention.flex_attention", "tiktoken",
     "huggingface_hub", "safetensors.torch", "jinja2.sandbox", "tqdm"])
+FORKING = threading.Lock()   # since who starts a process also asks which of the others have ended
 FORKED = """
 import atexit, os, runpy, sys, torch
 os.environ.clear()
@@ -4275,13 +4277,16 @@ def run_forked(command, **env):
         process = FORKSERVER.Process(target=exec, args=(FORKED, {
             "command": [*map(str, command)], "env": os.environ | env, "files": files,
             "root": ROOT}))
-        process.start()
-        process.join(PATIENCE)
+        with FORKING:
+            process.start()
+        ended = multiprocessing.connection.wait([process.sentinel], PATIENCE)
         stdout, stderr = (file.read_text() for file in files)
-        if process.is_alive():
+        if not ended:
             process.kill()
             pytest.fail(f"{command}: not done after {PATIENCE} s, so far:\n{stdout}\n{stderr}")
-    return SimpleNamespace(returncode=process.exitcode, stdout=stdout, stderr=stderr)
+        with FORKING:
+            returncode = process.exitcode
+    return SimpleNamespace(returncode=returncode, stdout=stdout, stderr=stderr)
 
 
 def train(checkpoint, out, *args, script="train.py"):
