@@ -261,11 +261,16 @@ def publish(temporary, path):
     """Give a finished file or folder its name. At any moment, also in a power cut, there is the old
     one or the new one, whole, as far as the file system can promise that."""
     if os.path.isfile(temporary):
-        os.chmod(temporary, 0o666 & ~UMASK)   # safetensors leaves 0600, which others can't read
-        sync(temporary)
+        settle(temporary)
     os.replace(temporary, path)
     with contextlib.suppress(OSError):        # some file systems can't sync a folder
         sync(os.path.dirname(os.path.abspath(path)))
+
+
+def settle(file):
+    """Let others read a finished file, as the umask says, and return when the disk has it."""
+    os.chmod(file, 0o666 & ~UMASK)   # safetensors leaves 0600
+    sync(file)
 
 
 def sync(path):

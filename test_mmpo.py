@@ -6376,8 +6376,8 @@ wandb.log = log
 """, tmp_path / "sends.py")
     pairs = write_rows(tmp_path / "pairs.jsonl", word_rows(6))
     process = train(checkpoint, f"{tmp_path}/run/", f"--dataset={pairs}", "--eval_pairs=2",
-                    "--max_iters=3", "--lora_alpha=8", "--wandb_log", "--orpo_lambda=1", "--save_interval=3",
-                    script=script)
+                    "--max_iters=3", "--lora_alpha=8", "--wandb_log", "--orpo_lambda=1",
+                    "--save_interval=3", script=script)
     assert_done(process)
     assert "note: lora_alpha has no effect without lora_rank\n" in process.stdout
     assert "note: orpo_lambda has no effect on mmpo\n" in process.stdout

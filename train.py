@@ -195,7 +195,8 @@ for name, needed in {"lora_alpha": "lora_rank", "lora_dropout": "lora_rank",
     if name in overrides and not settings[needed]:
         log(f"note: {name} has no effect without {needed}")
 for name in overrides:
-    if name in mmpo.UNREAD.get(objective, ()) and not (name == "length_norm" and entropy_coef):
+    by_entropy = name == "length_norm" and entropy_coef   # the entropy bonus reads it always
+    if name in mmpo.UNREAD.get(objective, ()) and not by_entropy:
         log(f"note: {name} has no effect on {objective}")
 
 # --- data: rows become token ids once, and are read from the cache after that

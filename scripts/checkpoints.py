@@ -30,7 +30,8 @@ from torch.distributed.tensor import DTensor
 sys.path.insert(0, str(Path(__file__).parents[1]))   # for `python scripts/checkpoints.py`
 from configurator import (
     PATHS, UserError, first_line, is_finished, one_line_errors, publish, rank_and_size,
-    read_metrics, read_run_settings, reading, require, sha256, sync, write_text, writing)
+    read_metrics, read_run_settings, reading, require, settle, sha256, sync, write_text,
+    writing)
 from scripts.report import DEFAULTS
 
 # -----------------------------------------------------------------------------
@@ -188,8 +189,7 @@ def write_part(save, mine, about, rank, keep, log):
     try:
         os.makedirs(temporary, exist_ok=True)
         save_file(mine, file, {"checkpoint": json.dumps(about)})
-        # before the folder gets its name, and older ones go; safetensors leaves 0600
-        publish(file, file)
+        settle(file)   # before the folder gets its name, and older ones go
         write_text(os.path.join(temporary, f"{rank}.sha256"), sha256(file))
         save.written.set()
         if rank > 0:

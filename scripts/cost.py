@@ -171,14 +171,15 @@ def free_memory():
 def memory_limit(mine="/proc/self/cgroup", root="/sys/fs/cgroup"):
     """Bytes of memory that a container or a scheduler lets this process have, on Linux; inf where
     nothing limits it."""
-    limits = [math.inf]
-    with contextlib.suppress(OSError):
-        for path in re.findall(":(?:memory)?:(/.*)", Path(mine).read_text()):
-            for group in (Path(path), *Path(path).parents):
-                for file in (f"{root}{group}/memory.max",
-                             f"{root}/memory{group}/memory.limit_in_bytes"):   # of older kernels
-                    with contextlib.suppress(OSError, ValueError):   # "max" is no number
-                        limits.append(int(Path(file).read_text()))
+    try:
+        paths = [Path(path) for path in re.findall(":(?:memory)?:(/.*)", Path(mine).read_text())]
+    except OSError:   # not on Linux
+        return math.inf
+    groups, limits = [group for path in paths for group in (path, *path.parents)], [math.inf]
+    for file in [f"{root}{group}/memory.max" for group in groups] + [
+            f"{root}/memory{group}/memory.limit_in_bytes" for group in groups]:   # older kernels
+        with contextlib.suppress(OSError, ValueError):   # "max" is no number
+            limits.append(int(Path(file).read_text()))
     return min(limits)
 
 
